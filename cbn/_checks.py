@@ -1,0 +1,412 @@
+"""Every check of an argument, and the text of every error.
+
+A check returns the argument in the form that the rest of cbn works with, or raises: TypeError for
+the wrong kind of thing (an element type included), ValueError for the wrong value or shape,
+RuntimeError for a call out of order. Nothing is changed before all checks of a call have passed.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+Array = NDArray[Any]
+Shape = tuple[int, ...]
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+# For numpy.shares_memory: an exact answer for any pair of slices, a bound on the time for the rest.
+OVERLAP_WORK = 10_000
+
+
+# ---------------------------------------------------------------------------------- plain values
+
+
+def positive_integer(name: str, value: Any) -> int:
+    if isinstance(value, bool | np.bool):
+        raise TypeError(f"{name}: expected a positive integer, got {value!r}")
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a positive integer, got {value!r}") from None
+    if integer < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    return integer
+
+
+def environment_integer(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise ValueError(
+            f"environment variable {name}: expected a positive integer, got {text!r}; "
+            f"correct it or unset it"
+        )
+    return int(text)
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
+def _number(name: str, value: Any, expected: str) -> float:
+    # A string converts to float too, and would be accepted by accident.
+    if isinstance(value, str | bytes | bool | np.bool) or np.ndim(value) != 0:
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
+
+
+def non_negative(name: str, value: Any) -> float:
+    """Eps and correction."""
+    expected = "a finite number >= 0"
+    number = value if type(value) is float else _number(name, value, expected)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return number
+
+
+def momentum(value: Any) -> float:
+    expected = "a finite number"
+    number = value if type(value) is float else _number("momentum", value, expected)
+    if not math.isfinite(number):
+        raise ValueError(f"momentum: expected {expected}, got {value!r}")
+    return number
+
+
+def momentum_or_none(value: Any) -> float | None:
+    if value is None:
+        return None
+    expected = "a finite number, or None for the cumulative average"
+    number = _number("momentum", value, expected)
+    if not math.isfinite(number):
+        raise ValueError(f"momentum: expected {expected}, got {value!r}")
+    return number
+
+
+def device(value: Any) -> None:
+    if value is not None and str(value) != "cpu":
+        raise ValueError(
+            f"device: expected None or 'cpu', got {str(value)!r}; cbn runs on the CPU only"
+        )
+
+
+def dtype(value: DTypeLike | None) -> np.dtype[Any]:
+    try:
+        result = np.dtype(np.float32 if value is None else value)
+    except TypeError:
+        raise TypeError(f"dtype: expected float32 or float64, got {value!r}") from None
+    if result not in FLOATS:
+        raise TypeError(f"dtype: expected float32 or float64, got {result}")
+    return result
+
+
+def channel_axis(value: Any) -> int:
+    if isinstance(value, bool) or value not in (1, -1):
+        raise ValueError(
+            f"channel_axis: expected 1 (channels first) or -1 (channels last), got {value!r}"
+        )
+    return int(value)
+
+
+# ---------------------------------------------------------------------------------------- arrays
+
+
+def _as_array(name: str, value: Any, like: np.dtype[Any] | None) -> Array:
+    """An array of floats in any layout; what has no element type of its own takes that of like."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name}: expected an array without a mask, got a masked array; "
+            f"fill it first with {name}.filled(value)"
+        )
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{name}: expected an array, got sequences of unequal lengths") from None
+    if not hasattr(value, "dtype") and array.dtype.kind in "fiu":
+        array = array.astype(like or np.float64)
+    if array.dtype.newbyteorder("=") not in FLOATS:
+        raise TypeError(
+            f"{name}: expected float32 or float64, got {array.dtype}; "
+            f"convert it first, for example with {name}.astype(numpy.float32)"
+        )
+    return array
+
+
+def data(name: str, value: ArrayLike, like: np.dtype[Any] | None = None) -> Array:
+    """An array that a kernel can read: value itself where its layout allows, else a copy.
+
+    Parameters
+    ----------
+    name : str
+        For the error.
+    value : array_like
+        Of float32 or float64, in any layout and byte order; or (nested) lists of numbers.
+    like : dtype, optional
+        The element type it must have; lists are converted to it.
+    """
+    array = _as_array(name, value, like)
+    if like is not None and array.dtype.newbyteorder("=") != like:
+        raise TypeError(
+            f"{name}: expected {like}, got {array.dtype}; "
+            f"convert it with {name}.astype(numpy.{like}), or use {array.dtype} throughout"
+        )
+    return readable(array)
+
+
+def readable(array: Array) -> Array:
+    """Array itself if it is C-contiguous, aligned and in native byte order, else a copy."""
+    flags = array.flags
+    if flags.c_contiguous and flags.aligned and array.dtype.isnative:
+        return array.view(np.ndarray) if type(array) is not np.ndarray else array
+    # Not numpy.ascontiguousarray, which would keep a misaligned array as it is.
+    return np.array(array, dtype=array.dtype.newbyteorder("="), order="C", subok=False)
+
+
+def at_least_two_axes(name: str, shape: Shape) -> None:
+    if len(shape) < 2:
+        raise ValueError(f"{name}: expected at least 2 axes, got {len(shape)} in shape {shape}")
+
+
+def layout(name: str, shape: Shape, layouts: tuple[str, ...]) -> str:
+    """The layout with as many axes as the shape; one is written as its letters, such as NCHW."""
+    for candidate in layouts:
+        if len(candidate) == len(shape):
+            return candidate
+    expected = " or ".join(f"({', '.join(candidate)})" for candidate in layouts)
+    raise ValueError(f"{name}: expected {expected}, got {len(shape)} axes in shape {shape}")
+
+
+def channels(name: str, shape: Shape, axis: int, num_features: int) -> None:
+    if shape[axis] != num_features:
+        raise ValueError(
+            f"{name}: expected {num_features} channels on axis {axis}, "
+            f"got {shape[axis]} in shape {shape}"
+        )
+
+
+def enough_values(name: str, shape: Shape, count: int, correction: float) -> None:
+    """An empty batch passes; a batch must be able to give an unbiased variance."""
+    needed = max(1.0, correction)
+    if 0 < count <= needed:
+        raise ValueError(
+            f"{name}: expected more than {needed:g} value{'s' if needed > 1 else ''} per channel "
+            f"when training, got {count} in shape {shape}; use a larger batch or eval mode"
+        )
+
+
+def same_shape(name: str, shape: Shape, expected: Shape, whose: str) -> None:
+    if shape != expected:
+        raise ValueError(f"{name}: expected shape {expected}, that of {whose}, got {shape}")
+
+
+def per_channel(name: str, value: ArrayLike, num_features: int) -> Array:
+    """One value per channel, for reading."""
+    array = _as_array(name, value, None)
+    if array.shape != (num_features,):
+        raise ValueError(
+            f"{name}: expected shape ({num_features},), one value per channel, got {array.shape}"
+        )
+    return readable(array)
+
+
+def per_channel_or_none(name: str, value: ArrayLike | None, num_features: int) -> Array | None:
+    return None if value is None else per_channel(name, value, num_features)
+
+
+def running(name: str, value: Any, num_features: int) -> Array:
+    """One value per channel, to be updated in place."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(
+            f"{name}: expected an array, which training updates in place, "
+            f"got {type(value).__name__}"
+        )
+    array = per_channel(name, value, num_features)
+    if not value.flags.writeable:
+        raise ValueError(
+            f"{name}: expected a writable array, which training updates in place, "
+            f"got a read-only one of shape {value.shape}"
+        )
+    if not np.may_share_memory(array, value):
+        raise ValueError(
+            f"{name}: expected a contiguous, aligned array in native byte order, which training "
+            f"updates in place, got strides {value.strides} and dtype {value.dtype.str}"
+        )
+    return array
+
+
+def both_or_none(running_mean: Any, running_var: Any) -> None:
+    if (running_mean is None) != (running_var is None):
+        given, missing = "running_mean", "running_var"
+        if running_mean is None:
+            given, missing = missing, given
+        raise ValueError(
+            f"running_mean and running_var: expected both or neither, got {given} without {missing}"
+        )
+
+
+def statistic(name: str, value: ArrayLike | None, num_features: int) -> Array:
+    """One value per channel, to normalise by."""
+    if value is None:
+        raise ValueError(
+            f"{name}: expected an array of shape ({num_features},) when not training, got None; "
+            f"pass training=True to use the statistics of the batch"
+        )
+    return per_channel(name, value, num_features)
+
+
+def initial_statistic(
+    name: str, value: ArrayLike, num_features: int, element: np.dtype[Any]
+) -> Array:
+    """A scalar, or one value per channel, as a new array."""
+    array = _as_array(name, value, element)
+    if array.shape not in ((), (num_features,)):
+        raise ValueError(
+            f"{name}: expected a scalar or shape ({num_features},), got shape {array.shape}"
+        )
+    if name == "running_var" and not np.all(array >= 0):
+        raise ValueError(f"{name}: expected values >= 0, got {np.min(array)}")
+    return np.full(num_features, array, dtype=element)
+
+
+def tracked(name: str, track_running_stats: bool) -> None:
+    if not track_running_stats:
+        raise ValueError(
+            f"{name}: expected None with track_running_stats=False, got a value that nothing "
+            f"would use"
+        )
+
+
+# --------------------------------------------------------------------------------------- outputs
+
+
+def output(out: Any, shape: Shape, element: np.dtype[Any]) -> Array:
+    """An array to write to, in any layout in which no two elements share memory."""
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out: expected an array, got {type(out).__name__}")
+    if out.shape != shape:
+        raise ValueError(f"out: expected shape {shape}, got {out.shape}")
+    if out.dtype != element:
+        raise TypeError(f"out: expected {element}, got {out.dtype} in an array of shape {shape}")
+    if not out.flags.writeable:
+        raise ValueError(f"out: expected a writable array, got a read-only one of shape {shape}")
+    if not out.flags.c_contiguous and _may_overlap_itself(out):
+        raise ValueError(
+            f"out: expected an array that does not overlap itself, "
+            f"got shape {shape} with strides {out.strides}"
+        )
+    return out
+
+
+def overlaps(out: Array, name: str, array: Any) -> bool:
+    """Whether out is the very memory of an input; a partial overlap is an error.
+
+    An input that is not an array has no memory of its own to overlap.
+    """
+    if out is array:
+        return True
+    if not isinstance(array, np.ndarray) or not np.may_share_memory(out, array):
+        return False
+    same_place = out.__array_interface__["data"][0] == array.__array_interface__["data"][0]
+    if same_place and out.shape == array.shape and out.strides == array.strides:
+        return True
+    try:
+        # NumPy's stub knows only the two named limits, its documentation any number.
+        shared = np.shares_memory(out, array, max_work=OVERLAP_WORK)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        shared = True
+    if shared:
+        raise ValueError(
+            f"out: expected memory apart from {name}, or {name} itself, got a partial overlap "
+            f"(shape {out.shape}, strides {out.strides} over strides {array.strides})"
+        )
+    return False
+
+
+def _may_overlap_itself(array: Array) -> bool:
+    """Whether a stride is too short for what the smaller strides reach over.
+
+    Exact for everything that slicing, transposing and broadcasting make.
+    """
+    if array.size == 0:
+        return False
+    reach = array.itemsize
+    for stride, length in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
+        if length > 1:
+            if stride < reach:
+                return True
+            reach += stride * (length - 1)
+    return False
+
+
+# ----------------------------------------------------------------------------- order of the calls
+
+
+def no_forward() -> NoReturn:
+    raise RuntimeError("backward: expected a forward call before it, got none on this layer")
+
+
+def input_overwritten() -> NoReturn:
+    raise RuntimeError(
+        "backward: expected the input of the last forward call to be intact, "
+        "got one that an out= wrote over; give that call another out"
+    )
+
+
+# ----------------------------------------------------------------------------------------- states
+
+
+def state_keys(missing: list[str], unexpected: list[str]) -> None:
+    if missing or unexpected:
+        raise ValueError(
+            f"state: expected exactly the keys of this layer, "
+            f"got missing keys {missing} and unexpected keys {unexpected}; "
+            f"pass strict=False to load what fits"
+        )
+
+
+def state_mapping(state: Any) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"state: expected a mapping from names to arrays, got {type(state).__name__}"
+        )
+
+
+def state_value(key: str, value: Any, current: Array) -> Array:
+    """A value that can replace the current one."""
+    name = f"state[{key!r}]"
+    array = np.asarray(value)
+    if array.dtype.kind not in ("iu" if current.dtype.kind == "i" else "f"):
+        kind = "an integer" if current.dtype.kind == "i" else "a floating-point"
+        raise TypeError(f"{name}: expected {kind} dtype, got {array.dtype}")
+    if array.shape != current.shape:
+        raise ValueError(f"{name}: expected shape {current.shape}, got {array.shape}")
+    return array
+
+
+def writable_state(key: str, current: Any) -> None:
+    if not isinstance(current, np.ndarray) or not current.flags.writeable:
+        seen = "a read-only one" if isinstance(current, np.ndarray) else type(current).__name__
+        raise ValueError(f"{key}: expected a writable array to load into, got {seen}")
+
+
+class StateFileError(ValueError):
+    """A state file is damaged, foreign, or of another class; the message says what is wrong."""
+
+
+def same_class(saved: Any, expected: str) -> None:
+    if saved != expected:
+        raise ValueError(f"class: expected {expected!r}, got {saved!r}")
+
+
+def config_keys(config: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    if config.keys() != expected.keys():
+        raise ValueError(
+            f"config: expected the keys {sorted(expected)}, got {sorted(config)[: len(expected)]}"
+        )

@@ -1,0 +1,157 @@
+"""State files: one .npz archive of plain arrays, one of which holds the configuration as JSON.
+
+Reading trusts nothing. Names, dtypes and shapes are checked from the headers, and every size
+against the size of the file, before any data is read: memory stays within the size of the file.
+Writing is whole or not at all, also when the power fails: a temporary file in the same folder is
+written, flushed to the disk and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import IO, Any
+from zipfile import ZIP_STORED, ZipFile, ZipInfo
+
+import numpy as np
+
+from cbn import _checks
+from cbn._checks import Array, Shape
+
+Path = str | os.PathLike[str]
+Config = dict[str, Any]
+Expected = Mapping[str, tuple[np.dtype[Any], Shape]]
+
+CONFIG = "config"
+LONGEST_CONFIG = 16_384  # characters; a layer needs about 300
+
+
+def save(path: Path, config: Config, arrays: Mapping[str, Array]) -> None:
+    """Write a state file, or leave what was there."""
+    target = os.path.realpath(path)  # a link stays a link
+    temporary = f"{target}.{secrets.token_hex(8)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            with ZipFile(file, "w", ZIP_STORED) as archive:
+                for name, array in {CONFIG: np.array(json.dumps(config)), **arrays}.items():
+                    # ZipInfo's fixed date: equal states make equal files.
+                    with archive.open(ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, array, (1, 0), allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileNotFoundError):
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(os.path.dirname(target), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def load(path: Path, expected: Callable[[Config], Expected]) -> tuple[Config, dict[str, Array]]:
+    """Read a state file.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    expected : callable
+        Given the configuration, tells the dtype and the shape of each array, or raises TypeError
+        or ValueError.
+
+    Raises
+    ------
+    FileNotFoundError, OSError
+        If the file cannot be opened.
+    StateFileError
+        If it is not what save() writes.
+    """
+    with open(path, "rb") as file, damage_named(path), ZipFile(file) as archive:
+        size = os.fstat(file.fileno()).st_size
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        if len(members) != len(archive.infolist()):
+            raise ValueError("expected every name once, got duplicates")
+        if CONFIG not in members:
+            raise ValueError(f"expected a member {CONFIG}.npy, got {sorted(members)[:8]}")
+        headers = {name: _header(archive, info, size) for name, info in members.items()}
+        dtype, shape = headers[CONFIG]
+        if dtype.kind != "U" or shape != () or dtype.itemsize > 4 * LONGEST_CONFIG:
+            raise ValueError(f"{CONFIG}: expected a short string, got {dtype} of shape {shape}")
+        config = json.loads(str(_array(archive, members[CONFIG], dtype, shape)))
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG}: expected a JSON object, got {type(config).__name__}")
+
+        wanted = expected(config)
+        if wanted.keys() != members.keys() - {CONFIG}:
+            raise ValueError(
+                f"expected the arrays {sorted(wanted)}, got {sorted(members.keys() - {CONFIG})[:8]}"
+            )
+        for name, (dtype, shape) in wanted.items():
+            seen_dtype, seen_shape = headers[name]
+            if seen_shape != shape or seen_dtype.newbyteorder("=") != dtype:
+                raise ValueError(
+                    f"{name}: expected {dtype} of shape {shape}, "
+                    f"got {seen_dtype} of shape {seen_shape}"
+                )
+        return config, {name: _array(archive, members[name], *headers[name]) for name in wanted}
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn every complaint about the content of a file into one kind of error."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # zipfile, numpy.lib.format and json each have several
+        raise _checks.StateFileError(
+            f"{os.fspath(path)}: expected a state file of cbn, got one that is damaged or "
+            f"foreign: {str(error) or type(error).__name__}"
+        ) from error
+
+
+def _header(archive: ZipFile, info: ZipInfo, size: int) -> tuple[np.dtype[Any], Shape]:
+    """The dtype and shape that a member promises, if it has the bytes to keep the promise."""
+    name = info.filename
+    if not name.endswith(".npy"):
+        raise ValueError(f"expected members named *.npy, got {name!r}")
+    if info.compress_type != ZIP_STORED or info.file_size != info.compress_size:
+        raise ValueError(f"{name}: expected an uncompressed member, got a compressed one")
+    if info.file_size > size:
+        raise ValueError(
+            f"{name}: expected at most {size} bytes, the size of the file, got {info.file_size}"
+        )
+    with archive.open(info) as member:
+        dtype, shape = _read_header(member)
+        length = info.file_size - member.tell()
+    needed = dtype.itemsize * int(np.prod(shape, dtype=object))
+    if needed != length:
+        raise ValueError(f"{name}: expected {needed} bytes of {dtype} {shape}, got {length}")
+    return dtype, shape
+
+
+def _read_header(member: IO[bytes]) -> tuple[np.dtype[Any], Shape]:
+    version = np.lib.format.read_magic(member)
+    if version != (1, 0):
+        raise ValueError(f"expected version 1.0 of the .npy format, got {version}")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+    if dtype.hasobject:
+        raise ValueError("expected plain numbers, got pickled objects")
+    return dtype, shape
+
+
+def _array(archive: ZipFile, info: ZipInfo, dtype: np.dtype[Any], shape: Shape) -> Array:
+    with archive.open(info) as member:
+        _read_header(member)
+        # To the end, where the archive compares its checksum.
+        return np.frombuffer(member.read(), dtype).reshape(shape)

@@ -1,0 +1,111 @@
+"""The one answer to "how many threads"."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from cbn import _checks
+from cbn._dispatch import kernels
+
+
+def _default() -> int:
+    """As many as this process may run at once, unless the environment says otherwise.
+
+    OpenMP's own count already follows OMP_NUM_THREADS and, in most runtimes, the CPU affinity.
+    """
+    if "CBN_NUM_THREADS" in os.environ:
+        return _checks.environment_integer("CBN_NUM_THREADS", os.environ["CBN_NUM_THREADS"])
+    return int(kernels.max_threads())
+
+
+# Below this many values a second thread costs more than it gives.
+SERIAL_BELOW = 32_768
+
+_process_wide = _default()
+_here: ContextVar[int | None] = ContextVar("cbn_num_threads", default=None)
+
+
+def get_num_threads() -> int:
+    """Return the number of threads that a call made here may use.
+
+    Returns
+    -------
+    int
+        The innermost ``with num_threads(n)`` of this thread, else the last
+        :func:`set_num_threads`, else ``CBN_NUM_THREADS``, else OpenMP's default.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> with cbn.num_threads(2):
+    ...     cbn.get_num_threads()
+    2
+    """
+    return _here.get() or _process_wide
+
+
+def threads_for(values: int) -> int:
+    """The number of threads for a call on so many values."""
+    return 1 if values < SERIAL_BELOW else get_num_threads()
+
+
+def set_num_threads(num_threads: int) -> int:
+    """Set the number of threads of the whole process and return the old one.
+
+    Results do not depend on it: they are the same bit for bit.
+
+    Parameters
+    ----------
+    num_threads : int
+        At least 1.
+
+    Returns
+    -------
+    int
+        The number set before.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is not an integer of at least 1.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> old = cbn.set_num_threads(1)
+    >>> cbn.set_num_threads(old)
+    1
+    """
+    global _process_wide
+    old, _process_wide = _process_wide, _checks.positive_integer("num_threads", num_threads)
+    return old
+
+
+@contextmanager
+def num_threads(num_threads: int) -> Iterator[None]:
+    """Use this number of threads within a ``with`` block, in this thread (or task) only.
+
+    Parameters
+    ----------
+    num_threads : int
+        At least 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is not an integer of at least 1.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> with cbn.num_threads(1):
+    ...     mean, var, count = cbn.functional.batch_norm_stats([[1.0], [3.0]])
+    """
+    token = _here.set(_checks.positive_integer("num_threads", num_threads))
+    try:
+        yield
+    finally:
+        _here.reset(token)

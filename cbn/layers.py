@@ -1,0 +1,530 @@
+"""BatchNorm1d, BatchNorm2d and BatchNorm3d: parameters, statistics, modes and state.
+
+No arithmetic on data happens here: a layer checks what only it can know (its rank, its number of
+channels), decides which statistics to use, and calls :mod:`cbn.functional`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from cbn import _checks, _state, functional
+from cbn._checks import Array
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "IncompatibleKeys"]
+
+# What a state holds, in PyTorch's order.
+STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+class IncompatibleKeys(NamedTuple):
+    """What ``load_state_dict(state, strict=False)`` passed over, as in PyTorch."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class _BatchNorm:
+    """Batch normalisation over every axis but that of the channels.
+
+    ``y = (x - mean) / sqrt(var + eps) * weight + bias``
+
+    In training ``mean`` and ``var`` are the statistics of the batch, and the running statistics
+    learn from them; in eval mode they are the running statistics.
+
+    Parameters
+    ----------
+    num_features : int
+        Number of channels C.
+    eps : float
+        Added to the variance, >= 0.
+    momentum : float or None
+        Weight of the NEW batch, as in PyTorch: ``running = (1 - momentum) * running + momentum *
+        batch``. Keras and ONNX count the other way round, ``running = momentum * running +
+        (1 - momentum) * batch``: their 0.9 is 0.1 here. None: the average over all batches.
+    affine : bool
+        Whether to scale by ``weight`` and shift by ``bias``.
+    track_running_stats : bool
+        Whether to keep running statistics; without them eval mode uses those of the batch. Can be
+        switched on a live layer.
+    device : None or "cpu"
+        For code that comes from PyTorch.
+    dtype : dtype, optional
+        Float32 (None) or float64: of the parameters, the statistics and the data.
+    bias : bool
+        False keeps the scale and drops the shift.
+    channel_axis : {1, -1}
+        Channels first (N, C, ...) or last (N, ..., C).
+    correction : float
+        The running variance is divided by n - correction (1: PyTorch; 0: Keras, Flax, ONNX).
+    running_mean, running_var : float or array_like of shape (C,), optional
+        Statistics to start with instead of 0 and 1.
+
+    Attributes
+    ----------
+    weight, bias : ndarray of shape (C,) or None
+        Parameters. Edits in place take effect at the next call, as with the statistics.
+    running_mean, running_var : ndarray of shape (C,) or None
+        Running statistics.
+    num_batches_tracked : ndarray of int64, shape (), or None
+        Number of batches they have seen.
+    weight_grad, bias_grad : ndarray of shape (C,) or None
+        Gradients of the last ``backward``.
+    training : bool
+        The mode; set by ``train`` and ``eval``.
+    eps, momentum, correction, track_running_stats
+        As above.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as above.
+
+    References
+    ----------
+    Ioffe and Szegedy, "Batch Normalization" (2015). Arguments, modes and state follow
+    ``torch.nn.BatchNorm1d``, ``2d`` and ``3d``.
+    """
+
+    _layouts: ClassVar[tuple[str, ...]]  # the axes of what it accepts, channels first
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: str | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        bias: bool = True,
+        channel_axis: int = 1,
+        correction: float = 1,
+        running_mean: ArrayLike | None = None,
+        running_var: ArrayLike | None = None,
+    ) -> None:
+        self.num_features = _checks.positive_integer("num_features", num_features)
+        self.eps = _checks.non_negative("eps", eps)
+        self.momentum = _checks.momentum_or_none(momentum)
+        self.affine = _checks.flag("affine", affine)
+        _checks.device(device)
+        self.dtype = _checks.dtype(dtype)
+        self.channel_axis = _checks.channel_axis(channel_axis)
+        self.correction = _checks.non_negative("correction", correction)
+        self.training = True
+
+        shift = _checks.flag("bias", bias) and self.affine
+        self.weight = np.ones(self.num_features, self.dtype) if self.affine else None
+        self.bias = np.zeros(self.num_features, self.dtype) if shift else None
+        self.weight_grad: Array | None = None
+        self.bias_grad: Array | None = None
+
+        self.running_mean: Array | None = None
+        self.running_var: Array | None = None
+        self.num_batches_tracked: Array | None = None
+        self.track_running_stats = _checks.flag("track_running_stats", track_running_stats)
+        for name, value in (("running_mean", running_mean), ("running_var", running_var)):
+            if value is not None:
+                _checks.tracked(name, self.track_running_stats)
+                setattr(
+                    self,
+                    name,
+                    _checks.initial_statistic(name, value, self.num_features, self.dtype),
+                )
+
+        self._forward: functional.Forward | None = None
+
+    @property
+    def track_running_stats(self) -> bool:
+        """Whether training updates the running statistics; switching it on makes absent ones."""
+        return self._track_running_stats
+
+    @track_running_stats.setter
+    def track_running_stats(self, value: bool) -> None:
+        self._track_running_stats = _checks.flag("track_running_stats", value)
+        if value and self.running_mean is None:
+            self.running_mean = np.zeros(self.num_features, self.dtype)
+            self.running_var = np.ones(self.num_features, self.dtype)
+            self.num_batches_tracked = np.array(0)
+
+    # ------------------------------------------------------------------------------------ passes
+
+    def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
+        """Normalise x.
+
+        Parameters
+        ----------
+        x : array_like
+            Data of the layer's rank and dtype, in any memory layout. Never modified, unless it is
+            ``out``.
+        out : ndarray, optional
+            Array of the shape and dtype of ``x`` to write to: ``x`` itself or memory apart from
+            it. One that is not contiguous is written by way of a temporary.
+
+        Returns
+        -------
+        ndarray
+            The normalised data, of the shape and dtype of ``x``; ``out`` if that was given.
+
+        Raises
+        ------
+        TypeError
+            If ``x`` or ``out`` is of the wrong element type.
+        ValueError
+            If a shape is wrong, there are too few values per channel to train on, or ``out`` is
+            not writable or overlaps ``x`` in part. A refused call changes nothing.
+
+        Notes
+        -----
+        The layer keeps a reference to ``x`` for :meth:`backward`: do not modify it in between.
+        """
+        array = _checks.data("x", x, self.dtype)
+        axis = self._axis_of_channels(array)
+        updates = self.training and self.track_running_stats
+        if self.training or (self.running_mean is None and self.running_var is None):
+            y, self._forward = functional.forward_training(
+                array,
+                x,
+                axis,
+                self.running_mean if updates else None,
+                self.running_var if updates else None,
+                self.weight,
+                self.bias,
+                self._weight_of_this_batch() if updates else 0.0,
+                self.eps,
+                self.correction,
+                out,
+            )
+            if updates and array.size and self.num_batches_tracked is not None:
+                self.num_batches_tracked += 1
+        else:
+            y, self._forward = functional.forward_inference(
+                array,
+                x,
+                axis,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                self.eps,
+                out,
+            )
+        return y
+
+    forward = __call__
+
+    def backward(self, grad_output: ArrayLike, out: Array | None = None) -> Array:
+        """Return the gradient of the last forward call with respect to its input.
+
+        Sets ``weight_grad`` and ``bias_grad``. After a call in eval mode the running statistics
+        count as constants.
+
+        Parameters
+        ----------
+        grad_output : array_like
+            Gradient of the loss with respect to the output, of its shape and dtype.
+        out : ndarray, optional
+            Array to write to: ``grad_output`` itself, the input of the forward call (which then
+            cannot be differentiated again), or memory apart.
+
+        Returns
+        -------
+        ndarray
+            The gradient with respect to the input; ``out`` if that was given.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no forward call, or its input has been written over.
+        TypeError, ValueError
+            If ``grad_output`` or ``out`` is of the wrong dtype or shape, or they overlap in part.
+        """
+        if self._forward is None:
+            _checks.no_forward()
+        gradients = functional.backward(self._forward, grad_output, self.weight, out)
+        if gradients.overwrote_x:
+            self._forward = self._forward._replace(x=None)
+        self.weight_grad = None if self.weight is None else gradients.weight
+        self.bias_grad = None if self.bias is None else gradients.bias
+        return gradients.input
+
+    def _axis_of_channels(self, x: Array) -> int:
+        layouts = self._layouts
+        if self.channel_axis < 0:
+            layouts = tuple(layout.replace("C", "") + "C" for layout in layouts)
+        axis = _checks.layout("x", x.shape, layouts).index("C")
+        _checks.channels("x", x.shape, axis, self.num_features)
+        return axis
+
+    def _weight_of_this_batch(self) -> float:
+        if self.momentum is None:
+            return 1.0 / (int(self.num_batches_tracked or 0) + 1)
+        return self.momentum
+
+    # ------------------------------------------------------------------------------------- modes
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training (True) or eval mode (False) and return the layer."""
+        self.training = _checks.flag("mode", mode)
+        return self
+
+    def eval(self) -> Self:
+        """Switch to eval mode and return the layer."""
+        return self.train(False)
+
+    def reset_running_stats(self) -> None:
+        """Set the running statistics to mean 0 and variance 1, after no batch."""
+        for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
+            if getattr(self, name) is not None:
+                getattr(self, name)[...] = value
+
+    def reset_parameters(self) -> None:
+        """Reset the statistics, the weight to 1 and the bias to 0."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            self.weight[...] = 1
+        if self.bias is not None:
+            self.bias[...] = 0
+
+    # ------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return a copy of the parameters and statistics, under PyTorch's names.
+
+        Returns
+        -------
+        dict of str to ndarray
+            Those of weight, bias, running_mean, running_var and num_batches_tracked that the
+            layer has.
+
+        Examples
+        --------
+        >>> import cbn
+        >>> list(cbn.BatchNorm1d(3, bias=False).state_dict())
+        ['weight', 'running_mean', 'running_var', 'num_batches_tracked']
+        """
+        return {name: np.array(value) for name, value in self._state().items()}
+
+    def load_state_dict(
+        self, state: Mapping[str, ArrayLike], strict: bool = True
+    ) -> IncompatibleKeys:
+        """Copy parameters and statistics into the layer: all of them, or none and an error.
+
+        Parameters
+        ----------
+        state : mapping of str to array_like
+            As ``state_dict`` returns it, here or in PyTorch. Values are cast to the dtype of the
+            layer.
+        strict : bool
+            Whether the keys must be exactly those of the layer. Otherwise what is missing keeps
+            its value, and what is unexpected is passed over.
+
+        Returns
+        -------
+        IncompatibleKeys
+            The tuple ``(missing_keys, unexpected_keys)``.
+
+        Raises
+        ------
+        TypeError
+            If ``state`` is not a mapping or a value is not of numbers.
+        ValueError
+            If a shape differs or, when strict, a key.
+        """
+        _checks.state_mapping(state)
+        current = self._state()
+        keys = IncompatibleKeys(
+            [key for key in current if key not in state],
+            [key for key in state if key not in current],
+        )
+        if _checks.flag("strict", strict):
+            _checks.state_keys(*keys)
+        new = {
+            key: _checks.state_value(key, state[key], array)
+            for key, array in current.items()
+            if key in state
+        }
+        for key in new:
+            _checks.writable_state(key, current[key])
+        for key, value in new.items():
+            np.copyto(current[key], value, casting="unsafe")
+        return keys
+
+    def save(self, path: _state.Path) -> None:
+        """Write the layer to one .npz file, without pickle: configuration, mode and state.
+
+        The file is written whole or not at all, under the very name given.
+
+        Parameters
+        ----------
+        path : str or path
+            The file; one that exists is replaced.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written; what was there stays.
+
+        Examples
+        --------
+        >>> import tempfile, pathlib, cbn
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "norm.npz")
+        ...     cbn.BatchNorm2d(3, eps=0.001).eval().save(path)
+        ...     bn = cbn.BatchNorm2d.load(path)
+        >>> bn.eps, bn.training
+        (0.001, False)
+        """
+        _state.save(path, self._config(), self.state_dict())
+
+    @classmethod
+    def load(cls, path: _state.Path) -> Self:
+        """Return a layer from a file that ``save`` wrote, in the mode it was saved in.
+
+        Parameters
+        ----------
+        path : str or path
+            The file. Nothing in it is trusted: it is read without pickle, and sizes are checked
+            before memory is taken.
+
+        Returns
+        -------
+        layer
+            Of this class.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        StateFileError
+            If the file is damaged, foreign, or of another class. A kind of ValueError.
+        """
+        config, state = _state.load(path, cls._expected_state)
+        layer = cls._from_config(config, config["num_features"])
+        layer.load_state_dict(state)
+        return layer
+
+    def _config(self) -> _state.Config:
+        return {
+            "class": type(self).__name__,
+            "num_features": self.num_features,
+            "eps": self.eps,
+            "momentum": self.momentum,
+            "affine": self.weight is not None,
+            "track_running_stats": self.track_running_stats,
+            "dtype": self.dtype.name,
+            "bias": self.bias is not None,
+            "channel_axis": self.channel_axis,
+            "correction": self.correction,
+            "training": self.training,
+            # Tracking may have been switched off on a layer that has them.
+            "has_running_stats": self.running_mean is not None,
+        }
+
+    @classmethod
+    def _from_config(cls, config: _state.Config, num_features: int) -> Self:
+        names = ("eps", "momentum", "affine", "dtype", "bias", "channel_axis", "correction")
+        layer = cls(
+            num_features,
+            track_running_stats=config["has_running_stats"],
+            **{name: config[name] for name in names},
+        )
+        layer.track_running_stats = config["track_running_stats"]
+        return layer.train(config["training"])
+
+    @classmethod
+    def _expected_state(cls, config: _state.Config) -> _state.Expected:
+        """The arrays in a file with this configuration, by way of a layer of one channel."""
+        _checks.same_class(config.get("class"), cls.__name__)
+        _checks.config_keys(config, cls(1)._config())
+        shape = (_checks.positive_integer("num_features", config["num_features"]),)
+        one = cls._from_config(config, 1)
+        return {
+            name: (array.dtype, shape if array.ndim else ()) for name, array in one._state().items()
+        }
+
+    def _state(self) -> dict[str, Array]:
+        return {name: getattr(self, name) for name in STATE if getattr(self, name) is not None}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: all but the last input, which may be large and is not state."""
+        return {**self.__dict__, "_forward": None}
+
+    def __repr__(self) -> str:
+        text = (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, bias={self.bias is not None}, "
+            f"track_running_stats={self.track_running_stats}"
+        )
+        if self.dtype != np.float32:
+            text += f", dtype={self.dtype}"
+        if self.channel_axis != 1:
+            text += f", channel_axis={self.channel_axis}"
+        if self.correction != 1:
+            text += f", correction={self.correction:g}"
+        return f"{type(self).__name__}({text})"
+
+
+Layer = TypeVar("Layer", bound=type[_BatchNorm])
+
+
+def _documented(cls: Layer) -> Layer:
+    """Insert the sections that the layers share before the example of the class."""
+    if cls.__doc__ and _BatchNorm.__doc__:  # python -OO has neither
+        summary, heading, example = cls.__doc__.partition("    Examples\n")
+        shared = _BatchNorm.__doc__.partition("\n\n")[2]
+        cls.__doc__ = summary + shared.rstrip() + "\n\n" + heading + example
+    return cls
+
+
+@_documented
+class BatchNorm1d(_BatchNorm):
+    """Batch normalisation of (N, C) or (N, C, L) data; channels last (N, C) or (N, L, C).
+
+    Examples
+    --------
+    >>> import numpy as np, cbn
+    >>> bn = cbn.BatchNorm1d(2)
+    >>> bn(np.array([[1, 10], [3, 30]], dtype=np.float32)).round(3)
+    array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    >>> bn.running_mean
+    array([0.2, 2. ], dtype=float32)
+    """
+
+    _layouts = ("NC", "NCL")
+
+
+@_documented
+class BatchNorm2d(_BatchNorm):
+    """Batch normalisation of (N, C, H, W) or (C, H, W) data; channels last (N, H, W, C), (H, W, C).
+
+    Examples
+    --------
+    >>> import numpy as np, cbn
+    >>> bn = cbn.BatchNorm2d(3).eval()
+    >>> bn(np.ones((2, 3, 4, 4), dtype=np.float32)).shape
+    (2, 3, 4, 4)
+    """
+
+    _layouts = ("NCHW", "CHW")
+
+
+@_documented
+class BatchNorm3d(_BatchNorm):
+    """Batch normalisation of (N, C, D, H, W) or (C, D, H, W) data; channels last (N, D, H, W, C).
+
+    Examples
+    --------
+    >>> import numpy as np, cbn
+    >>> bn = cbn.BatchNorm3d(3, channel_axis=-1)
+    >>> bn(np.random.default_rng(0).random((2, 4, 4, 4, 3), dtype=np.float32)).shape
+    (2, 4, 4, 4, 3)
+    """
+
+    _layouts = ("NCDHW", "CDHW")

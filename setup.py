@@ -1,0 +1,85 @@
+"""Extensions of cbn: one module per instruction set, with OpenMP where the compiler has it."""
+
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# No flag here may change a result: contraction and fast-math would.
+FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+INSTRUCTION_SETS = {
+    "baseline": [],
+}
+
+OPENMP_PROBE = """
+#include <omp.h>
+int main(void) { return omp_get_max_threads() < 1; }
+"""
+
+
+class BuildExtensions(build_ext):
+    """Add OpenMP to every extension, if a program that needs it compiles and links."""
+
+    def build_extensions(self) -> None:
+        """Build, with OpenMP or after one warning without."""
+        if self.has_openmp():
+            for extension in self.extensions:
+                extension.extra_compile_args.append("-fopenmp")
+                extension.extra_link_args.append("-fopenmp")
+        elif os.environ.get("CBN_REQUIRE_OPENMP") == "1":
+            sys.exit("error: CBN_REQUIRE_OPENMP=1, but the compiler cannot build with -fopenmp")
+        else:
+            warnings.warn(
+                "cbn is built without OpenMP and will use one thread: "
+                "the compiler cannot build with -fopenmp",
+                stacklevel=1,
+            )
+        super().build_extensions()
+
+    def has_openmp(self) -> bool:
+        """Whether a program with OpenMP compiles and links."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.c")
+            source.write_text(OPENMP_PROBE)
+            try:
+                objects = self.compiler.compile(
+                    [str(source)], output_dir=folder, extra_postargs=["-fopenmp"]
+                )
+                self.compiler.link_executable(
+                    objects, str(Path(folder, "probe")), extra_postargs=["-fopenmp"]
+                )
+            except Exception:  # each compiler class has errors of its own
+                return False
+        return True
+
+
+setup(
+    cmdclass={"build_ext": BuildExtensions},
+    ext_modules=cythonize(
+        [
+            Extension(
+                f"cbn._kernels_{name}",
+                [f"src/_kernels_{name}.pyx"],
+                depends=[str(path) for path in sorted(Path("src").glob("*.[ph]*"))],
+                include_dirs=["src", numpy.get_include()],
+                define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+                extra_compile_args=[*FLAGS, *flags],
+            )
+            for name, flags in INSTRUCTION_SETS.items()
+        ],
+        include_path=["src"],
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": False,
+            "wraparound": False,
+            "cdivision": True,
+            "initializedcheck": False,
+        },
+    ),
+)

@@ -1,0 +1,27 @@
+# One value per channel, as the caller has it: float32, float64, or nothing at all.
+
+cdef struct PerChannel:
+    const float* single
+    const double* double_
+    double absent   # the value of every channel when there is no array
+
+
+cdef PerChannel per_channel(ndarray array, double absent):
+    cdef PerChannel p
+    p.single = NULL
+    p.double_ = NULL
+    p.absent = absent
+    if array is not None:
+        if PyArray_TYPE(array) == NPY_FLOAT:
+            p.single = <const float*>PyArray_DATA(array)
+        else:
+            p.double_ = <const double*>PyArray_DATA(array)
+    return p
+
+
+cdef inline double value_of(const PerChannel* p, Py_ssize_t c) noexcept nogil:
+    if p.single:
+        return p.single[c]
+    if p.double_:
+        return p.double_[c]
+    return p.absent
