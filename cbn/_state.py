@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,7 +32,7 @@ LONGEST_CONFIG = 16_384  # characters; a layer needs about 300
 def save(path: Path, config: Config, arrays: Mapping[str, Array]) -> None:
     """Write a state file, or leave what was there."""
     target = os.path.realpath(path)  # a link stays a link
-    temporary = f"{target}.{secrets.token_hex(8)}.tmp"
+    temporary = f"{target}.{os.urandom(8).hex()}.tmp"
     try:
         with open(temporary, "xb") as file:
             with ZipFile(file, "w", ZIP_STORED) as archive:

@@ -7,13 +7,16 @@ channels), decides which statistics to use, and calls :mod:`cbn.functional`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from cbn import _checks, _state, functional
+from cbn import _checks, functional
 from cbn._checks import Array
+
+if TYPE_CHECKING:
+    from cbn import _state
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "IncompatibleKeys"]
 
@@ -380,6 +383,8 @@ class _BatchNorm:
         >>> bn.eps, bn.training
         (0.001, False)
         """
+        from cbn import _state  # here, because zipfile and json are half of cbn's import time
+
         _state.save(path, self._config(), self.state_dict())
 
     @classmethod
@@ -404,6 +409,8 @@ class _BatchNorm:
         StateFileError
             If the file is damaged, foreign, or of another class. A kind of ValueError.
         """
+        from cbn import _state
+
         config, state = _state.load(path, cls._expected_state)
         layer = cls._from_config(config, config["num_features"])
         layer.load_state_dict(state)
