@@ -1,6 +1,7 @@
 """Extensions of cbn: one module per instruction set, with OpenMP where the compiler has it."""
 
 import os
+import platform
 import sys
 import tempfile
 import warnings
@@ -11,11 +12,22 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# No flag here may change a result: contraction and fast-math would.
-FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-INSTRUCTION_SETS = {
-    "baseline": [],
-}
+# No flag here may change a result: contraction and fast-math would. The last one keeps short
+# copies as loops; gcc would turn them into "rep movs", whose start alone takes 30 cycles.
+FLAGS = [
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-tree-loop-distribute-patterns",
+]
+INSTRUCTION_SETS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS |= {
+        "x86_64_v3": ["-march=x86-64-v3"],
+        # Vectors of 512 bits: up to 1.4 times as fast as 256 on planes in the cache.
+        "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    }
 
 OPENMP_PROBE = """
 #include <omp.h>
@@ -59,19 +71,26 @@ class BuildExtensions(build_ext):
         return True
 
 
+COMMON = {
+    "depends": [str(path) for path in sorted(Path("src").glob("*.[ph]*"))],
+    "include_dirs": ["src", numpy.get_include()],
+    "define_macros": [("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+}
+
 setup(
     cmdclass={"build_ext": BuildExtensions},
     ext_modules=cythonize(
         [
-            Extension(
-                f"cbn._kernels_{name}",
-                [f"src/_kernels_{name}.pyx"],
-                depends=[str(path) for path in sorted(Path("src").glob("*.[ph]*"))],
-                include_dirs=["src", numpy.get_include()],
-                define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
-                extra_compile_args=[*FLAGS, *flags],
-            )
-            for name, flags in INSTRUCTION_SETS.items()
+            Extension("cbn._cpu", ["src/_cpu.pyx"], **COMMON),
+            *(
+                Extension(
+                    f"cbn._kernels_{isa}",
+                    [f"src/_kernels_{isa}.pyx"],
+                    extra_compile_args=[*FLAGS, *flags],
+                    **COMMON,
+                )
+                for isa, flags in INSTRUCTION_SETS.items()
+            ),
         ],
         include_path=["src"],
         compiler_directives={

@@ -2,10 +2,10 @@
 
 from cbn import functional
 from cbn._checks import StateFileError
+from cbn._config import show_config
 from cbn._threads import get_num_threads, num_threads, set_num_threads
+from cbn._version import __version__ as __version__
 from cbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BatchNorm1d",
@@ -16,4 +16,5 @@ __all__ = [
     "get_num_threads",
     "num_threads",
     "set_num_threads",
+    "show_config",
 ]

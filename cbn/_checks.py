@@ -47,6 +47,26 @@ def environment_integer(name: str, text: str) -> int:
     return int(text)
 
 
+def instruction_set(
+    variable: str, isa: str, known: list[str], built: list[str], supported: list[str]
+) -> None:
+    for choices, of_what in (
+        (known, "an instruction set"),
+        (built, "an instruction set that this installation was built for"),
+        (supported, "an instruction set of this CPU and operating system"),
+    ):
+        if isa not in choices:
+            raise ValueError(
+                f"environment variable {variable}: expected {of_what} ({', '.join(choices)}), "
+                f"got {isa!r}; correct it or unset it"
+            )
+
+
+def config_mode(mode: Any) -> None:
+    if mode not in ("stdout", "dicts"):
+        raise ValueError(f"mode: expected 'stdout' or 'dicts', got {mode!r}")
+
+
 def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
@@ -378,8 +398,11 @@ def state_mapping(state: Any) -> None:
         )
 
 
-def state_value(key: str, value: Any, current: Array) -> Array:
-    """A value that can replace the current one."""
+def state_value(key: str, value: Any, current: Any) -> Array:
+    """A copy of the value, of the shape and dtype of the array that it can replace."""
+    if not isinstance(current, np.ndarray) or not current.flags.writeable:
+        seen = "a read-only one" if isinstance(current, np.ndarray) else type(current).__name__
+        raise ValueError(f"{key}: expected a writable array to load into, got {seen}")
     name = f"state[{key!r}]"
     array = np.asarray(value)
     if array.dtype.kind not in ("iu" if current.dtype.kind == "i" else "f"):
@@ -387,13 +410,7 @@ def state_value(key: str, value: Any, current: Array) -> Array:
         raise TypeError(f"{name}: expected {kind} dtype, got {array.dtype}")
     if array.shape != current.shape:
         raise ValueError(f"{name}: expected shape {current.shape}, got {array.shape}")
-    return array
-
-
-def writable_state(key: str, current: Any) -> None:
-    if not isinstance(current, np.ndarray) or not current.flags.writeable:
-        seen = "a read-only one" if isinstance(current, np.ndarray) else type(current).__name__
-        raise ValueError(f"{key}: expected a writable array to load into, got {seen}")
+    return np.array(array, dtype=current.dtype)
 
 
 class StateFileError(ValueError):

@@ -1,5 +1,42 @@
-"""The one place that decides which build of the kernels runs."""
+"""The one place that decides which build of the kernels runs.
 
+Code built for a newer instruction set must not even be imported on an older CPU, so what there is
+is looked up without importing it, and the one that fits is imported without a safety net: a build
+that does not load is an error, not a slower path.
+"""
+
+from __future__ import annotations
+
+import os
 from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 
-kernels = import_module("cbn._kernels_baseline")
+from cbn import _checks, _cpu
+
+# Newest first, with the x86-64 level that each needs.
+LEVELS = {"x86_64_v4": 4, "x86_64_v3": 3, "baseline": 0}
+VARIABLE = "CBN_ISA"
+
+
+def built() -> list[str]:
+    """The instruction sets that this installation has kernels for, newest first."""
+    return [isa for isa in LEVELS if find_spec(f"cbn._kernels_{isa}")]
+
+
+def supported() -> list[str]:
+    """Those of them that run on this CPU and operating system."""
+    level = _cpu.x86_64_level()
+    return [isa for isa in built() if LEVELS[isa] <= level]
+
+
+def load(isa: str) -> ModuleType:
+    """The kernels for an instruction set."""
+    return import_module(f"cbn._kernels_{isa}")
+
+
+forced = os.environ.get(VARIABLE)
+if forced is not None:
+    _checks.instruction_set(VARIABLE, forced, list(LEVELS), built(), supported())
+active = forced or supported()[0]
+kernels = load(active)

@@ -8,6 +8,7 @@ written, flushed to the disk and renamed.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -110,9 +111,11 @@ def damage_named(path: Path) -> Iterator[None]:
     """Turn every complaint about the content of a file into one kind of error."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:  # zipfile, numpy.lib.format and json each have several
+        # A damaged offset makes the archive seek to where no file goes; other faults of the
+        # system are not the file's.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise _checks.StateFileError(
             f"{os.fspath(path)}: expected a state file of cbn, got one that is damaged or "
             f"foreign: {str(error) or type(error).__name__}"

@@ -11,20 +11,21 @@ from cbn import _checks
 from cbn._dispatch import kernels
 
 
-def _default() -> int:
-    """As many as this process may run at once, unless the environment says otherwise.
-
-    OpenMP's own count already follows OMP_NUM_THREADS and, in most runtimes, the CPU affinity.
-    """
-    if "CBN_NUM_THREADS" in os.environ:
-        return _checks.environment_integer("CBN_NUM_THREADS", os.environ["CBN_NUM_THREADS"])
-    return int(kernels.max_threads())
+def _default() -> tuple[int, str]:
+    """As many as this process may run at once, unless the environment says otherwise."""
+    own = os.environ.get("CBN_NUM_THREADS")
+    if own is not None:
+        return _checks.environment_integer("CBN_NUM_THREADS", own), f"CBN_NUM_THREADS={own}"
+    # OpenMP's own count follows OMP_NUM_THREADS and, in most runtimes, the CPU affinity.
+    general = os.environ.get("OMP_NUM_THREADS")
+    origin = "OpenMP's default" if general is None else f"OMP_NUM_THREADS={general}"
+    return int(kernels.max_threads()), origin
 
 
 # Below this many values a second thread costs more than it gives.
 SERIAL_BELOW = 32_768
 
-_process_wide = _default()
+_process_wide, _origin = _default()
 _here: ContextVar[int | None] = ContextVar("cbn_num_threads", default=None)
 
 
@@ -45,6 +46,11 @@ def get_num_threads() -> int:
     2
     """
     return _here.get() or _process_wide
+
+
+def process_wide() -> tuple[int, str]:
+    """The number of threads outside any ``with`` block, and where it came from."""
+    return _process_wide, _origin
 
 
 def threads_for(values: int) -> int:
@@ -79,8 +85,9 @@ def set_num_threads(num_threads: int) -> int:
     >>> cbn.set_num_threads(old)
     1
     """
-    global _process_wide
-    old, _process_wide = _process_wide, _checks.positive_integer("num_threads", num_threads)
+    global _process_wide, _origin
+    new = _checks.positive_integer("num_threads", num_threads)
+    old, _process_wide, _origin = _process_wide, new, "set_num_threads"
     return old
 
 

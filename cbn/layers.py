@@ -352,10 +352,8 @@ class _BatchNorm:
             for key, array in current.items()
             if key in state
         }
-        for key in new:
-            _checks.writable_state(key, current[key])
         for key, value in new.items():
-            np.copyto(current[key], value, casting="unsafe")
+            current[key][...] = value
         return keys
 
     def save(self, path: _state.Path) -> None:

@@ -12,6 +12,12 @@ from numpy cimport NPY_FLOAT, PyArray_DATA, PyArray_TYPE, import_array, ndarray
 
 cdef extern from "threads.h":
     int omp_get_max_threads() nogil
+    const char* openmp_library()
+    int openmp_version()
+
+cdef extern from "stream.h":
+    void stream_lines(void* to, const void* from_, size_t bytes) nogil
+    void stream_fence() nogil
 
 ctypedef fused real:    # the element type of the data
     float
@@ -30,10 +36,20 @@ include "passes.pxi"
 
 import_array()
 
+cdef enum:
+    STREAM_BYTES = 1 << 25   # outputs from this size are written past the cache
+
 
 def max_threads():
     """The threads OpenMP would use by itself; 1 in a build without OpenMP."""
     return omp_get_max_threads()
+
+
+def openmp():
+    """The OpenMP runtime: its file, and the value of _OPENMP. None in a build without OpenMP."""
+    if openmp_version() == 0:
+        return None
+    return openmp_library().decode("utf-8", "replace"), openmp_version()
 
 
 cdef inline void* data_of(ndarray array):
@@ -62,6 +78,9 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, int num_thre
     cdef void* out_data = data_of(out)
     cdef bint single = PyArray_TYPE(x) == NPY_FLOAT
     cdef size_t channels = p.geometry.C
+    cdef size_t size = p.geometry.N * p.geometry.S * p.geometry.C * (4 if single else 8)
+    # An output that is also an input is in the cache already, line by line.
+    p.stream = size >= STREAM_BYTES and out_data != x_data and out_data != grad_data
     p.partial = malloc(channels * p.geometry.pieces * sizeof(Moments))
     p.coefficients = malloc(channels * COEFFICIENTS * sizeof(double))
     try:

@@ -2,8 +2,12 @@
 #
 # A block of rows that fits the cache is read twice: its column sums give each column a shift close
 # to its mean, so that the sums of (x - shift) and (x - shift)^2 lose nothing to cancellation.
-# Blocks are merged in float64 by the formula of Chan, Golub and LeVeque (1983), and so are columns,
-# sheets and pieces, always in the same order.
+# Blocks are merged in float64 by the formula of Chan, Golub and LeVeque (1983), and so are columns
+# and pieces, always in the same order.
+
+cdef enum:
+    TALLEST = 96       # rows of a block: 24 KiB of LANES float columns, which fit L1 (32 KiB)
+
 
 cdef struct Moments:
     double count
@@ -13,47 +17,86 @@ cdef struct Moments:
 
 
 cdef struct Columns:
-    double count   # of each column: they all have the same
+    double[WIDTH] count
     double[WIDTH] shift
     double[WIDTH] mean
     double[WIDTH] m2
 
 
+cdef inline void add_columns(const sum_t* shift, const sum_t* total, const sum_t* square,
+                             Py_ssize_t first, Py_ssize_t last, double count, double before,
+                             Columns* columns) noexcept nogil:  # IN, OUT
+    """Merge the sums of a block, of count rows, into columns of so many rows before."""
+    cdef double reciprocal = 1 / count
+    cdef double merged = before + count
+    cdef double share = count / merged
+    cdef double cross = before * share
+    cdef double mean, delta
+    cdef Py_ssize_t k
+    if before == 0:
+        for k in range(first, last):
+            mean = total[k] * reciprocal
+            columns.count[k] = count
+            columns.shift[k] = shift[k]
+            columns.mean[k] = mean
+            columns.m2[k] = square[k] - total[k] * mean
+    else:
+        for k in range(first, last):
+            mean = total[k] * reciprocal
+            delta = (shift[k] - columns.shift[k]) + (mean - columns.mean[k])
+            columns.count[k] = merged
+            columns.mean[k] += delta * share
+            columns.m2[k] += (square[k] - total[k] * mean) + delta * delta * cross
+
+
 cdef inline bint add_block(const real* x, const Sheet* block, const Py_ssize_t width,
-                           sum_t smallest,      # smaller sums of squares count as underflow
-                           Columns* columns) noexcept nogil:  # OUT
+                           sum_t smallest,   # smaller sums of squares count as underflow
+                           bint ends,        # whether the block holds the tail of its runs
+                           Py_ssize_t before, Py_ssize_t tails_before,   # rows seen already
+                           Columns* columns) noexcept nogil:  # IN, OUT
     """Merge a block into columns, or return False when its squares left the range of sum_t."""
     cdef sum_t[WIDTH] shift
     cdef sum_t[WIDTH] total
     cdef sum_t[WIDTH] square
     cdef const real* row
-    cdef sum_t d
-    cdef double count = block.runs * block.rows
-    cdef double merged = columns.count + count
-    cdef double share = count / merged
-    cdef double cross = columns.count * share
-    cdef double mean, delta
+    cdef sum_t d, reciprocal, reciprocal_tail
+    cdef Py_ssize_t count = block.runs * block.rows
+    cdef Py_ssize_t tail = block.tail if ends else 0
+    cdef Py_ssize_t tails = block.runs if ends else 0
     cdef int outside = 0
     cdef Py_ssize_t i, j, k
 
     for k in range(width):
         total[k] = 0
-    for i in range(block.runs):
-        for j in range(block.rows):
-            row = x + block.offset + i * block.run_stride + j * block.row_stride
-            for k in range(width):
-                total[k] += row[k]
-    for k in range(width):
-        shift[k] = total[k] / <sum_t>count
-        total[k] = 0
         square[k] = 0
     for i in range(block.runs):
+        row = x + block.offset + i * block.run_stride
         for j in range(block.rows):
-            row = x + block.offset + i * block.run_stride + j * block.row_stride
+            for k in range(width):
+                total[k] += row[k]
+            row += block.row_stride
+        for k in range(tail):
+            total[k] += row[k]
+    reciprocal = 1 / <sum_t>count
+    reciprocal_tail = 1 / <sum_t>(count + tails)
+    for k in range(width):
+        shift[k] = total[k] * reciprocal
+    for k in range(tail):
+        shift[k] = total[k] * reciprocal_tail
+    for k in range(width):
+        total[k] = 0
+    for i in range(block.runs):
+        row = x + block.offset + i * block.run_stride
+        for j in range(block.rows):
             for k in range(width):
                 d = row[k] - shift[k]
                 total[k] += d
                 square[k] += d * d
+            row += block.row_stride
+        for k in range(tail):
+            d = row[k] - shift[k]
+            total[k] += d
+            square[k] += d * d
 
     if sizeof(sum_t) < sizeof(double):
         for k in range(width):
@@ -62,90 +105,104 @@ cdef inline bint add_block(const real* x, const Sheet* block, const Py_ssize_t w
             outside |= square[k] < smallest
         if outside:
             return False
-
-    if columns.count == 0:
-        for k in range(width):
-            mean = total[k] / count
-            columns.shift[k] = shift[k]
-            columns.mean[k] = mean
-            columns.m2[k] = square[k] - total[k] * mean
-    else:
-        for k in range(width):
-            mean = total[k] / count
-            delta = (shift[k] - columns.shift[k]) + (mean - columns.mean[k])
-            columns.mean[k] += delta * share
-            columns.m2[k] += (square[k] - total[k] * mean) + delta * delta * cross
-    columns.count = merged
+    if block.tail:
+        add_columns(shift, total, square, 0, block.tail, count + tails, before + tails_before,
+                    columns)
+    add_columns(shift, total, square, block.tail, width, count, before, columns)
     return True
 
 
-cdef void add_block_in_range(const real* x, const Sheet* block, Py_ssize_t width, real smallest,
-                             Columns* columns) noexcept nogil:  # OUT
+cdef void add_block_in_range(const real* x, const Sheet* block, real smallest, bint ends,
+                             Py_ssize_t before, Py_ssize_t tails_before,
+                             Columns* columns) noexcept nogil:  # IN, OUT
     cdef bint done
     # A literal width lets the compiler keep the accumulators of a plane in registers.
-    if width == LANES:
-        done = add_block[real, real](x, block, LANES, smallest, columns)
+    if block.width == LANES:
+        done = add_block[real, real](x, block, LANES, smallest, ends, before, tails_before, columns)
+    elif block.width == FEW_LANES:
+        done = add_block[real, real](x, block, FEW_LANES, smallest, ends, before, tails_before,
+                                     columns)
     else:
-        done = add_block[real, real](x, block, width, smallest, columns)
+        done = add_block[real, real](x, block, block.width, smallest, ends, before, tails_before,
+                                     columns)
     if not done:
-        add_block[real, double](x, block, width, 0.0, columns)
+        add_block[real, double](x, block, block.width, 0.0, ends, before, tails_before, columns)
 
 
 cdef void column_moments(const real* x, const Sheet* sheet, real smallest,
                          Columns* columns) noexcept nogil:  # OUT
-    cdef Py_ssize_t width = width_of(sheet)
-    cdef Py_ssize_t tallest = max(1, BLOCK_BYTES // (LANES * <Py_ssize_t>sizeof(real)))
-    cdef Py_ssize_t height, blocks, i, b
+    """The moments of each column, block by block."""
     cdef Sheet block = sheet[0]
+    cdef Py_ssize_t height, parts, i, b
 
-    columns.count = 0
-    if sheet.rows > tallest:
-        blocks = ceil_div(sheet.rows, tallest)
-        height = ceil_div(sheet.rows, blocks)
+    if sheet.runs * sheet.rows <= TALLEST:
+        add_block_in_range(x, &block, smallest, True, 0, 0, columns)
+    elif sheet.rows <= TALLEST:
+        # Several runs in a block.
+        height = TALLEST // sheet.rows
+        for b in range(ceil_div(sheet.runs, height)):
+            i = b * height
+            block.offset = sheet.offset + i * sheet.run_stride
+            block.runs = min(height, sheet.runs - i)
+            add_block_in_range(x, &block, smallest, True, i * sheet.rows, i, columns)
+    else:
+        # Several blocks in a run.
+        height = ceil_div(sheet.rows, ceil_div(sheet.rows, TALLEST))
+        parts = ceil_div(sheet.rows, height)
         block.runs = 1
         for i in range(sheet.runs):
-            for b in range(ceil_div(sheet.rows, height)):
-                block.offset = (sheet.offset + i * sheet.run_stride
-                                + b * height * sheet.row_stride)
+            for b in range(parts):
+                block.offset = sheet.offset + i * sheet.run_stride + b * height * sheet.row_stride
                 block.rows = min(height, sheet.rows - b * height)
-                add_block_in_range(x, &block, width, smallest, columns)
-    else:
-        height = tallest // sheet.rows
-        for b in range(ceil_div(sheet.runs, height)):
-            block.offset = sheet.offset + b * height * sheet.run_stride
-            block.runs = min(height, sheet.runs - b * height)
-            add_block_in_range(x, &block, width, smallest, columns)
+                add_block_in_range(x, &block, smallest, b == parts - 1,
+                                   i * sheet.rows + b * height, i, columns)
 
 
-cdef inline Moments fold(const Columns* columns, const Sheet* sheet, Py_ssize_t c) noexcept nogil:
-    """The moments of channel c, from those of its columns."""
-    cdef Moments m
+cdef inline void merge_repeats(const Sheet* sheet, Columns* columns) noexcept nogil:  # IN, OUT
+    """Merge the columns of every repeat into those of the first."""
+    cdef Py_ssize_t period = sheet.channels * sheet.span
+    cdef Py_ssize_t r, k, other
+    cdef double count, merged, share, cross, delta
+    for r in range(1, sheet.repeat):
+        count = columns.count[r * period]
+        merged = columns.count[0] + count
+        share = count / merged
+        cross = columns.count[0] * share
+        for k in range(period):
+            other = r * period + k
+            delta = ((columns.shift[other] - columns.shift[k])
+                     + (columns.mean[other] - columns.mean[k]))
+            columns.mean[k] += delta * share
+            columns.m2[k] += columns.m2[other] + delta * delta * cross
+            columns.count[k] = merged
+
+
+cdef inline Moments fold(const Columns* columns, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    """The moments of a channel, from those of its n columns."""
+    cdef const double* count = columns.count + first
+    cdef const double* shift = columns.shift + first
+    cdef const double* mean = columns.mean + first
+    cdef const double* m2 = columns.m2 + first
     cdef double[WIDTH] deviation
-    cdef double[WIDTH] mean
-    cdef double[WIDTH] square
-    cdef Py_ssize_t k, n
+    cdef Py_ssize_t k
+    cdef Moments m
 
-    m.count = columns.count
-    m.shift = columns.shift[c * sheet.span]
-    if sheet.repeat * sheet.span == 1:
-        m.mean = columns.mean[c]
-        m.m2 = columns.m2[c]
+    m.count, m.shift, m.mean, m.m2 = count[0], shift[0], mean[0], m2[0]
+    if n == 1:
         return m
-    gather(columns.shift, sheet, c, deviation)
-    gather(columns.mean, sheet, c, mean)
-    n = gather(columns.m2, sheet, c, square)
+    m.count = sum_of(count, n)
     for k in range(n):
-        deviation[k] = (deviation[k] - m.shift) + mean[k]
-    m.mean = sum_of(deviation, n) / n
+        deviation[k] = count[k] * ((shift[k] - m.shift) + mean[k])
+    m.mean = sum_of(deviation, n) / m.count
     for k in range(n):
-        square[k] += m.count * ((deviation[k] - m.mean) * (deviation[k] - m.mean))
-    m.m2 = sum_of(square, n)
-    m.count *= n
+        deviation[k] = ((shift[k] - m.shift) + mean[k]) - m.mean
+        deviation[k] = m2[k] + count[k] * (deviation[k] * deviation[k])
+    m.m2 = sum_of(deviation, n)
     return m
 
 
 cdef Moments merge(const Moments* part, Py_ssize_t parts, Py_ssize_t stride) noexcept nogil:
-    """The moments of a channel, from those of its non-empty parts."""
+    """The moments of a channel, from those of its parts."""
     cdef Moments m = part[0]
     cdef const Moments* p
     cdef double deviation
@@ -170,19 +227,10 @@ cdef void reduce_moments(const real* x, const Geometry* g, Py_ssize_t strip, Py_
                          double smallest,
                          Moments* partial) noexcept nogil:  # OUT (pieces, C)
     cdef Columns columns
-    cdef Sheet[2] sheets
-    cdef Moments[2] both
+    cdef Sheet sheet = sheet_of(g, strip, piece)
     cdef Moments* into = partial + piece * g.C + strip * g.strip_channels
     cdef Py_ssize_t c
-
-    sheets_of(g, strip, piece, sheets)
-    if sheets[0].rows:
-        column_moments(x, &sheets[0], <real>smallest, &columns)
-        for c in range(sheets[0].channels):
-            into[c] = fold(&columns, &sheets[0], c)
-    if sheets[1].rows:
-        column_moments(x, &sheets[1], <real>smallest, &columns)
-        for c in range(sheets[1].channels):
-            both[0] = into[c]
-            both[1] = fold(&columns, &sheets[1], c)
-            into[c] = merge(both, 2, 1) if sheets[0].rows else both[1]
+    column_moments(x, &sheet, <real>smallest, &columns)
+    merge_repeats(&sheet, &columns)
+    for c in range(sheet.channels):
+        into[c] = fold(&columns, c * sheet.span, sheet.span)

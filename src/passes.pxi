@@ -17,6 +17,7 @@ cdef struct Pass:
     PerChannel mean_low
     PerChannel var
     double eps
+    bint stream             # write past the cache
     double* batch_mean      # OUT (C,) statistics of the batch
     double* batch_mean_low
     double* batch_var
@@ -90,7 +91,7 @@ cdef void finish_channel(const real* x, const Pass* p, Py_ssize_t c) noexcept no
     coefficient[SLOPE * g.C] = <real>(sums.grad_output_centred / count * reciprocal * reciprocal)
     if p.kind == FROZEN_GRADIENTS:
         # grad_output takes the place of x, and only the scale is left.
-        coefficient[MEAN * g.C] = coefficient[MEAN_LOW * g.C] = 0
+        coefficient[MEAN * g.C] = coefficient[MEAN_LOW * g.C] = coefficient[BIAS * g.C] = 0
 
 
 cdef void finish_strip(const real* x, const Pass* p, Py_ssize_t strip) noexcept nogil:
@@ -103,12 +104,12 @@ cdef void finish_strip(const real* x, const Pass* p, Py_ssize_t strip) noexcept 
 cdef void write_tile(const real* x, const real* grad_output, real* out, const Pass* p,
                      Py_ssize_t strip, Py_ssize_t piece) noexcept nogil:
     cdef const real* coefficients = <const real*>p.coefficients
-    if p.kind == GRADIENTS:
-        apply_tile(x, grad_output, &p.geometry, strip, piece, coefficients, out)
-    elif p.kind == FROZEN_GRADIENTS:
-        apply_tile(grad_output, <const real*>NULL, &p.geometry, strip, piece, coefficients, out)
-    elif p.kind != STATISTICS:
-        apply_tile(x, <const real*>NULL, &p.geometry, strip, piece, coefficients, out)
+    if p.kind == STATISTICS:
+        return
+    if p.kind != GRADIENTS:
+        x = grad_output if p.kind == FROZEN_GRADIENTS else x
+        grad_output = NULL
+    apply_tile(x, grad_output, &p.geometry, strip, piece, coefficients, p.stream, out)
 
 
 cdef void run_strip(const real* x, const real* grad_output, real* out, const Pass* p,
@@ -127,11 +128,14 @@ cdef void run(const real* x, const real* grad_output, real* out, const Pass* p,
     """Strip by strip, or tile by tile where strips are too few to keep all threads busy."""
     cdef Py_ssize_t strips = p.geometry.strips, pieces = p.geometry.pieces
     cdef Py_ssize_t tiles = strips * pieces
-    cdef Py_ssize_t strip, tile
-    cdef Py_ssize_t strip_values = p.geometry.strip_channels * p.geometry.S * p.geometry.N
-    cdef Py_ssize_t chunk = max(1, min(strips // num_threads, PIECE // strip_values))
+    cdef Py_ssize_t strip, tile, chunk
 
-    if strips % num_threads == 0 or strips >= 4 * num_threads or pieces == 1:
+    if num_threads == 1:
+        for strip in range(strips):
+            run_strip(x, grad_output, out, p, strip)
+    elif strips % num_threads == 0 or strips >= 4 * num_threads or pieces == 1:
+        chunk = p.geometry.strip_channels * p.geometry.S * p.geometry.N
+        chunk = max(1, min(strips // num_threads, PIECE // chunk))
         for strip in prange(strips, schedule="dynamic", chunksize=chunk, num_threads=num_threads):
             run_strip(x, grad_output, out, p, strip)
     else:

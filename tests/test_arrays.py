@@ -1,0 +1,301 @@
+"""Arrays in and out: every layout gives the bits of the contiguous one, and nothing else moves."""
+
+import tempfile
+from functools import partial
+
+import numpy as np
+import pytest
+
+import cbn
+from cbn.functional import batch_norm, batch_norm_backward, batch_norm_stats
+
+C = 3
+CASES = {
+    "NC": (cbn.BatchNorm1d, 1, (5, C)),
+    "NCL": (cbn.BatchNorm1d, 1, (5, C, 7)),
+    "NCHW": (cbn.BatchNorm2d, 1, (4, C, 5, 6)),
+    "NHWC": (cbn.BatchNorm2d, -1, (4, 5, 6, C)),
+    "NCDHW": (cbn.BatchNorm3d, 1, (2, C, 3, 2, 4)),
+}
+
+
+class Tagged(np.ndarray):
+    """A subclass that a kernel must not be handed, nor a caller get back."""
+
+
+def fill(empty, array):
+    empty[...] = array
+    return empty
+
+
+def within(array, pad, step):
+    """The values of array on part of a larger array of ones."""
+    memory = np.ones([step * n + 2 * pad for n in array.shape], array.dtype)
+    return fill(memory[tuple(slice(pad, pad + step * n, step) for n in array.shape)], array)
+
+
+def misaligned(array):
+    memory = bytearray(array.nbytes + 1)
+    view = np.frombuffer(memory, array.dtype, array.size, offset=1).reshape(array.shape)
+    assert not view.flags.aligned
+    return fill(view, array)
+
+
+def on_disk(array):
+    with tempfile.TemporaryFile() as file:
+        return fill(np.memmap(file, array.dtype, "w+", shape=array.shape), array)
+
+
+def read_only(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+# Each makes an array of equal values in another layout.
+WRITABLE = {
+    "contiguous": np.copy,
+    "fortran": partial(np.array, order="F"),
+    "reversed": lambda a: fill(np.empty_like(a)[::-1], a),
+    "all-reversed": lambda a: fill(np.flip(np.empty_like(a)), a),
+    "sliced": partial(within, pad=2, step=1),
+    "stepped": partial(within, pad=0, step=2),
+    "transposed": lambda a: np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 0, -1)), -1, 0),
+    "misaligned": misaligned,
+    "subclass": lambda a: a.copy().view(Tagged),
+    "memmap": on_disk,
+}
+READABLE = {
+    **WRITABLE,
+    "read-only": read_only,
+    "byte-swapped": lambda a: a.astype(a.dtype.newbyteorder()),
+    "lists": np.ndarray.tolist,
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    return request.param
+
+
+def make(case, dtype, training=True):
+    layer, channel_axis, _ = case
+    bn = layer(C, dtype=dtype, channel_axis=channel_axis, running_mean=0.5, running_var=2)
+    bn.weight[:] = [0.5, 1.5, -2]
+    bn.bias[:] = [1, 0, -1]
+    return bn.train(training)
+
+
+def draw(rng, case, dtype):
+    return rng.standard_normal((2, *case[2]), np.dtype(dtype).type)
+
+
+def assert_bits(actual, expected):
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert actual.tobytes() == expected.tobytes()
+
+
+def assert_same_state(bn, expected):
+    for name, value in expected.state_dict().items():
+        assert_bits(getattr(bn, name), value)
+
+
+# ---------------------------------------------------------------------------------------- inputs
+
+
+@pytest.mark.parametrize("layout", READABLE)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_input_in_any_layout(layout, case, dtype, training, rng):
+    x, dy = draw(rng, case, dtype)
+    given = READABLE[layout](x)
+    bn, expected = make(case, dtype, training), make(case, dtype, training)
+    y = bn(given)
+    assert type(y) is np.ndarray
+    assert y.flags.c_contiguous
+    assert_bits(y, expected(x))
+    assert_same_state(bn, expected)
+    assert_bits(bn.backward(dy), expected.backward(dy))
+    assert_bits(bn.weight_grad, expected.weight_grad)
+    assert_bits(np.array(given, dtype), x)
+
+
+@pytest.mark.parametrize("layout", READABLE)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_grad_output_in_any_layout(layout, case, dtype, training, rng):
+    x, dy = draw(rng, case, dtype)
+    given = READABLE[layout](dy)
+    bn, expected = make(case, dtype, training), make(case, dtype, training)
+    bn(x)
+    expected(x)
+    dx = bn.backward(given)
+    assert type(dx) is np.ndarray
+    assert_bits(dx, expected.backward(dy))
+    assert_bits(bn.weight_grad, expected.weight_grad)
+    assert_bits(bn.bias_grad, expected.bias_grad)
+    assert_bits(np.array(given, dtype), dy)
+
+
+def test_broadcast_input(rng):
+    x = np.broadcast_to(rng.standard_normal((1, C, 5, 1)), (4, C, 5, 6))
+    bn, expected = make(CASES["NCHW"], float), make(CASES["NCHW"], float)
+    assert_bits(bn(x), expected(x.copy()))
+    assert_bits(bn.backward(x), expected.backward(x.copy()))
+
+
+@pytest.mark.parametrize("layout", READABLE)
+def test_per_channel_arguments_in_any_layout(layout, rng):
+    x, dy = draw(rng, CASES["NCHW"], "float32")
+    arrays = rng.random((4, C))
+    given = [READABLE[layout](array) for array in arrays]
+    assert_bits(batch_norm(x, *given), batch_norm(x, *arrays))
+    actual = batch_norm_backward(dy, x, *given[:3])
+    for one, other in zip(actual, batch_norm_backward(dy, x, *arrays[:3]), strict=True):
+        assert_bits(one, other)
+
+
+def test_lists_are_of_the_dtype_of_the_layer_or_float64():
+    lists = [[1, 2, 3], [4, 6, 8]]
+    assert cbn.BatchNorm1d(C)(lists).dtype == np.float32
+    assert cbn.BatchNorm1d(C, dtype=float)(lists).dtype == np.float64
+    assert batch_norm(lists, None, None, training=True).dtype == np.float64
+    mean, var, count = batch_norm_stats(lists)
+    assert (mean.tolist(), var.tolist(), count) == ([2.5, 4, 5.5], [2.25, 4, 6.25], 2)
+
+
+# --------------------------------------------------------------------------------------- outputs
+
+
+@pytest.mark.parametrize("layout", WRITABLE)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_out_in_any_layout(layout, case, dtype, training, rng):
+    x, dy = draw(rng, case, dtype)
+    out, grad = WRITABLE[layout](np.zeros_like(x)), WRITABLE[layout](np.zeros_like(x))
+    bn, expected = make(case, dtype, training), make(case, dtype, training)
+    assert bn(x, out=out) is out
+    assert_bits(out, expected(x))
+    assert_same_state(bn, expected)
+    assert bn.backward(dy, out=grad) is grad
+    assert_bits(grad, expected.backward(dy))
+    assert_bits(bn.weight_grad, expected.weight_grad)
+
+
+@pytest.mark.parametrize("pad", [0, 2])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_out_leaves_what_is_between_its_elements(step, pad, rng):
+    x, dy = draw(rng, CASES["NCHW"], "float32")
+    out = within(np.ones_like(x), pad, step)
+    bn = make(CASES["NCHW"], "float32")
+    for write in (partial(bn, x), partial(bn.backward, dy)):
+        write(out=out)
+        assert (out != 1).all()
+        out[...] = 1
+        assert (out.base == 1).all()
+
+
+@pytest.mark.parametrize("layout", WRITABLE)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_in_place(layout, case, dtype, training, rng):
+    x, _ = draw(rng, case, dtype)
+    given = WRITABLE[layout](x)
+    bn, expected = make(case, dtype, training), make(case, dtype, training)
+    assert bn(given, out=given) is given
+    assert_bits(given, expected(x))
+    assert_same_state(bn, expected)
+
+
+@pytest.mark.parametrize("layout", WRITABLE)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_backward_over_grad_output(layout, case, dtype, training, rng):
+    x, dy = draw(rng, case, dtype)
+    given = WRITABLE[layout](dy)
+    bn, expected = make(case, dtype, training), make(case, dtype, training)
+    bn(x)
+    expected(x)
+    assert bn.backward(given, out=given) is given
+    assert_bits(given, expected.backward(dy))
+    assert_bits(bn.weight_grad, expected.weight_grad)
+    assert_bits(bn.backward(dy), expected.backward(dy))
+
+
+@pytest.mark.parametrize("layout", WRITABLE)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_backward_over_x(layout, case, dtype, training, rng):
+    x, dy = draw(rng, case, dtype)
+    given = WRITABLE[layout](x)
+    bn, expected = make(case, dtype, training), make(case, dtype, training)
+    bn(given)
+    expected(x)
+    assert bn.backward(dy, out=given) is given
+    assert_bits(given, expected.backward(dy))
+    assert_bits(bn.weight_grad, expected.weight_grad)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "subclass", "memmap"])
+def test_second_backward_after_one_over_x_is_refused(layout, case, dtype, rng):
+    x, dy = draw(rng, case, dtype)
+    x = WRITABLE[layout](x)
+    bn = make(case, dtype)
+    bn(x)
+    dx = bn.backward(dy, out=x)
+    before = dx.tobytes()
+    with pytest.raises(RuntimeError, match="got one that an out= wrote over"):
+        bn.backward(dy)
+    assert dx.tobytes() == before
+
+
+@pytest.mark.parametrize("view", [np.ndarray.view, lambda a: a[:], lambda a: a.reshape(a.shape)])
+def test_another_view_of_the_very_input_is_in_place(view, rng):
+    x, _ = draw(rng, CASES["NCHW"], "float32")
+    expected = make(CASES["NCHW"], "float32")(x)
+    bn = make(CASES["NCHW"], "float32")
+    bn(x, out=view(x))
+    assert_bits(x, expected)
+    with pytest.raises(RuntimeError, match="got one that an out= wrote over"):
+        bn.backward(expected)
+
+
+INTERLEAVED = {
+    "rows": (np.s_[::2], np.s_[1::2]),
+    "columns": (np.s_[..., ::2], np.s_[..., 1::2]),
+    "halves": (np.s_[:4], np.s_[4:]),
+}
+
+
+@pytest.mark.parametrize("how", INTERLEAVED)
+def test_out_may_share_a_buffer_with_the_input_but_no_element(how, rng):
+    memory = rng.standard_normal((8, C, 4, 6))
+    before, after = (memory[part] for part in INTERLEAVED[how])
+    x = before.copy()
+    bn, expected = make(CASES["NCHW"], float), make(CASES["NCHW"], float)
+    assert bn(before, out=after) is after
+    assert_bits(after, expected(x))
+    assert_bits(before, x)
+
+
+@pytest.mark.parametrize("layout", WRITABLE)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_out_of_functions(layout, training, rng):
+    x, dy = draw(rng, CASES["NCHW"], "float32")
+    mean, var, weight = np.full((3, C), [1.0, 2.0, 3.0])
+    expected = batch_norm(x, mean.copy(), var.copy(), weight, training=training)
+    out = WRITABLE[layout](x)
+    y = batch_norm(out, mean.copy(), var.copy(), weight, training=training, out=out)
+    assert y is out
+    assert_bits(out, expected)
+
+    gradients = batch_norm_backward(dy, x, mean, var, weight, training)
+    for over in ("grad_output", "x"):
+        given = {"grad_output": dy, "x": x}
+        out = given[over] = WRITABLE[layout](given[over])
+        actual = batch_norm_backward(
+            **given, mean=mean, var=var, weight=weight, training=training, out=out
+        )
+        assert actual[0] is out
+        for one, other in zip(actual, gradients, strict=True):
+            assert_bits(one, other)

@@ -1,0 +1,773 @@
+"""Every refusal of the public API: its kind, its exact words, and that it changes nothing."""
+
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+from numpy.lib.stride_tricks import as_strided
+
+import cbn
+from cbn.functional import batch_norm, batch_norm_backward, batch_norm_stats
+
+LAYERS = (cbn.BatchNorm1d, cbn.BatchNorm2d, cbn.BatchNorm3d)
+C = 3
+SHAPE = (4, C, 2, 2)
+STRIDES = (48, 16, 8, 4)
+
+
+class Scene:
+    """A layer after a training call and its backward pass, and arrays that fit it."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.x = rng.standard_normal(SHAPE, np.float32)
+        self.dy = rng.standard_normal(SHAPE, np.float32)
+        self.mean = rng.random(C, np.float32)
+        self.var = rng.random(C, np.float32)
+        self.bn = cbn.BatchNorm2d(C)
+        self.bn(self.x)
+        self.bn.backward(self.dy)
+
+    def with_(self, **attributes):
+        for name, value in attributes.items():
+            setattr(self.bn, name, value)
+        return self.bn
+
+
+def snapshot(call):
+    """All arrays that a call can reach: its arguments, and what a layer among them holds."""
+    values = [getattr(call.func, "__self__", call.func), *call.args, *call.keywords.values()]
+    for value in list(values):
+        if isinstance(value, LAYERS):
+            values += vars(value).values()
+    return [
+        (id(value), value.tobytes() if isinstance(value, np.ndarray) else None) for value in values
+    ]
+
+
+def check_refused(call, error, text):
+    before = snapshot(call)
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    assert str(caught.value) == text
+    assert snapshot(call) == before
+
+
+def by_arguments(rows):
+    """Rows of a table whose first column is the keyword arguments, which make its id."""
+    return [
+        pytest.param(*row, id=",".join(f"{name}={value}" for name, value in row[0].items()))
+        for row in rows
+    ]
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+# ---------------------------------------------------------------------------------- constructors
+
+POSITIVE = "num_features: expected a positive integer, got "
+NON_NEGATIVE = "eps: expected a finite number >= 0, got "
+MOMENTUM = "momentum: expected a finite number, or None for the cumulative average, got "
+FLOAT = "dtype: expected float32 or float64, got "
+AXIS = "channel_axis: expected 1 (channels first) or -1 (channels last), got "
+UNTRACKED = "expected None with track_running_stats=False, got a value that nothing would use"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    by_arguments(
+        [
+            ({"num_features": 0}, ValueError, POSITIVE + "0"),
+            ({"num_features": -1}, ValueError, POSITIVE + "-1"),
+            ({"num_features": 2.5}, TypeError, POSITIVE + "2.5"),
+            ({"num_features": True}, TypeError, POSITIVE + "True"),
+            ({"num_features": "3"}, TypeError, POSITIVE + "'3'"),
+            ({"num_features": None}, TypeError, POSITIVE + "None"),
+            ({"eps": -1e-5}, ValueError, NON_NEGATIVE + "-1e-05"),
+            ({"eps": float("nan")}, ValueError, NON_NEGATIVE + "nan"),
+            ({"eps": float("inf")}, ValueError, NON_NEGATIVE + "inf"),
+            ({"eps": "1e-5"}, TypeError, NON_NEGATIVE + "'1e-5'"),
+            ({"eps": None}, TypeError, NON_NEGATIVE + "None"),
+            ({"eps": True}, TypeError, NON_NEGATIVE + "True"),
+            ({"eps": [1e-5]}, TypeError, NON_NEGATIVE + "[1e-05]"),
+            ({"eps": 1j}, TypeError, NON_NEGATIVE + "1j"),
+            ({"momentum": float("nan")}, ValueError, MOMENTUM + "nan"),
+            ({"momentum": float("-inf")}, ValueError, MOMENTUM + "-inf"),
+            ({"momentum": "0.1"}, TypeError, MOMENTUM + "'0.1'"),
+            ({"affine": 1}, TypeError, "affine: expected True or False, got 1"),
+            (
+                {"track_running_stats": "no"},
+                TypeError,
+                "track_running_stats: expected True or False, got 'no'",
+            ),
+            (
+                {"device": "cuda"},
+                ValueError,
+                "device: expected None or 'cpu', got 'cuda'; cbn runs on the CPU only",
+            ),
+            ({"dtype": np.int32}, TypeError, FLOAT + "int32"),
+            ({"dtype": "float16"}, TypeError, FLOAT + "float16"),
+            ({"dtype": ">f4"}, TypeError, FLOAT + ">f4"),
+            ({"dtype": "single-ish"}, TypeError, FLOAT + "'single-ish'"),
+            ({"bias": None}, TypeError, "bias: expected True or False, got None"),
+            ({"channel_axis": 2}, ValueError, AXIS + "2"),
+            ({"channel_axis": 0}, ValueError, AXIS + "0"),
+            ({"channel_axis": True}, ValueError, AXIS + "True"),
+            ({"channel_axis": "last"}, ValueError, AXIS + "'last'"),
+            ({"correction": -1}, ValueError, "correction: expected a finite number >= 0, got -1"),
+            ({"correction": "1"}, TypeError, "correction: expected a finite number >= 0, got '1'"),
+            (
+                {"running_mean": [1.0, 2.0]},
+                ValueError,
+                "running_mean: expected a scalar or shape (3,), got shape (2,)",
+            ),
+            (
+                {"running_mean": np.ones(C, np.int32)},
+                TypeError,
+                "running_mean: expected float32 or float64, got int32; "
+                "convert it first, for example with running_mean.astype(numpy.float32)",
+            ),
+            (
+                {"running_var": np.ones((C, 1))},
+                ValueError,
+                "running_var: expected a scalar or shape (3,), got shape (3, 1)",
+            ),
+            ({"running_var": -1}, ValueError, "running_var: expected values >= 0, got -1.0"),
+            (
+                {"running_var": [1, 2, float("nan")]},
+                ValueError,
+                "running_var: expected values >= 0, got nan",
+            ),
+            (
+                {"track_running_stats": False, "running_mean": 0.0},
+                ValueError,
+                f"running_mean: {UNTRACKED}",
+            ),
+            (
+                {"track_running_stats": False, "running_var": 1.0},
+                ValueError,
+                f"running_var: {UNTRACKED}",
+            ),
+        ]
+    ),
+)
+def test_constructor(layer, arguments, error, text):
+    check_refused(partial(layer, **{"num_features": C, **arguments}), error, text)
+
+
+# --------------------------------------------------------------------------- shape of the input
+
+RANKS = {
+    (cbn.BatchNorm1d, 1): "(N, C) or (N, C, L)",
+    (cbn.BatchNorm1d, -1): "(N, C) or (N, L, C)",
+    (cbn.BatchNorm2d, 1): "(N, C, H, W) or (C, H, W)",
+    (cbn.BatchNorm2d, -1): "(N, H, W, C) or (H, W, C)",
+    (cbn.BatchNorm3d, 1): "(N, C, D, H, W) or (C, D, H, W)",
+    (cbn.BatchNorm3d, -1): "(N, D, H, W, C) or (D, H, W, C)",
+}
+
+
+@pytest.mark.parametrize("ndim", range(7))
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("layer", "axis"), RANKS)
+def test_rank(layer, axis, training, ndim):
+    accepted = RANKS[layer, axis]
+    shape = (C,) * ndim
+    bn = layer(C, channel_axis=axis).train(training)
+    x = np.ones(shape, np.float32)
+    if ndim in [part.count(",") + 1 for part in accepted.split(" or ")]:
+        assert bn(x).shape == shape
+    else:
+        text = f"x: expected {accepted}, got {ndim} axes in shape {shape}"
+        check_refused(partial(bn, x), ValueError, text)
+
+
+@pytest.mark.parametrize(
+    ("layer", "channel_axis", "shape", "axis"),
+    [
+        (cbn.BatchNorm1d, 1, (3, 4), 1),
+        (cbn.BatchNorm1d, 1, (3, 4, 3), 1),
+        (cbn.BatchNorm1d, -1, (3, 4), 1),
+        (cbn.BatchNorm1d, -1, (3, 3, 4), 2),
+        (cbn.BatchNorm2d, 1, (3, 4, 3, 3), 1),
+        (cbn.BatchNorm2d, 1, (4, 3, 3), 0),
+        (cbn.BatchNorm2d, -1, (3, 3, 3, 4), 3),
+        (cbn.BatchNorm2d, -1, (3, 3, 4), 2),
+        (cbn.BatchNorm3d, 1, (3, 4, 3, 3, 3), 1),
+        (cbn.BatchNorm3d, 1, (4, 3, 3, 3), 0),
+        (cbn.BatchNorm3d, -1, (3, 3, 3, 3, 4), 4),
+        (cbn.BatchNorm3d, -1, (3, 3, 3, 4), 3),
+    ],
+    ids=lambda value: str(value) if type(value) is tuple else None,
+)
+def test_number_of_channels(layer, channel_axis, shape, axis):
+    call = partial(layer(C, channel_axis=channel_axis), np.ones(shape, np.float32))
+    text = f"x: expected 3 channels on axis {axis}, got 4 in shape {shape}"
+    check_refused(call, ValueError, text)
+
+
+@pytest.mark.parametrize("function", [batch_norm_stats, batch_norm, batch_norm_backward])
+@pytest.mark.parametrize("shape", [(), (3,)], ids=str)
+def test_functions_need_two_axes(function, shape):
+    arguments = {batch_norm: [None, None], batch_norm_backward: [np.ones(3), np.ones(3)]}
+    x = np.ones(shape)
+    first = [x, x] if function is batch_norm_backward else [x]
+    text = f"x: expected at least 2 axes, got {len(shape)} in shape {shape}"
+    check_refused(partial(function, *first, *arguments.get(function, [])), ValueError, text)
+
+
+REMEDY = "use a larger batch or eval mode"
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "correction", "needed"),
+    [
+        (cbn.BatchNorm1d, (1, C), 1, "1 value"),
+        (cbn.BatchNorm1d, (1, C), 0, "1 value"),
+        (cbn.BatchNorm1d, (1, C, 1), 1, "1 value"),
+        (cbn.BatchNorm1d, (2, C), 2, "2 values"),
+        (cbn.BatchNorm1d, (2, C), 2.5, "2.5 values"),
+        (cbn.BatchNorm2d, (1, C, 1, 1), 1, "1 value"),
+        (cbn.BatchNorm2d, (C, 1, 1), 1, "1 value"),
+        (cbn.BatchNorm2d, (1, C, 2, 2), 7, "7 values"),
+        (cbn.BatchNorm3d, (1, C, 1, 1, 1), 1, "1 value"),
+    ],
+    ids=lambda value: str(value) if type(value) is tuple else None,
+)
+@pytest.mark.parametrize("through", ["layer", "function"])
+def test_too_few_values_to_train_on(layer, shape, correction, needed, through):
+    x = np.ones(shape, np.float32)
+    if through == "layer":
+        call = partial(layer(C, correction=correction), x)
+    else:
+        x = x.reshape(1, *shape) if shape[0] == C else x
+        call = partial(batch_norm, x, np.zeros(C), np.ones(C), training=True, correction=correction)
+    text = (
+        f"x: expected more than {needed} per channel when training, "
+        f"got {x.size // C} in shape {x.shape}; {REMEDY}"
+    )
+    check_refused(call, ValueError, text)
+
+
+# ---------------------------------------------------------------------- element type of the data
+
+CONVERT = "; convert it first, for example with {name}.astype(numpy.float32)"
+
+NOT_FLOATS = {
+    "int": (np.ones(SHAPE, np.int32), "int32"),
+    "bool": (np.ones(SHAPE, bool), "bool"),
+    "complex": (np.ones(SHAPE, np.complex64), "complex64"),
+    "half": (np.ones(SHAPE, np.float16), "float16"),
+    "object": (np.ones(SHAPE, object), "object"),
+    "string": (np.full(SHAPE, "1"), "<U1"),
+    "list-of-bools": (np.ones(SHAPE, bool).tolist(), "bool"),
+    "list-of-complex": (np.ones(SHAPE, complex).tolist(), "complex128"),
+    "none": (None, "object"),
+}
+
+DATA_CALLS = {
+    "layer": ("x", lambda s, value: partial(s.bn, value)),
+    "layer-eval": ("x", lambda s, value: partial(s.bn.eval(), value)),
+    "layer-backward": ("grad_output", lambda s, value: partial(s.bn.backward, value)),
+    "function": ("x", lambda s, value: partial(batch_norm, value, s.mean, s.var)),
+    "function-stats": ("x", lambda s, value: partial(batch_norm_stats, value)),
+    "function-backward": (
+        "grad_output",
+        lambda s, value: partial(batch_norm_backward, value, s.x, s.mean, s.var),
+    ),
+    "function-backward-x": (
+        "x",
+        lambda s, value: partial(batch_norm_backward, s.dy, value, s.mean, s.var),
+    ),
+}
+
+
+@pytest.mark.parametrize("call", DATA_CALLS)
+@pytest.mark.parametrize("kind", NOT_FLOATS)
+def test_not_floats(kind, call):
+    value, dtype = NOT_FLOATS[kind]
+    name, prepare = DATA_CALLS[call]
+    text = f"{name}: expected float32 or float64, got {dtype}" + CONVERT.format(name=name)
+    check_refused(prepare(Scene(), value), TypeError, text)
+
+
+@pytest.mark.parametrize("call", DATA_CALLS)
+def test_masked_array(call):
+    name, prepare = DATA_CALLS[call]
+    text = (
+        f"{name}: expected an array without a mask, got a masked array; "
+        f"fill it first with {name}.filled(value)"
+    )
+    check_refused(prepare(Scene(), np.ma.ones(SHAPE, np.float32)), TypeError, text)
+
+
+@pytest.mark.parametrize("call", DATA_CALLS)
+def test_ragged_lists(call):
+    name, prepare = DATA_CALLS[call]
+    text = f"{name}: expected an array, got sequences of unequal lengths"
+    check_refused(prepare(Scene(), [[1.0, 2.0], [3.0]]), ValueError, text)
+
+
+@pytest.mark.parametrize("call", ["layer", "layer-eval", "layer-backward", "function-backward"])
+def test_the_other_float(call):
+    name, prepare = DATA_CALLS[call]
+    text = (
+        f"{name}: expected float32, got float64; "
+        f"convert it with {name}.astype(numpy.float32), or use float64 throughout"
+    )
+    check_refused(prepare(Scene(), np.ones(SHAPE)), TypeError, text)
+
+
+# --------------------------------------------------------------------------------------- outputs
+
+OUT_CALLS = {
+    "train": lambda s, out: partial(s.bn, s.x, out=out),
+    "eval": lambda s, out: partial(s.bn.eval(), s.x, out=out),
+    "backward": lambda s, out: partial(s.bn.backward, s.dy, out=out),
+    "function-train": lambda s, out: partial(
+        batch_norm, s.x, s.mean, s.var, training=True, out=out
+    ),
+    "function-eval": lambda s, out: partial(batch_norm, s.x, s.mean, s.var, out=out),
+    "function-backward": lambda s, out: partial(
+        batch_norm_backward, s.dy, s.x, s.mean, s.var, out=out
+    ),
+}
+
+BAD_OUTS = {
+    "list": ([0.0], TypeError, "out: expected an array, got list"),
+    "shape": (
+        np.ones((4, C, 2, 1), np.float32),
+        ValueError,
+        "out: expected shape (4, 3, 2, 2), got (4, 3, 2, 1)",
+    ),
+    "dtype": (
+        np.ones(SHAPE),
+        TypeError,
+        "out: expected float32, got float64 in an array of shape (4, 3, 2, 2)",
+    ),
+    "byte-order": (
+        np.ones(SHAPE, ">f4"),
+        TypeError,
+        "out: expected float32, got >f4 in an array of shape (4, 3, 2, 2)",
+    ),
+    "read-only": (
+        read_only(np.ones(SHAPE, np.float32)),
+        ValueError,
+        "out: expected a writable array, got a read-only one of shape (4, 3, 2, 2)",
+    ),
+    "broadcast": (
+        as_strided(np.ones(48, np.float32), SHAPE, (0, 16, 8, 4)),
+        ValueError,
+        "out: expected an array that does not overlap itself, "
+        "got shape (4, 3, 2, 2) with strides (0, 16, 8, 4)",
+    ),
+    "windows": (
+        as_strided(np.ones(48, np.float32), SHAPE, (32, 16, 8, 4)),
+        ValueError,
+        "out: expected an array that does not overlap itself, "
+        "got shape (4, 3, 2, 2) with strides (32, 16, 8, 4)",
+    ),
+}
+
+
+@pytest.mark.parametrize("call", OUT_CALLS)
+@pytest.mark.parametrize("kind", BAD_OUTS)
+def test_out(kind, call):
+    out, error, text = BAD_OUTS[kind]
+    check_refused(OUT_CALLS[call](Scene(), out), error, text)
+
+
+def overlapping(how):
+    """Two arrays of the usual shape that share some of their memory, and the strides of each."""
+    memory = np.random.default_rng(1).standard_normal((5, C, 2, 2), np.float32)
+    first = memory[:4]
+    if how == "shifted":
+        return first, memory[1:], STRIDES
+    if how == "reversed":
+        return first, first[::-1], (-48, 16, 8, 4)
+    assert how == "transposed"
+    return first, first.swapaxes(2, 3), (48, 16, 4, 8)
+
+
+def overlap_text(name, strides):
+    return (
+        f"out: expected memory apart from {name}, or {name} itself, got a partial overlap "
+        f"(shape (4, 3, 2, 2), strides {strides} over strides {STRIDES})"
+    )
+
+
+@pytest.mark.parametrize("how", ["shifted", "reversed", "transposed"])
+@pytest.mark.parametrize("call", [c for c in OUT_CALLS if "backward" not in c])
+def test_out_over_part_of_x(call, how):
+    scene = Scene()
+    scene.x, out, strides = overlapping(how)
+    check_refused(OUT_CALLS[call](scene, out), ValueError, overlap_text("x", strides))
+
+
+@pytest.mark.parametrize("how", ["shifted", "reversed", "transposed"])
+@pytest.mark.parametrize("call", ["backward", "function-backward"])
+def test_out_over_part_of_grad_output(call, how):
+    scene = Scene()
+    scene.dy, out, strides = overlapping(how)
+    check_refused(OUT_CALLS[call](scene, out), ValueError, overlap_text("grad_output", strides))
+
+
+@pytest.mark.parametrize("how", ["shifted", "reversed", "transposed"])
+@pytest.mark.parametrize("call", ["backward", "function-backward"])
+def test_out_of_backward_over_part_of_x(call, how):
+    scene = Scene()
+    scene.x, out, strides = overlapping(how)
+    scene.bn(scene.x)
+    check_refused(OUT_CALLS[call](scene, out), ValueError, overlap_text("x", strides))
+
+
+# --------------------------------------------------------- parameters and statistics of functions
+
+PER_CHANNEL = {
+    "running_mean": lambda s, value: partial(batch_norm, s.x, value, s.var),
+    "running_var": lambda s, value: partial(batch_norm, s.x, s.mean, value),
+    "weight": lambda s, value: partial(batch_norm, s.x, s.mean, s.var, weight=value),
+    "bias": lambda s, value: partial(batch_norm, s.x, s.mean, s.var, bias=value),
+    "mean": lambda s, value: partial(batch_norm_backward, s.dy, s.x, value, s.var),
+    "var": lambda s, value: partial(batch_norm_backward, s.dy, s.x, s.mean, value),
+}
+
+IN_TRAINING = {
+    "running_mean": lambda s, value: partial(batch_norm, s.x, value, s.var, training=True),
+    "running_var": lambda s, value: partial(batch_norm, s.x, s.mean, value, training=True),
+    "weight": lambda s, value: partial(batch_norm, s.x, s.mean, s.var, value, training=True),
+    "bias": lambda s, value: partial(batch_norm, s.x, s.mean, s.var, None, value, training=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "prepare"),
+    [*PER_CHANNEL.items(), *IN_TRAINING.items()],
+    ids=[*PER_CHANNEL, *(f"{name}-train" for name in IN_TRAINING)],
+)
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (1, C), (C, 1)], ids=str)
+def test_shape_per_channel(name, prepare, shape):
+    text = f"{name}: expected shape (3,), one value per channel, got {shape}"
+    check_refused(prepare(Scene(), np.ones(shape, np.float32)), ValueError, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "prepare"),
+    [*PER_CHANNEL.items(), *IN_TRAINING.items()],
+    ids=[*PER_CHANNEL, *(f"{name}-train" for name in IN_TRAINING)],
+)
+def test_dtype_per_channel(name, prepare):
+    text = f"{name}: expected float32 or float64, got complex128" + CONVERT.format(name=name)
+    check_refused(prepare(Scene(), np.ones(C, complex)), TypeError, text)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_running_arrays_to_normalise_by_are_needed(name):
+    text = (
+        f"{name}: expected an array of shape (3,) when not training, got None; "
+        f"pass training=True to use the statistics of the batch"
+    )
+    check_refused(PER_CHANNEL[name](Scene(), None), ValueError, text)
+
+
+IN_PLACE = "which training updates in place"
+BAD_RUNNING = {
+    "list": ([0.0, 1.0, 2.0], TypeError, f"expected an array, {IN_PLACE}, got list"),
+    "scalar": (1.0, TypeError, f"expected an array, {IN_PLACE}, got float"),
+    "read-only": (
+        read_only(np.ones(C)),
+        ValueError,
+        f"expected a writable array, {IN_PLACE}, got a read-only one of shape (3,)",
+    ),
+    "strided": (
+        np.ones((C, 2))[:, 0],
+        ValueError,
+        f"expected a contiguous, aligned array in native byte order, {IN_PLACE}, "
+        f"got strides (16,) and dtype {np.dtype(float).str}",
+    ),
+    "byte-order": (
+        np.ones(C, np.dtype(float).newbyteorder()),
+        ValueError,
+        f"expected a contiguous, aligned array in native byte order, {IN_PLACE}, "
+        f"got strides (8,) and dtype {np.dtype(float).newbyteorder().str}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("kind", BAD_RUNNING)
+def test_running_arrays_to_update(kind, name):
+    value, error, text = BAD_RUNNING[kind]
+    check_refused(IN_TRAINING[name](Scene(), value), error, f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("running_mean", "running_var"), ("running_var", "running_mean")]
+)
+def test_one_running_array_in_training(name, other):
+    text = f"running_mean and running_var: expected both or neither, got {other} without {name}"
+    check_refused(IN_TRAINING[name](Scene(), None), ValueError, text)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    by_arguments(
+        [
+            ({"channel_axis": 2}, ValueError, AXIS + "2"),
+            ({"channel_axis": False}, ValueError, AXIS + "False"),
+            ({"eps": -1.0}, ValueError, NON_NEGATIVE + "-1.0"),
+            ({"eps": "0"}, TypeError, NON_NEGATIVE + "'0'"),
+            ({"momentum": None}, TypeError, "momentum: expected a finite number, got None"),
+            (
+                {"momentum": float("nan")},
+                ValueError,
+                "momentum: expected a finite number, got nan",
+            ),
+            ({"momentum": "0.1"}, TypeError, "momentum: expected a finite number, got '0.1'"),
+            (
+                {"correction": -1.0},
+                ValueError,
+                "correction: expected a finite number >= 0, got -1.0",
+            ),
+        ]
+    ),
+)
+def test_plain_values_of_batch_norm(arguments, error, text, training):
+    scene = Scene()
+    call = partial(batch_norm, scene.x, scene.mean, scene.var, training=training, **arguments)
+    check_refused(call, error, text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"channel_axis": 2}, ValueError, AXIS + "2"),
+        ({"eps": float("nan")}, ValueError, NON_NEGATIVE + "nan"),
+        ({"training": 1}, TypeError, "training: expected True or False, got 1"),
+    ],
+    ids=["channel_axis", "eps", "training"],
+)
+def test_plain_values_of_batch_norm_backward(arguments, error, text):
+    scene = Scene()
+    call = partial(batch_norm_backward, scene.dy, scene.x, scene.mean, scene.var, **arguments)
+    check_refused(call, error, text)
+
+
+def test_other_plain_values():
+    x = np.ones((2, C))
+    check_refused(partial(batch_norm_stats, x, channel_axis=0), ValueError, AXIS + "0")
+    text = "training: expected True or False, got 'yes'"
+    check_refused(partial(batch_norm, x, None, None, training="yes"), TypeError, text)
+
+
+# ----------------------------------------------------------- live layers, and the order of calls
+
+NO_FORWARD = "backward: expected a forward call before it, got none on this layer"
+OVERWRITTEN = (
+    "backward: expected the input of the last forward call to be intact, "
+    "got one that an out= wrote over; give that call another out"
+)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "text"),
+    [
+        ({"eps": -1.0}, NON_NEGATIVE + "-1.0"),
+        ({"momentum": float("nan")}, "momentum: expected a finite number, got nan"),
+        ({"correction": -1}, "correction: expected a finite number >= 0, got -1"),
+        ({"weight": np.ones(2)}, "weight: expected shape (3,), one value per channel, got (2,)"),
+        ({"bias": np.ones(4)}, "bias: expected shape (3,), one value per channel, got (4,)"),
+        (
+            {"running_var": read_only(np.ones(C))},
+            "running_var: expected a writable array, which training updates in place, "
+            "got a read-only one of shape (3,)",
+        ),
+        (
+            {"running_mean": None},
+            "running_mean and running_var: expected both or neither, "
+            "got running_var without running_mean",
+        ),
+    ],
+    ids=["eps", "momentum", "correction", "weight", "bias", "read-only", "one-statistic"],
+)
+def test_layer_with_a_bad_attribute(attributes, text):
+    scene = Scene()
+    check_refused(partial(scene.with_(**attributes), scene.x), ValueError, text)
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        (cbn.BatchNorm2d.train, "mode: expected True or False, got 1"),
+        (
+            cbn.BatchNorm2d.track_running_stats.fset,
+            "track_running_stats: expected True or False, got 1",
+        ),
+    ],
+    ids=["train", "track_running_stats"],
+)
+def test_switches(method, text):
+    check_refused(partial(method, Scene().bn, 1), TypeError, text)
+
+
+def test_backward_before_forward():
+    check_refused(partial(cbn.BatchNorm2d(C).backward, Scene().dy), RuntimeError, NO_FORWARD)
+
+
+@pytest.mark.parametrize("shape", [(4, C, 2), (4, C, 2, 1), (3, C, 2, 2), (1, 4, C, 2, 2)], ids=str)
+def test_backward_of_another_shape(shape):
+    scene = Scene()
+    grad_output = np.ones(shape, np.float32)
+    text = (
+        f"grad_output: expected shape (4, 3, 2, 2), that of the input of the forward call, "
+        f"got {shape}"
+    )
+    check_refused(partial(scene.bn.backward, grad_output), ValueError, text)
+    call = partial(batch_norm_backward, grad_output, scene.x, scene.mean, scene.var)
+    check_refused(call, ValueError, text)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_backward_after_a_call_in_place(training):
+    scene = Scene()
+    scene.bn.train(training)(scene.x, out=scene.x)
+    check_refused(partial(scene.bn.backward, scene.dy), RuntimeError, OVERWRITTEN)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_backward_after_a_backward_over_x(training):
+    scene = Scene()
+    scene.bn.train(training)(scene.x)
+    scene.bn.backward(scene.dy, out=scene.x)
+    check_refused(partial(scene.bn.backward, scene.dy), RuntimeError, OVERWRITTEN)
+
+
+REFUSED_FORWARDS = {
+    "rank": lambda s: s.bn(s.x[0, 0]),
+    "channels": lambda s: s.bn(s.x[:, :2]),
+    "dtype": lambda s: s.bn(s.x.astype(float)),
+    "one-value": lambda s: s.bn(s.x[:1, :, :1, :1]),
+    "out-shape": lambda s: s.bn(s.x, out=s.x[0]),
+    "out-overlap": lambda s: s.bn(s.x, out=s.x[::-1]),
+    "eps": lambda s: s.with_(eps=-1.0)(s.x),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSED_FORWARDS)
+def test_backward_after_a_refused_call_is_that_of_the_last_good_call(refused):
+    scene = Scene()
+    expected = scene.bn.backward(scene.dy)
+    with pytest.raises((TypeError, ValueError)):
+        REFUSED_FORWARDS[refused](scene)
+    np.testing.assert_array_equal(scene.bn.backward(scene.dy), expected)
+
+
+# ---------------------------------------------------------------------------------------- states
+
+
+def changed(**values):
+    """The state of a layer with other values; None drops one."""
+    state = {**cbn.BatchNorm2d(C).state_dict(), **values}
+    return {key: value for key, value in state.items() if value is not None}
+
+
+BAD_STATES = {
+    "list": ([], TypeError, "state: expected a mapping from names to arrays, got list"),
+    "missing": (
+        changed(bias=None, running_var=None),
+        ValueError,
+        "state: expected exactly the keys of this layer, got missing keys ['bias', 'running_var'] "
+        "and unexpected keys []; pass strict=False to load what fits",
+    ),
+    "unexpected": (
+        changed(gamma=np.ones(C)),
+        ValueError,
+        "state: expected exactly the keys of this layer, got missing keys [] "
+        "and unexpected keys ['gamma']; pass strict=False to load what fits",
+    ),
+    "shape": (
+        changed(running_var=np.ones(4)),
+        ValueError,
+        "state['running_var']: expected shape (3,), got (4,)",
+    ),
+    "counter-shape": (
+        changed(num_batches_tracked=np.array([1])),
+        ValueError,
+        "state['num_batches_tracked']: expected shape (), got (1,)",
+    ),
+    "integers": (
+        changed(running_mean=np.ones(C, np.int32)),
+        TypeError,
+        "state['running_mean']: expected a floating-point dtype, got int32",
+    ),
+    "objects": (
+        changed(bias=np.ones(C, object)),
+        TypeError,
+        "state['bias']: expected a floating-point dtype, got object",
+    ),
+    "counter-dtype": (
+        changed(num_batches_tracked=np.array(1.5)),
+        TypeError,
+        "state['num_batches_tracked']: expected an integer dtype, got float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_STATES)
+def test_load_state_dict(kind):
+    state, error, text = BAD_STATES[kind]
+    check_refused(partial(Scene().bn.load_state_dict, state), error, text)
+
+
+def test_load_state_dict_strict_is_a_flag():
+    text = "strict: expected True or False, got 1"
+    check_refused(partial(Scene().bn.load_state_dict, changed(), strict=1), TypeError, text)
+
+
+@pytest.mark.parametrize(
+    ("value", "seen"),
+    [(read_only(np.ones(C, np.float32)), "a read-only one"), ([1.0, 1.0, 1.0], "list")],
+    ids=["read-only", "list"],
+)
+def test_load_state_dict_into_what_cannot_be_written(value, seen):
+    bn = Scene().with_(running_var=value)
+    text = f"running_var: expected a writable array to load into, got {seen}"
+    check_refused(partial(bn.load_state_dict, changed(weight=np.full(C, 5.0))), ValueError, text)
+
+
+# --------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize(
+    "function",
+    [cbn.set_num_threads, lambda n: cbn.num_threads(n).__enter__()],
+    ids=["set_num_threads", "num_threads"],
+)
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(0, ValueError), (-1, ValueError), (2.5, TypeError), (True, TypeError), ("2", TypeError)],
+)
+def test_number_of_threads(function, value, error):
+    before = cbn.get_num_threads()
+    text = f"num_threads: expected a positive integer, got {value!r}"
+    check_refused(partial(function, value), error, text)
+    assert cbn.get_num_threads() == before
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "2.5", "all"])
+def test_number_of_threads_in_the_environment(value, monkeypatch):
+    monkeypatch.setenv("CBN_NUM_THREADS", value)
+    run = subprocess.run([sys.executable, "-c", "import cbn"], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == (
+        f"ValueError: environment variable CBN_NUM_THREADS: expected a positive integer, "
+        f"got {value!r}; correct it or unset it"
+    )

@@ -1,0 +1,150 @@
+"""The package: what an import loads and offers, what is shipped, and how it is built."""
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from importlib.metadata import distribution
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import cbn
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"asyncio", "concurrent", "doctest", "email", "http", "multiprocessing", "pdb", "pydoc"}
+HEAVY |= {"distutils", "setuptools", "sqlite3", "ssl", "unittest", "urllib", "xml", "zipfile"}
+
+
+def modules_after(statement):
+    code = f"{statement}\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in json.loads(run.stdout)}
+
+
+def test_import_loads_numpy_and_little_else():
+    new = modules_after("import cbn") - modules_after("import numpy")
+    assert "cbn" in new
+    foreign = {name for name in new if name not in sys.stdlib_module_names}
+    assert {name for name in foreign if not re.match(r"_?cython", name)} == {"cbn"}
+    assert new & HEAVY == set()
+
+
+def test_public_names():
+    layers = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+    threads = ["get_num_threads", "num_threads", "set_num_threads"]
+    assert sorted(cbn.__all__) == sorted(
+        [*layers, "StateFileError", "functional", "show_config", *threads]
+    )
+    assert all(hasattr(cbn, name) for name in cbn.__all__)
+    assert cbn.functional.__all__ == ["batch_norm", "batch_norm_backward", "batch_norm_stats"]
+
+
+@pytest.mark.parametrize("name", cbn.__all__)
+def test_public_names_are_documented(name):
+    assert getattr(cbn, name).__doc__
+
+
+def test_version_is_that_of_the_metadata():
+    assert cbn.__version__ == distribution("cbn").version
+
+
+def test_only_numpy_is_required():
+    required = [r for r in distribution("cbn").requires if "extra ==" not in r]
+    assert [re.match(r"[\w.-]+", requirement)[0] for requirement in required] == ["numpy"]
+
+
+def test_typed():
+    assert files("cbn").joinpath("py.typed").is_file()
+
+
+# ----------------------------------------------------------------------------------------- builds
+
+
+def needs_sources():
+    if not (ROOT / "setup.py").is_file():
+        pytest.skip("the tests are not in a checkout")
+
+
+@pytest.mark.parametrize("flag", ["-Ofast", "-ffast-math", "-funsafe-math", "-march=native"])
+def test_no_flag_may_change_a_result_or_tie_it_to_this_machine(flag):
+    needs_sources()
+    assert flag not in (ROOT / "setup.py").read_text()
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """A function that builds a copy of the sources with a compiler that has no OpenMP."""
+    needs_sources()
+    pytest.importorskip("Cython")
+    pytest.importorskip("setuptools")
+    folder = tmp_path_factory.mktemp("build")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("cbn", "src"):
+        made = shutil.ignore_patterns("*.c", "*.so", "__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=made)
+    compiler = folder / "compiler"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'case " $* " in *" -fopenmp "*) echo "no OpenMP here" >&2; exit 1;; esac\n'
+        'exec cc "$@" -O0\n'  # the last -O counts: to build sooner
+    )
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+
+    def build(**environment):
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("CBN_", "PYTHON"))}
+        return subprocess.run(
+            [sys.executable, "setup.py", "build", "--build-base", "made", "--build-lib", "library"],
+            cwd=folder,
+            env={**clean, "CC": str(compiler), **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    build.folder = folder
+    return build
+
+
+def test_openmp_can_be_required(build):
+    run = build(CBN_REQUIRE_OPENMP="1")
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == (
+        "error: CBN_REQUIRE_OPENMP=1, but the compiler cannot build with -fopenmp"
+    )
+    assert list(build.folder.glob("library/cbn/_kernels*")) == []
+
+
+def test_build_without_openmp(build):
+    run = build()
+    assert run.returncode == 0, run.stderr
+    warnings = [line for line in run.stderr.splitlines() if "OpenMP and will use one" in line]
+    assert len(warnings) == 1
+    assert warnings[0].endswith(
+        "cbn is built without OpenMP and will use one thread: "
+        "the compiler cannot build with -fopenmp"
+    )
+    assert "Traceback" not in run.stderr
+
+    library = build.folder / "library"
+    assert (library / "cbn" / "py.typed").is_file()
+    code = (
+        "import cbn; print(cbn.__file__); print(cbn.get_num_threads()); cbn.set_num_threads(4); "
+        "print(cbn.BatchNorm1d(1, eps=0)([[1.0], [3.0]]).tolist())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=library,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.splitlines() == [
+        str(library / "cbn" / "__init__.py"),
+        "1",
+        "[[-1.0], [1.0]]",
+    ]

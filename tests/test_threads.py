@@ -1,0 +1,282 @@
+"""The thread count: it changes no bit, and who may set it for whom."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import cbn
+from cbn import functional
+from cbn._threads import SERIAL_BELOW
+
+# (N, C, S): fewer and more strips than threads, one piece and many, with tails.
+SHAPES = [
+    pytest.param((3001, 3, 7), id="by_row_one_strip"),
+    pytest.param((70001, 1, 1), id="by_row_one_channel"),
+    pytest.param((40, 1201, 1), id="by_row_three_strips"),
+    pytest.param((5, 70, 127), id="by_row_many_strips"),
+    pytest.param((7, 701, 17), id="by_plane_short_runs"),
+    pytest.param((600, 5, 129), id="by_plane_in_pieces"),
+    pytest.param((3, 33, 400), id="by_plane_many_channels"),
+    pytest.param((2, 1, 131135), id="by_plane_one_channel"),
+    pytest.param((2, 3, 65537), id="by_plane_long_runs"),
+]
+LAYOUT = pytest.mark.parametrize("channel_axis", [1, -1], ids=["first", "last"])
+DTYPE = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+
+@pytest.fixture(autouse=True)
+def _restore_num_threads():
+    old = cbn.get_num_threads()
+    yield
+    cbn.set_num_threads(old)
+
+
+# ------------------------------------------------------------------------------------------- bits
+
+
+@pytest.fixture
+def run_pass(rng):
+    def run_pass(name, shape, channel_axis, dtype):
+        """A function without arguments that runs a pass and returns every array it makes."""
+        if channel_axis == -1:
+            shape = (shape[0], shape[2], shape[1])
+        num_features = shape[channel_axis]
+        x = rng.normal(1, 2, shape).astype(dtype)
+        grad_output = rng.standard_normal(shape).astype(dtype)
+        mean, var, weight, bias = rng.uniform(0.5, 2, (4, num_features))
+
+        def stats():
+            return functional.batch_norm_stats(x, channel_axis=channel_axis)[:2]
+
+        def forward(training):
+            running_mean, running_var = mean.copy(), var.copy()
+            y = functional.batch_norm(
+                x, running_mean, running_var, weight, bias, training, channel_axis=channel_axis
+            )
+            return y, running_mean, running_var
+
+        def backward(training):
+            return functional.batch_norm_backward(
+                grad_output, x, mean, var, weight, training, channel_axis=channel_axis
+            )
+
+        return {
+            "statistics": stats,
+            "forward_training": lambda: forward(True),
+            "forward_eval": lambda: forward(False),
+            "backward_training": lambda: backward(True),
+            "backward_eval": lambda: backward(False),
+        }[name]
+
+    return run_pass
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["statistics", "forward_training", "forward_eval", "backward_training", "backward_eval"],
+)
+@DTYPE
+@LAYOUT
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_bit_depends_on_the_number_of_threads(run_pass, shape, channel_axis, dtype, name):
+    assert np.prod(shape) >= SERIAL_BELOW
+    run = run_pass(name, shape, channel_axis, dtype)
+    with cbn.num_threads(1):
+        expected = [array.tobytes() for array in run()]
+    for num_threads in (2, 3, 4, 7):
+        with cbn.num_threads(num_threads):
+            actual = [array.tobytes() for array in run()]
+        assert actual == expected, f"{num_threads} threads"
+
+
+@LAYOUT
+def test_no_bit_depends_on_calls_at_the_same_time(run_pass, channel_axis):
+    passes = [
+        run_pass("forward_training", shape, channel_axis, "float32")
+        for shape in ((3, 33, 400), (2, 3, 65537), (3001, 3, 7))
+    ]
+    expected = [[array.tobytes() for array in run()] for run in passes]
+    with ThreadPoolExecutor(max_workers=3) as pool:
+        for _ in range(5):
+            actual = list(pool.map(lambda run: [array.tobytes() for array in run()], passes))
+            assert actual == expected
+
+
+# ---------------------------------------------------------------------------------- set and context
+
+
+def test_set_num_threads_returns_the_old_number():
+    cbn.set_num_threads(3)
+    assert cbn.set_num_threads(5) == 3
+    assert cbn.get_num_threads() == 5
+
+
+def test_set_num_threads_is_for_every_thread():
+    cbn.set_num_threads(3)
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(cbn.get_num_threads).result() == 3
+        pool.submit(cbn.set_num_threads, 4).result()
+    assert cbn.get_num_threads() == 4
+
+
+def test_contexts_nest():
+    cbn.set_num_threads(2)
+    with cbn.num_threads(3):
+        with cbn.num_threads(5):
+            assert cbn.get_num_threads() == 5
+        assert cbn.get_num_threads() == 3
+    assert cbn.get_num_threads() == 2
+
+
+def test_a_context_ends_with_an_exception():
+    cbn.set_num_threads(2)
+    with pytest.raises(KeyError), cbn.num_threads(3):
+        raise KeyError
+    assert cbn.get_num_threads() == 2
+
+
+def test_set_num_threads_within_a_context_counts_after_it():
+    cbn.set_num_threads(2)
+    with cbn.num_threads(3):
+        assert cbn.set_num_threads(4) == 2
+        assert cbn.get_num_threads() == 3
+    assert cbn.get_num_threads() == 4
+
+
+def test_a_context_is_for_one_thread():
+    cbn.set_num_threads(2)
+    seen = []
+    entered, left = threading.Event(), threading.Event()
+
+    def other_thread():
+        seen.append(cbn.get_num_threads())
+        with cbn.num_threads(5):
+            entered.set()
+            left.wait(timeout=30)
+            seen.append(cbn.get_num_threads())
+
+    thread = threading.Thread(target=other_thread)
+    with cbn.num_threads(3):
+        thread.start()
+        assert entered.wait(timeout=30)
+        seen.append(cbn.get_num_threads())
+    seen.append(cbn.get_num_threads())
+    left.set()
+    thread.join()
+    assert seen == [2, 3, 2, 5]
+
+
+def test_a_context_is_for_one_task():
+    async def task(number, barrier):
+        with cbn.num_threads(number):
+            await barrier.wait()  # both are inside
+            seen = cbn.get_num_threads()
+            await barrier.wait()  # and stay there until both have looked
+            return seen
+
+    async def tasks():
+        barrier = asyncio.Barrier(2)
+        return await asyncio.gather(task(3, barrier), task(5, barrier))
+
+    assert asyncio.run(tasks()) == [3, 5]
+
+
+def enter_context(number):
+    with cbn.num_threads(number):
+        pass
+
+
+SETTERS = pytest.mark.parametrize(
+    "setter", [cbn.set_num_threads, enter_context], ids=["set_num_threads", "num_threads"]
+)
+
+
+@SETTERS
+@pytest.mark.parametrize("value", [0, -1, np.int64(0)], ids=repr)
+def test_a_number_below_1_is_an_error(setter, value):
+    before = cbn.get_num_threads()
+    with pytest.raises(ValueError, match="num_threads: expected a positive integer, got"):
+        setter(value)
+    assert cbn.get_num_threads() == before
+
+
+@SETTERS
+@pytest.mark.parametrize("value", [1.0, "2", None, True, np.bool(True)], ids=repr)
+def test_what_is_no_integer_is_an_error(setter, value):
+    before = cbn.get_num_threads()
+    with pytest.raises(TypeError, match="num_threads: expected a positive integer, got"):
+        setter(value)
+    assert cbn.get_num_threads() == before
+
+
+def test_an_integer_of_numpy_is_a_number_of_threads():
+    cbn.set_num_threads(np.int64(3))
+    assert cbn.get_num_threads() == 3
+
+
+# ------------------------------------------------------------------------------------ new process
+
+PRINT_NUM_THREADS = "import cbn; print(cbn.get_num_threads())"
+
+
+def run_python(code, **variables):
+    """Run code in a new process, in which only the given variables speak of threads."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("CBN_NUM_THREADS", "OMP_NUM_THREADS")
+    }
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={**inherited, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("value", ["1", "3", "07"])
+def test_environment_variable_sets_the_number(value):
+    result = run_python(PRINT_NUM_THREADS, CBN_NUM_THREADS=value, OMP_NUM_THREADS="2")
+    assert result.stdout == f"{int(value)}\n"
+
+
+def test_without_environment_variable_openmp_decides():
+    result = run_python(PRINT_NUM_THREADS, OMP_NUM_THREADS="3")
+    assert result.stdout in ("3\n", "1\n")  # 1: built without OpenMP
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "1.5", " 2", "two", "²"])
+def test_nonsense_in_the_environment_variable_is_an_error(value):
+    result = run_python(PRINT_NUM_THREADS, CBN_NUM_THREADS=value)
+    assert result.returncode != 0
+    assert result.stdout == ""
+    error = "ValueError: environment variable CBN_NUM_THREADS: expected a positive integer"
+    assert f"{error}, got {value!r}" in result.stderr
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux does")
+@pytest.mark.parametrize(
+    ("rows", "started"),
+    [(100_000, 2), (SERIAL_BELOW // 2 - 1, 0)],
+    ids=["large", "below_the_serial_threshold"],
+)
+def test_a_call_runs_on_that_many_threads(rows, started):
+    if run_python(PRINT_NUM_THREADS, OMP_NUM_THREADS="2").stdout == "1\n":
+        pytest.skip("built without OpenMP")
+    code = f"""
+import os, cbn, numpy as np
+x = np.ones(({rows}, 2))
+before = len(os.listdir("/proc/self/task"))
+with cbn.num_threads(3):
+    cbn.functional.batch_norm_stats(x)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    result = run_python(code)
+    assert result.stdout == f"{started}\n", result.stderr
