@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -18,9 +18,20 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 
+
+class Axes(NamedTuple):
+    """Where the channels of an array are."""
+
+    of_rank: tuple[int, ...]  # their axis, for each number of axes; -1: not accepted
+    channels: int | None  # how many there are; None: any number
+    expected: str  # the accepted ranks in words
+
+
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 # For numpy.shares_memory: an exact answer for any pair of slices, a bound on the time for the rest.
 OVERLAP_WORK = 10_000
+# OpenMP ends the process when it cannot start a thread; no machine has more cores than this.
+MOST_THREADS = 4096
 
 
 # ---------------------------------------------------------------------------------- plain values
@@ -38,11 +49,18 @@ def positive_integer(name: str, value: Any) -> int:
     return integer
 
 
-def environment_integer(name: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
+def thread_count(name: str, value: Any) -> int:
+    count = positive_integer(name, value)
+    if count > MOST_THREADS:
+        raise ValueError(f"{name}: expected at most {MOST_THREADS} threads, got {value!r}")
+    return count
+
+
+def thread_variable(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= MOST_THREADS):
         raise ValueError(
-            f"environment variable {name}: expected a positive integer, got {text!r}; "
-            f"correct it or unset it"
+            f"environment variable {name}: expected a positive integer up to {MOST_THREADS}, "
+            f"got {text!r}; correct it or unset it"
         )
     return int(text)
 
@@ -74,17 +92,19 @@ def flag(name: str, value: Any) -> bool:
 
 
 def _number(name: str, value: Any, expected: str) -> float:
-    # A string converts to float too, and would be accepted by accident.
-    if isinstance(value, str | bytes | bool | np.bool) or np.ndim(value) != 0:
+    # A string, a truth value or an array of one converts to float too, but hardly on purpose.
+    if isinstance(value, str | bytes | bool | np.bool) or getattr(value, "ndim", 0) != 0:
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
     try:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name}: expected {expected}, got an integer beyond floats") from None
 
 
 def non_negative(name: str, value: Any) -> float:
-    """Eps and correction."""
+    """Eps or correction."""
     expected = "a finite number >= 0"
     number = value if type(value) is float else _number(name, value, expected)
     if not 0 <= number < math.inf:
@@ -92,8 +112,8 @@ def non_negative(name: str, value: Any) -> float:
     return number
 
 
-def momentum(value: Any) -> float:
-    expected = "a finite number"
+def momentum(value: Any, or_none: str = "") -> float:
+    expected = f"a finite number{or_none}"
     number = value if type(value) is float else _number("momentum", value, expected)
     if not math.isfinite(number):
         raise ValueError(f"momentum: expected {expected}, got {value!r}")
@@ -101,13 +121,7 @@ def momentum(value: Any) -> float:
 
 
 def momentum_or_none(value: Any) -> float | None:
-    if value is None:
-        return None
-    expected = "a finite number, or None for the cumulative average"
-    number = _number("momentum", value, expected)
-    if not math.isfinite(number):
-        raise ValueError(f"momentum: expected {expected}, got {value!r}")
-    return number
+    return None if value is None else momentum(value, ", or None for the cumulative average")
 
 
 def device(value: Any) -> None:
@@ -121,14 +135,14 @@ def dtype(value: DTypeLike | None) -> np.dtype[Any]:
     try:
         result = np.dtype(np.float32 if value is None else value)
     except TypeError:
-        raise TypeError(f"dtype: expected float32 or float64, got {value!r}") from None
+        raise TypeError(f"dtype: expected NumPy's float32 or float64, got {value!r}") from None
     if result not in FLOATS:
-        raise TypeError(f"dtype: expected float32 or float64, got {result}")
+        raise TypeError(f"dtype: expected NumPy's float32 or float64, got {result}")
     return result
 
 
 def channel_axis(value: Any) -> int:
-    if isinstance(value, bool) or value not in (1, -1):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value not in (1, -1):
         raise ValueError(
             f"channel_axis: expected 1 (channels first) or -1 (channels last), got {value!r}"
         )
@@ -140,6 +154,8 @@ def channel_axis(value: Any) -> int:
 
 def _as_array(name: str, value: Any, like: np.dtype[Any] | None) -> Array:
     """An array of floats in any layout; what has no element type of its own takes that of like."""
+    if value is None:
+        raise TypeError(f"{name}: expected an array of float32 or float64, got None")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name}: expected an array without a mask, got a masked array; "
@@ -172,10 +188,11 @@ def data(name: str, value: ArrayLike, like: np.dtype[Any] | None = None) -> Arra
         The element type it must have; lists are converted to it.
     """
     array = _as_array(name, value, like)
-    if like is not None and array.dtype.newbyteorder("=") != like:
+    seen = array.dtype.newbyteorder("=")
+    if like is not None and seen != like:
         raise TypeError(
-            f"{name}: expected {like}, got {array.dtype}; "
-            f"convert it with {name}.astype(numpy.{like}), or use {array.dtype} throughout"
+            f"{name}: expected {like}, got {seen}; "
+            f"convert it with {name}.astype(numpy.{like}), or use {seen} throughout"
         )
     return readable(array)
 
@@ -189,26 +206,17 @@ def readable(array: Array) -> Array:
     return np.array(array, dtype=array.dtype.newbyteorder("="), order="C", subok=False)
 
 
-def at_least_two_axes(name: str, shape: Shape) -> None:
-    if len(shape) < 2:
-        raise ValueError(f"{name}: expected at least 2 axes, got {len(shape)} in shape {shape}")
-
-
-def layout(name: str, shape: Shape, layouts: tuple[str, ...]) -> str:
-    """The layout with as many axes as the shape; one is written as its letters, such as NCHW."""
-    for candidate in layouts:
-        if len(candidate) == len(shape):
-            return candidate
-    expected = " or ".join(f"({', '.join(candidate)})" for candidate in layouts)
-    raise ValueError(f"{name}: expected {expected}, got {len(shape)} axes in shape {shape}")
-
-
-def channels(name: str, shape: Shape, axis: int, num_features: int) -> None:
-    if shape[axis] != num_features:
+def axis_of_channels(name: str, shape: Shape, axes: Axes) -> int:
+    rank = len(shape)
+    axis = axes.of_rank[rank] if rank < len(axes.of_rank) else -1
+    if axis < 0:
+        raise ValueError(f"{name}: expected {axes.expected}, got {rank} axes in shape {shape}")
+    if axes.channels not in (None, shape[axis]):
         raise ValueError(
-            f"{name}: expected {num_features} channels on axis {axis}, "
+            f"{name}: expected {axes.channels} channels on axis {axis}, "
             f"got {shape[axis]} in shape {shape}"
         )
+    return axis
 
 
 def enough_values(name: str, shape: Shape, count: int, correction: float) -> None:
@@ -217,7 +225,8 @@ def enough_values(name: str, shape: Shape, count: int, correction: float) -> Non
     if 0 < count <= needed:
         raise ValueError(
             f"{name}: expected more than {needed:g} value{'s' if needed > 1 else ''} per channel "
-            f"when training, got {count} in shape {shape}; use a larger batch or eval mode"
+            f"when training, got {count} in shape {shape}; "
+            f"use a larger batch, or eval mode with running statistics"
         )
 
 
@@ -240,8 +249,10 @@ def per_channel_or_none(name: str, value: ArrayLike | None, num_features: int) -
     return None if value is None else per_channel(name, value, num_features)
 
 
-def running(name: str, value: Any, num_features: int) -> Array:
+def running_or_none(name: str, value: Any, num_features: int) -> Array | None:
     """One value per channel, to be updated in place."""
+    if value is None:
+        return None
     if not isinstance(value, np.ndarray):
         raise TypeError(
             f"{name}: expected an array, which training updates in place, "
@@ -253,7 +264,7 @@ def running(name: str, value: Any, num_features: int) -> Array:
             f"{name}: expected a writable array, which training updates in place, "
             f"got a read-only one of shape {value.shape}"
         )
-    if not np.may_share_memory(array, value):
+    if array.size and not np.may_share_memory(array, value):
         raise ValueError(
             f"{name}: expected a contiguous, aligned array in native byte order, which training "
             f"updates in place, got strides {value.strides} and dtype {value.dtype.str}"
@@ -275,8 +286,7 @@ def statistic(name: str, value: ArrayLike | None, num_features: int) -> Array:
     """One value per channel, to normalise by."""
     if value is None:
         raise ValueError(
-            f"{name}: expected an array of shape ({num_features},) when not training, got None; "
-            f"pass training=True to use the statistics of the batch"
+            f"{name}: expected an array of shape ({num_features},) when not training, got None"
         )
     return per_channel(name, value, num_features)
 
@@ -308,7 +318,7 @@ def tracked(name: str, track_running_stats: bool) -> None:
 
 def output(out: Any, shape: Shape, element: np.dtype[Any]) -> Array:
     """An array to write to, in any layout in which no two elements share memory."""
-    if not isinstance(out, np.ndarray):
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out: expected an array, got {type(out).__name__}")
     if out.shape != shape:
         raise ValueError(f"out: expected shape {shape}, got {out.shape}")
@@ -325,16 +335,13 @@ def output(out: Any, shape: Shape, element: np.dtype[Any]) -> Array:
 
 
 def overlaps(out: Array, name: str, array: Any) -> bool:
-    """Whether out is the very memory of an input; a partial overlap is an error.
-
-    An input that is not an array has no memory of its own to overlap.
-    """
+    """Whether out is the very memory of an input; a partial overlap is an error."""
     if out is array:
         return True
-    if not isinstance(array, np.ndarray) or not np.may_share_memory(out, array):
+    if not np.may_share_memory(out, array):
         return False
     same_place = out.__array_interface__["data"][0] == array.__array_interface__["data"][0]
-    if same_place and out.shape == array.shape and out.strides == array.strides:
+    if same_place and out.shape == array.shape and _steps(out) == _steps(array):
         return True
     try:
         # NumPy's stub knows only the two named limits, its documentation any number.
@@ -347,6 +354,35 @@ def overlaps(out: Array, name: str, array: Any) -> bool:
             f"(shape {out.shape}, strides {out.strides} over strides {array.strides})"
         )
     return False
+
+
+def learnt_apart(running_mean: Array | None, running_var: Array | None, x: Array) -> None:
+    """Refuse running statistics whose update would change the input, or each other."""
+    if running_mean is None or running_var is None:
+        return
+    for name, one, other in (
+        ("running_mean and running_var", running_mean, running_var),
+        ("running_mean and x", running_mean, x),
+        ("running_var and x", running_var, x),
+    ):
+        if np.may_share_memory(one, other):
+            raise ValueError(f"{name}: expected memory of their own, got an overlap")
+
+
+def apart(out: Array, **arrays: Array | None) -> None:
+    """Refuse an output that lies over a parameter or a statistic."""
+    for name, array in arrays.items():
+        if array is not None and np.may_share_memory(out, array):
+            raise ValueError(
+                f"out: expected memory apart from {name}, got an overlap in an array of shape "
+                f"{out.shape}"
+            )
+
+
+def _steps(array: Array) -> list[int]:
+    """The strides that matter: an axis of length 1 may have any."""
+    pairs = zip(array.strides, array.shape, strict=True)
+    return [stride for stride, length in pairs if length > 1]
 
 
 def _may_overlap_itself(array: Array) -> bool:
@@ -372,6 +408,14 @@ def no_forward() -> NoReturn:
     raise RuntimeError("backward: expected a forward call before it, got none on this layer")
 
 
+def input_intact(x: Array, shape: Shape, dtype: np.dtype[Any]) -> None:
+    if x.shape != shape or x.dtype != dtype or not x.flags.c_contiguous:
+        raise RuntimeError(
+            f"backward: expected the input of the last forward call as it was, {dtype} of shape "
+            f"{shape}, got {x.dtype} of shape {x.shape}; do not change it in between"
+        )
+
+
 def input_overwritten() -> NoReturn:
     raise RuntimeError(
         "backward: expected the input of the last forward call to be intact, "
@@ -380,6 +424,23 @@ def input_overwritten() -> NoReturn:
 
 
 # ----------------------------------------------------------------------------------------- states
+
+
+def batch_count(num_batches_tracked: Any) -> int:
+    """How many batches the running statistics have seen."""
+    count = num_batches_tracked
+    if (
+        not isinstance(count, np.ndarray)
+        or count.shape != ()
+        or count.dtype.kind not in "iu"
+        or not count.flags.writeable
+        or count < 0
+    ):
+        raise ValueError(
+            f"num_batches_tracked: expected a writable array of shape () with an integer >= 0, "
+            f"got {count!r}"
+        )
+    return int(count)
 
 
 def state_keys(missing: list[str], unexpected: list[str]) -> None:
@@ -398,19 +459,39 @@ def state_mapping(state: Any) -> None:
         )
 
 
+def writable(name: str, value: Any) -> None:
+    if not isinstance(value, np.ndarray) or not value.flags.writeable:
+        seen = "a read-only one" if isinstance(value, np.ndarray) else type(value).__name__
+        raise ValueError(f"{name}: expected a writable array to load into, got {seen}")
+
+
 def state_value(key: str, value: Any, current: Any) -> Array:
     """A copy of the value, of the shape and dtype of the array that it can replace."""
-    if not isinstance(current, np.ndarray) or not current.flags.writeable:
-        seen = "a read-only one" if isinstance(current, np.ndarray) else type(current).__name__
-        raise ValueError(f"{key}: expected a writable array to load into, got {seen}")
+    writable(key, current)
     name = f"state[{key!r}]"
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{name}: expected an array, got sequences of unequal lengths") from None
     if array.dtype.kind not in ("iu" if current.dtype.kind == "i" else "f"):
         kind = "an integer" if current.dtype.kind == "i" else "a floating-point"
         raise TypeError(f"{name}: expected {kind} dtype, got {array.dtype}")
     if array.shape != current.shape:
         raise ValueError(f"{name}: expected shape {current.shape}, got {array.shape}")
+    if key == "num_batches_tracked" and not 0 <= int(array) <= np.iinfo(np.int64).max:
+        raise ValueError(f"{name}: expected an integer from 0 to 2**63 - 1, got {array}")
     return np.array(array, dtype=current.dtype)
+
+
+def savable(
+    state: Mapping[str, Array], expected: Mapping[str, tuple[np.dtype[Any], Shape]]
+) -> None:
+    """Whether load() would take what save() is about to write."""
+    for name in state.keys() | expected.keys():
+        wanted = "no array" if name not in expected else "{} of shape {}".format(*expected[name])
+        seen = "none" if name not in state else f"{state[name].dtype} of shape {state[name].shape}"
+        if wanted != seen:
+            raise ValueError(f"{name}: expected {wanted} to save, got {seen}")
 
 
 class StateFileError(ValueError):

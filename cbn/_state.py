@@ -33,7 +33,8 @@ LONGEST_CONFIG = 16_384  # characters; a layer needs about 300
 def save(path: Path, config: Config, arrays: Mapping[str, Array]) -> None:
     """Write a state file, or leave what was there."""
     target = os.path.realpath(path)  # a link stays a link
-    temporary = f"{target}.{os.urandom(8).hex()}.tmp"
+    folder = os.path.dirname(target)
+    temporary = os.path.join(folder, f".{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "xb") as file:
             with ZipFile(file, "w", ZIP_STORED) as archive:
@@ -50,12 +51,13 @@ def save(path: Path, config: Config, arrays: Mapping[str, Array]) -> None:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(os.path.dirname(target), os.O_RDONLY)
+    # The file is in place; where its folder cannot be opened, its name is flushed in due course.
+    with suppress(PermissionError):
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
 
 
 def load(path: Path, expected: Callable[[Config], Expected]) -> tuple[Config, dict[str, Array]]:

@@ -15,7 +15,7 @@ def _default() -> tuple[int, str]:
     """As many as this process may run at once, unless the environment says otherwise."""
     own = os.environ.get("CBN_NUM_THREADS")
     if own is not None:
-        return _checks.environment_integer("CBN_NUM_THREADS", own), f"CBN_NUM_THREADS={own}"
+        return _checks.thread_variable("CBN_NUM_THREADS", own), f"CBN_NUM_THREADS={own}"
     # OpenMP's own count follows OMP_NUM_THREADS and, in most runtimes, the CPU affinity.
     general = os.environ.get("OMP_NUM_THREADS")
     origin = "OpenMP's default" if general is None else f"OMP_NUM_THREADS={general}"
@@ -86,7 +86,7 @@ def set_num_threads(num_threads: int) -> int:
     1
     """
     global _process_wide, _origin
-    new = _checks.positive_integer("num_threads", num_threads)
+    new = _checks.thread_count("num_threads", num_threads)
     old, _process_wide, _origin = _process_wide, new, "set_num_threads"
     return old
 
@@ -111,7 +111,7 @@ def num_threads(num_threads: int) -> Iterator[None]:
     >>> with cbn.num_threads(1):
     ...     mean, var, count = cbn.functional.batch_norm_stats([[1.0], [3.0]])
     """
-    token = _here.set(_checks.positive_integer("num_threads", num_threads))
+    token = _here.set(_checks.thread_count("num_threads", num_threads))
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cbn import _checks, _threads
-from cbn._checks import Array, Shape
+from cbn._checks import Array, Axes, Shape
 from cbn._dispatch import kernels
 
 __all__ = ["batch_norm", "batch_norm_backward", "batch_norm_stats"]
@@ -96,20 +96,15 @@ def batch_norm(
     >>> mean, var
     (array([0.2, 0.2]), array([1.1, 1.7]))
     """
-    axis = _checks.channel_axis(channel_axis)
-    training = _checks.flag("training", training)
-    array = _checks.data("x", x)
-    _checks.at_least_two_axes("x", array.shape)
-    if axis < 0:
-        axis += array.ndim
-    if training:
+    axes = AXES[_checks.channel_axis(channel_axis)]
+    if _checks.flag("training", training):
         y, _ = forward_training(
-            array, x, axis, running_mean, running_var, weight, bias, momentum, eps, correction, out
+            x, axes, None, running_mean, running_var, weight, bias, momentum, eps, correction, out
         )
     else:
         _checks.momentum(momentum)
         _checks.non_negative("correction", correction)
-        y, _ = forward_inference(array, x, axis, running_mean, running_var, weight, bias, eps, out)
+        y, _ = forward_inference(x, axes, None, running_mean, running_var, weight, bias, eps, out)
     return y
 
 
@@ -146,14 +141,13 @@ def batch_norm_stats(
     >>> mean.tolist(), var.tolist(), count
     ([2.0, 5.0], [1.0, 0.0], 2)
     """
-    axis = _checks.channel_axis(channel_axis)
+    axes = AXES[_checks.channel_axis(channel_axis)]
     x = _checks.data("x", x)
-    _checks.at_least_two_axes("x", x.shape)
-    view = N, C, S = _view(x.shape, axis if axis > 0 else axis + x.ndim)
-    mean, mean_low, var = np.zeros(C), np.zeros(C), np.zeros(C)
+    view = N, C, S = _view(x.shape, _checks.axis_of_channels("x", x.shape, axes))
+    statistics = np.zeros((3, C))
     if x.size:
-        kernels.batch_statistics(x, *view, mean, mean_low, var, _threads.threads_for(x.size))
-    return mean, var, N * S
+        kernels.batch_statistics(x, *view, statistics, _threads.threads_for(x.size))
+    return statistics[0].copy(), statistics[2].copy(), N * S
 
 
 def batch_norm_backward(
@@ -225,27 +219,29 @@ def batch_norm_backward(
     >>> [grad.round(3).ravel().tolist() for grad in grads]
     [[0.204, -0.408, 0.204], [-1.225], [1.0]]
     """
-    axis = _checks.channel_axis(channel_axis)
+    axes = AXES[_checks.channel_axis(channel_axis)]
     array = _checks.data("x", x)
-    _checks.at_least_two_axes("x", array.shape)
-    axis = axis if axis > 0 else axis + array.ndim
-    C = array.shape[axis]
-    forward = Forward(
-        x=array,
-        shape=array.shape,
-        dtype=array.dtype,
-        axis=axis,
-        mean=_checks.per_channel("mean", mean, C),
-        mean_low=None,
-        var=_checks.per_channel("var", var, C),
-        eps=_checks.non_negative("eps", eps),
-        frozen=not _checks.flag("training", training),
+    view = _view(array.shape, _checks.axis_of_channels("x", array.shape, axes))
+    statistics = kernels.given_statistics(
+        _checks.per_channel("mean", mean, view[1]), _checks.per_channel("var", var, view[1])
     )
+    frozen = not _checks.flag("training", training)
+    eps = _checks.non_negative("eps", eps)
+    forward = Forward(array, array.shape, array.dtype, view, statistics, eps, frozen)
     gradients = backward(forward, grad_output, weight, out, x)
     return gradients.input, gradients.weight, gradients.bias
 
 
 # ------------------------------------------------------------------- what the layers are made of
+
+
+# Any array of at least two axes; NumPy has at most 64.
+AXES = {
+    1: Axes((-1, -1, *[1] * 63), None, "at least 2 axes"),
+    -1: Axes((-1, -1, *range(1, 64)), None, "at least 2 axes"),
+}
+
+View = tuple[int, int, int]
 
 
 class Forward(NamedTuple):
@@ -254,15 +250,15 @@ class Forward(NamedTuple):
     x: Array | None  # None: overwritten, or not needed
     shape: Shape
     dtype: np.dtype[Any]
-    axis: int
-    mean: Array
-    mean_low: Array | None
-    var: Array
+    view: View
+    statistics: Array  # float64 (3, C): mean, what float64 rounds off it, var
     eps: float
     frozen: bool  # the statistics do not depend on x
 
 
 class Gradients(NamedTuple):
+    """The gradients, and whether the input of the forward pass was written over."""
+
     input: Array
     weight: Array
     bias: Array
@@ -270,54 +266,70 @@ class Gradients(NamedTuple):
 
 
 def forward_training(
-    x: Array,
-    given_x: ArrayLike,
-    axis: int,
+    x: ArrayLike,
+    axes: Axes,
+    dtype: np.dtype[Any] | None,
     running_mean: ArrayLike | None,
     running_var: ArrayLike | None,
     weight: ArrayLike | None,
     bias: ArrayLike | None,
-    momentum: float,
+    momentum: float | None,
     eps: float,
     correction: float,
     out: Array | None,
 ) -> tuple[Array, Forward]:
-    """Normalise by the statistics of x (given_x as a kernel can read it), and learn them."""
-    view = N, C, S = _view(x.shape, axis)
+    """Normalise by the statistics of x, and learn them."""
+    done = kernels.express_training(
+        x, *axes, dtype, running_mean, running_var, weight, bias, momentum, eps, correction, out,
+        _threads.threads_for,
+    )  # fmt: skip
+    if done is not None:
+        y, kept, statistics, view = done
+        return y, Forward(kept, y.shape, y.dtype, view, statistics, eps, frozen=False)
+
+    array = _checks.data("x", x, dtype)
+    view = N, C, S = _view(array.shape, _checks.axis_of_channels("x", array.shape, axes))
     count = N * S
     _checks.both_or_none(running_mean, running_var)
-    if running_mean is not None:
-        running_mean = _checks.running("running_mean", running_mean, C)
-        running_var = _checks.running("running_var", running_var, C)
+    running_mean = _checks.running_or_none("running_mean", running_mean, C)
+    running_var = _checks.running_or_none("running_var", running_var, C)
+    _checks.learnt_apart(running_mean, running_var, _memory_of(x, array))
     weight = _checks.per_channel_or_none("weight", weight, C)
     bias = _checks.per_channel_or_none("bias", bias, C)
     momentum = _checks.momentum(momentum)
     eps = _checks.non_negative("eps", eps)
     correction = _checks.non_negative("correction", correction)
-    _checks.enough_values("x", x.shape, count, correction)
-    overwrites_x = out is not None and _checks.overlaps(
-        _checks.output(out, x.shape, x.dtype), "x", given_x
+    _checks.enough_values("x", array.shape, count, 0 if running_mean is None else correction)
+    overwrites_x = _overwrites(
+        out,
+        array,
+        "x",
+        x,
+        running_mean=running_mean,
+        running_var=running_var,
+        weight=weight,
+        bias=bias,
     )
-    buffer, y = _allocate(out, x.shape, x.dtype)
+    buffer, y = _allocate(out, array.shape, array.dtype)
 
-    mean, mean_low, var = np.zeros(C), np.zeros(C), np.zeros(C)
-    if x.size:
-        kernels.normalise_batch(
-            x, *view, weight, bias, eps, mean, mean_low, var, buffer, _threads.threads_for(x.size)
-        )
+    statistics = np.zeros((3, C))
+    if array.size:
+        threads = _threads.threads_for(array.size)
+        kernels.normalise_batch(array, *view, weight, bias, eps, statistics, buffer, threads)
         if running_mean is not None:
-            kernels.update_running(running_mean, mean, momentum, 1.0)
-            kernels.update_running(running_var, var, momentum, count / (count - correction))
+            kernels.update_running(
+                running_mean, running_var, statistics, momentum, count, correction
+            )
     if y is not buffer:
         y[...] = buffer
-    kept = None if overwrites_x else x
-    return y, Forward(kept, x.shape, x.dtype, axis, mean, mean_low, var, eps, frozen=False)
+    kept = None if overwrites_x else array
+    return y, Forward(kept, array.shape, array.dtype, view, statistics, eps, frozen=False)
 
 
 def forward_inference(
-    x: Array,
-    given_x: ArrayLike,
-    axis: int,
+    x: ArrayLike,
+    axes: Axes,
+    dtype: np.dtype[Any] | None,
     running_mean: ArrayLike | None,
     running_var: ArrayLike | None,
     weight: ArrayLike | None,
@@ -325,27 +337,34 @@ def forward_inference(
     eps: float,
     out: Array | None,
 ) -> tuple[Array, Forward]:
-    """Normalise x (given_x as a kernel can read it) by given statistics."""
-    view = _, C, _ = _view(x.shape, axis)
+    """Normalise x by given statistics."""
+    done = kernels.express_inference(
+        x, *axes, dtype, running_mean, running_var, weight, bias, eps, out, _threads.threads_for
+    )
+    if done is not None:
+        y, kept, statistics, view = done
+        return y, Forward(kept, y.shape, y.dtype, view, statistics, eps, frozen=True)
+
+    array = _checks.data("x", x, dtype)
+    view = _, C, _ = _view(array.shape, _checks.axis_of_channels("x", array.shape, axes))
     mean = _checks.statistic("running_mean", running_mean, C)
     var = _checks.statistic("running_var", running_var, C)
     weight = _checks.per_channel_or_none("weight", weight, C)
     bias = _checks.per_channel_or_none("bias", bias, C)
     eps = _checks.non_negative("eps", eps)
-    overwrites_x = out is not None and _checks.overlaps(
-        _checks.output(out, x.shape, x.dtype), "x", given_x
+    overwrites_x = _overwrites(
+        out, array, "x", x, running_mean=mean, running_var=var, weight=weight, bias=bias
     )
-    buffer, y = _allocate(out, x.shape, x.dtype)
+    buffer, y = _allocate(out, array.shape, array.dtype)
 
-    if x.size:
-        kernels.normalise(
-            x, *view, mean, var, weight, bias, eps, buffer, _threads.threads_for(x.size)
-        )
+    if array.size:
+        threads = _threads.threads_for(array.size)
+        kernels.normalise(array, *view, mean, var, weight, bias, eps, buffer, threads)
     if y is not buffer:
         y[...] = buffer
-    # Without a weight no gradient depends on x, which is then not kept alive for nothing.
-    kept = None if overwrites_x or weight is None else x
-    return y, Forward(kept, x.shape, x.dtype, axis, mean, None, var, eps, frozen=True)
+    kept = None if overwrites_x or weight is None else array
+    statistics = kernels.given_statistics(mean, var)
+    return y, Forward(kept, array.shape, array.dtype, view, statistics, eps, frozen=True)
 
 
 def backward(
@@ -356,48 +375,63 @@ def backward(
     given_x: ArrayLike | None = None,
 ) -> Gradients:
     """Return the gradients of a forward pass."""
-    view = _, C, _ = _view(forward.shape, forward.axis)
-    x, shape, dtype = forward.x, forward.shape, forward.dtype
+    x, shape, dtype, view, statistics, eps, frozen = forward
+    if x is not None:
+        done = kernels.express_backward(
+            grad_output, x, shape, dtype, *view, statistics, weight, eps, frozen, out,
+            _threads.threads_for,
+        )  # fmt: skip
+        if done is not None:
+            grad_input, grad_weight, grad_bias = done
+            return Gradients(grad_input, grad_weight, grad_bias, overwrote_x=False)
+
+    C = view[1]
     grad = _checks.data("grad_output", grad_output, dtype)
     _checks.same_shape("grad_output", grad.shape, shape, "the input of the forward call")
     weight = _checks.per_channel_or_none("weight", weight, C)
-    if x is None and not (forward.frozen and weight is None):
+    if x is None and not (frozen and weight is None):
         _checks.input_overwritten()
+    if x is not None:
+        _checks.input_intact(x, shape, dtype)
+    _overwrites(out, grad, "grad_output", grad_output, weight=weight)
     overwrote_x = False
-    if out is not None:
-        _checks.output(out, shape, dtype)
-        _checks.overlaps(out, "grad_output", grad_output)
-        overwrote_x = _checks.overlaps(out, "x", x if given_x is None else given_x)
+    if out is not None and x is not None:
+        overwrote_x = _checks.overlaps(out, "x", _memory_of(given_x, x))
     buffer, grad_input = _allocate(out, shape, dtype)
 
     grad_weight, grad_bias = np.zeros(C, dtype), np.zeros(C, dtype)
     threads = _threads.threads_for(grad.size)
     if grad.size and x is None:
-        kernels.normalise(grad, *view, None, forward.var, None, None, forward.eps, buffer, threads)
+        kernels.normalise(grad, *view, None, statistics[2], None, None, eps, buffer, threads)
     elif grad.size:
         kernels.gradients(
-            grad,
-            x,
-            *view,
-            forward.mean,
-            forward.mean_low,
-            forward.var,
-            weight,
-            forward.eps,
-            forward.frozen,
-            buffer,
-            grad_weight,
-            grad_bias,
-            threads,
-        )
+            grad, x, *view, statistics, weight, eps, frozen,
+            buffer, grad_weight, grad_bias, threads,
+        )  # fmt: skip
     if grad_input is not buffer:
         grad_input[...] = buffer
     return Gradients(grad_input, grad_weight, grad_bias, overwrote_x)
 
 
-def _view(shape: Shape, axis: int) -> tuple[int, int, int]:
+def _view(shape: Shape, axis: int) -> View:
     """The shape as (N, C, S): before the channels, the channels, after them."""
     return prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
+
+
+def _memory_of(given: ArrayLike | None, readable: Array | None) -> Any:
+    """An input where the caller has it; what is not an array may still share its memory."""
+    return given if isinstance(given, np.ndarray) else readable
+
+
+def _overwrites(
+    out: Array | None, like: Array, name: str, given: ArrayLike, **others: Array | None
+) -> bool:
+    """Check an output for an input (given, or like in the form that kernels read)."""
+    if out is None:
+        return False
+    _checks.output(out, like.shape, like.dtype)
+    _checks.apart(out, **others)
+    return _checks.overlaps(out, name, _memory_of(given, like))
 
 
 def _allocate(out: Array | None, shape: Shape, dtype: np.dtype[Any]) -> tuple[Array, Array]:

@@ -117,7 +117,8 @@ class _BatchNorm:
         self.affine = _checks.flag("affine", affine)
         _checks.device(device)
         self.dtype = _checks.dtype(dtype)
-        self.channel_axis = _checks.channel_axis(channel_axis)
+        self._channel_axis = _checks.channel_axis(channel_axis)
+        self._axes = self._axes_of(self.num_features, self._channel_axis)
         self.correction = _checks.non_negative("correction", correction)
         self.training = True
 
@@ -155,6 +156,23 @@ class _BatchNorm:
             self.running_var = np.ones(self.num_features, self.dtype)
             self.num_batches_tracked = np.array(0)
 
+    @property
+    def channel_axis(self) -> int:
+        """1: channels first; -1: channels last."""
+        return self._channel_axis
+
+    @classmethod
+    def _axes_of(cls, num_features: int, channel_axis: int) -> _checks.Axes:
+        layouts = cls._layouts
+        if channel_axis < 0:
+            layouts = tuple(layout.replace("C", "") + "C" for layout in layouts)
+        axis_of_rank = {len(layout): layout.index("C") for layout in layouts}
+        return _checks.Axes(
+            tuple(axis_of_rank.get(rank, -1) for rank in range(max(axis_of_rank) + 1)),
+            num_features,
+            " or ".join(f"({', '.join(layout)})" for layout in layouts),
+        )
+
     # ------------------------------------------------------------------------------------ passes
 
     def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
@@ -186,37 +204,42 @@ class _BatchNorm:
         -----
         The layer keeps a reference to ``x`` for :meth:`backward`: do not modify it in between.
         """
-        array = _checks.data("x", x, self.dtype)
-        axis = self._axis_of_channels(array)
-        updates = self.training and self.track_running_stats
         if self.training or (self.running_mean is None and self.running_var is None):
-            y, self._forward = functional.forward_training(
-                array,
-                x,
-                axis,
-                self.running_mean if updates else None,
-                self.running_var if updates else None,
-                self.weight,
-                self.bias,
-                self._weight_of_this_batch() if updates else 0.0,
-                self.eps,
-                self.correction,
-                out,
-            )
-            if updates and array.size and self.num_batches_tracked is not None:
-                self.num_batches_tracked += 1
-        else:
-            y, self._forward = functional.forward_inference(
-                array,
-                x,
-                axis,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                self.eps,
-                out,
-            )
+            return self._normalise_by_batch(x, out)
+        y, self._forward = functional.forward_inference(
+            x,
+            self._axes,
+            self.dtype,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.eps,
+            out,
+        )
+        return y
+
+    def _normalise_by_batch(self, x: ArrayLike, out: Array | None) -> Array:
+        updates = self.training and self._track_running_stats
+        momentum: float | None = 0.0
+        if updates:
+            seen = _checks.batch_count(self.num_batches_tracked)
+            momentum = 1.0 / (seen + 1) if self.momentum is None else self.momentum
+        y, self._forward = functional.forward_training(
+            x,
+            self._axes,
+            self.dtype,
+            self.running_mean if updates else None,
+            self.running_var if updates else None,
+            self.weight,
+            self.bias,
+            momentum,
+            self.eps,
+            self.correction,
+            out,
+        )
+        if updates and y.size and self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
         return y
 
     forward = __call__
@@ -256,19 +279,6 @@ class _BatchNorm:
         self.bias_grad = None if self.bias is None else gradients.bias
         return gradients.input
 
-    def _axis_of_channels(self, x: Array) -> int:
-        layouts = self._layouts
-        if self.channel_axis < 0:
-            layouts = tuple(layout.replace("C", "") + "C" for layout in layouts)
-        axis = _checks.layout("x", x.shape, layouts).index("C")
-        _checks.channels("x", x.shape, axis, self.num_features)
-        return axis
-
-    def _weight_of_this_batch(self) -> float:
-        if self.momentum is None:
-            return 1.0 / (int(self.num_batches_tracked or 0) + 1)
-        return self.momentum
-
     # ------------------------------------------------------------------------------------- modes
 
     def train(self, mode: bool = True) -> Self:
@@ -282,17 +292,18 @@ class _BatchNorm:
 
     def reset_running_stats(self) -> None:
         """Set the running statistics to mean 0 and variance 1, after no batch."""
-        for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
-            if getattr(self, name) is not None:
-                getattr(self, name)[...] = value
+        self._reset(running_mean=0, running_var=1, num_batches_tracked=0)
 
     def reset_parameters(self) -> None:
         """Reset the statistics, the weight to 1 and the bias to 0."""
-        self.reset_running_stats()
-        if self.weight is not None:
-            self.weight[...] = 1
-        if self.bias is not None:
-            self.bias[...] = 0
+        self._reset(running_mean=0, running_var=1, num_batches_tracked=0, weight=1, bias=0)
+
+    def _reset(self, **values: int) -> None:
+        state = {name: array for name, array in self._state().items() if name in values}
+        for name, array in state.items():
+            _checks.writable(name, array)
+        for name, array in state.items():
+            array[...] = values[name]
 
     # ------------------------------------------------------------------------------------- state
 
@@ -368,6 +379,8 @@ class _BatchNorm:
 
         Raises
         ------
+        TypeError, ValueError
+            If an attribute has been given a value that no layer can be made with.
         OSError
             If it cannot be written; what was there stays.
 
@@ -383,7 +396,9 @@ class _BatchNorm:
         """
         from cbn import _state  # here, because zipfile and json are half of cbn's import time
 
-        _state.save(path, self._config(), self.state_dict())
+        config, state = self._config(), self.state_dict()
+        _checks.savable(state, self._expected_state(config))
+        _state.save(path, config, state)
 
     @classmethod
     def load(cls, path: _state.Path) -> Self:
@@ -418,15 +433,15 @@ class _BatchNorm:
         return {
             "class": type(self).__name__,
             "num_features": self.num_features,
-            "eps": self.eps,
-            "momentum": self.momentum,
+            "eps": _checks.non_negative("eps", self.eps),
+            "momentum": _checks.momentum_or_none(self.momentum),
             "affine": self.weight is not None,
             "track_running_stats": self.track_running_stats,
             "dtype": self.dtype.name,
             "bias": self.bias is not None,
             "channel_axis": self.channel_axis,
-            "correction": self.correction,
-            "training": self.training,
+            "correction": _checks.non_negative("correction", self.correction),
+            "training": _checks.flag("training", self.training),
             # Tracking may have been switched off on a layer that has them.
             "has_running_stats": self.running_mean is not None,
         }

@@ -3,12 +3,17 @@
 # The functions at the end are what cbn/functional.py calls. They check nothing: arrays are
 # C-contiguous, aligned, in native byte order and of the right sizes; x, grad_output, out,
 # grad_weight and grad_bias share one element type, float32 or float64; weight, bias, mean and var
-# may each be float32, float64 or None; batch statistics are float64.
+# may each be float32, float64 or None; statistics are the mean, what float64 rounds off it, and the
+# variance of a batch: float64 of shape (3, C).
 
 from cython.parallel cimport prange
-from libc.math cimport sqrt
+from libc.math cimport INFINITY, sqrt
 from libc.stdlib cimport free, malloc
-from numpy cimport NPY_FLOAT, PyArray_DATA, PyArray_TYPE, import_array, ndarray
+from numpy cimport (
+    NPY_DOUBLE, NPY_FLOAT, PyArray_CheckExact, PyArray_DATA, PyArray_DESCR, PyArray_DIM,
+    PyArray_DIMS, PyArray_EMPTY, PyArray_ISCARRAY_RO, PyArray_ISWRITEABLE, PyArray_NBYTES,
+    PyArray_NDIM, PyArray_SAMESHAPE, PyArray_SIZE, PyArray_TYPE, import_array, ndarray, npy_intp,
+)
 
 cdef extern from "threads.h":
     int omp_get_max_threads() nogil
@@ -57,17 +62,17 @@ cdef inline void* data_of(ndarray array):
 
 
 cdef Pass new_pass(Kind kind, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarray weight,
-                   ndarray bias, ndarray mean, ndarray mean_low, ndarray var, double eps):
+                   ndarray bias, ndarray mean, ndarray var, double eps):
     cdef Pass p
     p.kind = kind
     p.geometry = cut(N, C, S)
     p.weight = per_channel(weight, 1)
     p.bias = per_channel(bias, 0)
     p.mean = per_channel(mean, 0)
-    p.mean_low = per_channel(mean_low, 0)
+    p.mean_low = per_channel(None, 0)
     p.var = per_channel(var, 1)
     p.eps = eps
-    p.batch_mean = p.batch_mean_low = p.batch_var = NULL
+    p.statistics = NULL
     p.grad_weight = p.grad_bias = NULL
     return p
 
@@ -81,7 +86,8 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, int num_thre
     cdef size_t size = p.geometry.N * p.geometry.S * p.geometry.C * (4 if single else 8)
     # An output that is also an input is in the cache already, line by line.
     p.stream = size >= STREAM_BYTES and out_data != x_data and out_data != grad_data
-    p.partial = malloc(channels * p.geometry.pieces * sizeof(Moments))
+    # Nothing is reduced where statistics are given, but an allocation of one byte cannot fail.
+    p.partial = malloc(1 if p.kind == GIVEN else channels * p.geometry.pieces * sizeof(Moments))
     p.coefficients = malloc(channels * COEFFICIENTS * sizeof(double))
     try:
         if p.partial == NULL or p.coefficients == NULL:
@@ -98,41 +104,59 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, int num_thre
         free(p.coefficients)
 
 
-def batch_statistics(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
-                     ndarray mean, ndarray mean_low, ndarray var,   # OUT
-                     int num_threads):
-    cdef Pass p = new_pass(STATISTICS, N, C, S, None, None, None, None, None, 0)
-    p.batch_mean = <double*>data_of(mean)
-    p.batch_mean_low = <double*>data_of(mean_low)
-    p.batch_var = <double*>data_of(var)
+cdef ndarray new_statistics(npy_intp C):
+    cdef npy_intp[2] shape
+    shape[0], shape[1] = 3, C
+    return PyArray_EMPTY(2, shape, NPY_DOUBLE, 0)
+
+
+cpdef ndarray given_statistics(ndarray mean, ndarray var):
+    """A copy, for a backward pass: what it is taken from may change in between."""
+    cdef Py_ssize_t C = PyArray_DIM(mean, 0), c
+    cdef PerChannel means = per_channel(mean, 0), vars = per_channel(var, 0)
+    cdef ndarray statistics = new_statistics(C)
+    cdef double* data = <double*>data_of(statistics)
+    for c in range(C):
+        data[c] = value_of(&means, c)
+        data[C + c] = 0
+        data[2 * C + c] = value_of(&vars, c)
+    return statistics
+
+
+cpdef batch_statistics(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
+                       ndarray statistics,   # OUT
+                       int num_threads):
+    cdef Pass p = new_pass(STATISTICS, N, C, S, None, None, None, None, 0)
+    p.statistics = <double*>data_of(statistics)
     run_pass(&p, x, None, None, num_threads)
 
 
-def normalise_batch(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarray weight,
-                    ndarray bias, double eps,
-                    ndarray mean, ndarray mean_low, ndarray var, ndarray out,   # OUT
-                    int num_threads):
-    cdef Pass p = new_pass(BATCH, N, C, S, weight, bias, None, None, None, eps)
-    p.batch_mean = <double*>data_of(mean)
-    p.batch_mean_low = <double*>data_of(mean_low)
-    p.batch_var = <double*>data_of(var)
+cpdef normalise_batch(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarray weight,
+                      ndarray bias, double eps,
+                      ndarray statistics, ndarray out,   # OUT
+                      int num_threads):
+    cdef Pass p = new_pass(BATCH, N, C, S, weight, bias, None, None, eps)
+    p.statistics = <double*>data_of(statistics)
     run_pass(&p, x, None, out, num_threads)
 
 
-def normalise(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarray mean, ndarray var,
-              ndarray weight, ndarray bias, double eps,
-              ndarray out,   # OUT
-              int num_threads):
-    cdef Pass p = new_pass(GIVEN, N, C, S, weight, bias, mean, None, var, eps)
+cpdef normalise(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarray mean, ndarray var,
+                ndarray weight, ndarray bias, double eps,
+                ndarray out,   # OUT
+                int num_threads):
+    cdef Pass p = new_pass(GIVEN, N, C, S, weight, bias, mean, var, eps)
     run_pass(&p, x, None, out, num_threads)
 
 
-def gradients(ndarray grad_output, ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
-              ndarray mean, ndarray mean_low, ndarray var, ndarray weight, double eps, bint frozen,
-              ndarray grad_input, ndarray grad_weight, ndarray grad_bias,   # OUT
-              int num_threads):
+cpdef gradients(ndarray grad_output, ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
+                ndarray statistics, ndarray weight, double eps, bint frozen,
+                ndarray grad_input, ndarray grad_weight, ndarray grad_bias,   # OUT
+                int num_threads):
     cdef Pass p = new_pass(FROZEN_GRADIENTS if frozen else GRADIENTS, N, C, S, weight, None,
-                           mean, mean_low, var, eps)
+                           None, None, eps)
+    p.mean.double_ = <const double*>data_of(statistics)
+    p.mean_low.double_ = p.mean.double_ + C
+    p.var.double_ = p.mean.double_ + 2 * C
     p.grad_weight = data_of(grad_weight)
     p.grad_bias = data_of(grad_bias)
     run_pass(&p, x, grad_output, grad_input, num_threads)
@@ -145,11 +169,21 @@ cdef void blend(real* running, const double* batch, Py_ssize_t C, double momentu
         running[c] = <real>((1 - momentum) * running[c] + momentum * (batch[c] * factor))
 
 
-def update_running(ndarray running,   # IN, OUT
-                   ndarray batch, double momentum, double factor):
-    """running = (1 - momentum) * running + momentum * (factor * batch)."""
-    cdef const double* data = <const double*>data_of(batch)
-    if PyArray_TYPE(running) == NPY_FLOAT:
-        blend(<float*>data_of(running), data, batch.shape[0], momentum, factor)
+cpdef update_running(ndarray running_mean, ndarray running_var,   # IN, OUT
+                     ndarray statistics, double momentum, double count, double correction):
+    """Let the running statistics learn those of a batch of count values per channel."""
+    cdef Py_ssize_t C = PyArray_DIM(statistics, 1)
+    cdef const double* mean = <const double*>data_of(statistics)
+    cdef const double* var = mean + 2 * C
+    cdef double unbiased = count / (count - correction)
+    if PyArray_TYPE(running_mean) == NPY_FLOAT:
+        blend(<float*>data_of(running_mean), mean, C, momentum, 1)
     else:
-        blend(<double*>data_of(running), data, batch.shape[0], momentum, factor)
+        blend(<double*>data_of(running_mean), mean, C, momentum, 1)
+    if PyArray_TYPE(running_var) == NPY_FLOAT:
+        blend(<float*>data_of(running_var), var, C, momentum, unbiased)
+    else:
+        blend(<double*>data_of(running_var), var, C, momentum, unbiased)
+
+
+include "express.pxi"

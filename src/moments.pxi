@@ -16,11 +16,11 @@ cdef struct Moments:
     double m2      # sum of squared deviations from the mean
 
 
-cdef struct Columns:
-    double[WIDTH] count
-    double[WIDTH] shift
-    double[WIDTH] mean
-    double[WIDTH] m2
+cdef struct Columns:   # arrays of WIDTH, or what is left of them from some column on
+    double* count
+    double* shift
+    double* mean
+    double* m2
 
 
 cdef inline void add_columns(const sum_t* shift, const sum_t* total, const sum_t* square,
@@ -115,6 +115,9 @@ cdef inline bint add_block(const real* x, const Sheet* block, const Py_ssize_t w
 cdef void add_block_in_range(const real* x, const Sheet* block, real smallest, bint ends,
                              Py_ssize_t before, Py_ssize_t tails_before,
                              Columns* columns) noexcept nogil:  # IN, OUT
+    cdef Columns one = columns[0]
+    cdef Sheet column = block[0]
+    cdef Py_ssize_t k
     cdef bint done
     # A literal width lets the compiler keep the accumulators of a plane in registers.
     if block.width == LANES:
@@ -125,8 +128,22 @@ cdef void add_block_in_range(const real* x, const Sheet* block, real smallest, b
     else:
         done = add_block[real, real](x, block, block.width, smallest, ends, before, tails_before,
                                      columns)
-    if not done:
+    if done:
+        return
+    if block.channels == 1:
         add_block[real, double](x, block, block.width, 0.0, ends, before, tails_before, columns)
+        return
+    # One by one, so that the other channels keep the very bits they would have had.
+    column.width = 1
+    for k in range(block.width):
+        column.tail = 1 if k < block.tail else 0
+        if not add_block[real, real](x, &column, 1, smallest, ends, before, tails_before, &one):
+            add_block[real, double](x, &column, 1, 0.0, ends, before, tails_before, &one)
+        column.offset += 1
+        one.count += 1
+        one.shift += 1
+        one.mean += 1
+        one.m2 += 1
 
 
 cdef void column_moments(const real* x, const Sheet* sheet, real smallest,
@@ -226,10 +243,13 @@ cdef Moments merge(const Moments* part, Py_ssize_t parts, Py_ssize_t stride) noe
 cdef void reduce_moments(const real* x, const Geometry* g, Py_ssize_t strip, Py_ssize_t piece,
                          double smallest,
                          Moments* partial) noexcept nogil:  # OUT (pieces, C)
+    cdef double[4][WIDTH] values
     cdef Columns columns
     cdef Sheet sheet = sheet_of(g, strip, piece)
     cdef Moments* into = partial + piece * g.C + strip * g.strip_channels
     cdef Py_ssize_t c
+    columns.count, columns.shift, columns.mean, columns.m2 = (values[0], values[1], values[2],
+                                                              values[3])
     column_moments(x, &sheet, <real>smallest, &columns)
     merge_repeats(&sheet, &columns)
     for c in range(sheet.channels):

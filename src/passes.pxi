@@ -18,9 +18,7 @@ cdef struct Pass:
     PerChannel var
     double eps
     bint stream             # write past the cache
-    double* batch_mean      # OUT (C,) statistics of the batch
-    double* batch_mean_low
-    double* batch_var
+    double* statistics      # OUT (3, C): mean, mean_low and var of the batch
     void* grad_weight       # OUT (C,) of the element type of x, or NULL
     void* grad_bias
     void* partial           # (pieces, C) Moments or Sums
@@ -46,52 +44,65 @@ cdef void reduce_tile(const real* x, const real* grad_output, const Pass* p, Py_
                          <Sums*>p.partial)
 
 
-cdef void finish_channel(const real* x, const Pass* p, Py_ssize_t c) noexcept nogil:
+cdef inline void finish_moments(const Pass* p, Py_ssize_t c,
+                                double* mean, double* mean_low, double* var) noexcept nogil:  # OUT
+    """Merge what the pieces found of a channel, and keep it as the statistics of the batch."""
+    cdef Py_ssize_t C = p.geometry.C
+    cdef Moments moments = merge(<const Moments*>p.partial + c, p.geometry.pieces, C)
+    cdef double rounded
+    # Two-sum (Knuth): mean and mean_low together are the exact sum of the two parts.
+    mean[0] = moments.shift + moments.mean
+    rounded = mean[0] - moments.shift
+    mean_low[0] = (moments.shift - (mean[0] - rounded)) + (moments.mean - rounded)
+    var[0] = moments.m2 / moments.count
+    if var[0] < 0:   # by rounding, where all values are equal; a NaN stays
+        var[0] = 0
+    p.statistics[c] = mean[0]
+    p.statistics[C + c] = mean_low[0]
+    p.statistics[2 * C + c] = var[0]
+
+
+cdef inline void finish_gradients(const Pass* p, Py_ssize_t c, double reciprocal,
+                                  real* coefficient) noexcept nogil:  # OUT
+    """Merge what the pieces found of a channel, and keep it as the gradients of the parameters."""
     cdef const Geometry* g = &p.geometry
-    cdef real* coefficient = <real*>p.coefficients + c
-    cdef double mean = value_of(&p.mean, c)
-    cdef double mean_low = value_of(&p.mean_low, c)
-    cdef double var = value_of(&p.var, c)
+    cdef Sums sums = merge_sums(<const Sums*>p.partial + c, g.pieces, g.C)
     cdef double count = <double>g.N * g.S
-    cdef double reciprocal, rounded
-    cdef Moments moments
-    cdef Sums sums
-
-    if has_batch_statistics(p):
-        moments = merge(<const Moments*>p.partial + c, g.pieces, g.C)
-        # Two-sum (Knuth): mean and mean_low together are the exact sum of the two parts.
-        mean = moments.shift + moments.mean
-        rounded = mean - moments.shift
-        mean_low = (moments.shift - (mean - rounded)) + (moments.mean - rounded)
-        var = moments.m2 / moments.count
-        if var < 0:   # by rounding, where all values are equal; a NaN stays
-            var = 0
-        p.batch_mean[c] = mean
-        p.batch_mean_low[c] = mean_low
-        p.batch_var[c] = var
-        if p.kind == STATISTICS:
-            return
-
-    reciprocal = 1 / sqrt(var + p.eps)
-    coefficient[SCALE * g.C] = <real>(value_of(&p.weight, c) * reciprocal)
-    coefficient[MEAN * g.C] = <real>mean
-    coefficient[MEAN_LOW * g.C] = <real>((mean - <double><real>mean) + mean_low)
-    if coefficient[MEAN_LOW * g.C] != coefficient[MEAN_LOW * g.C]:   # an infinite mean
-        coefficient[MEAN_LOW * g.C] = 0
-    coefficient[BIAS * g.C] = <real>value_of(&p.bias, c)
-    if p.kind == BATCH or p.kind == GIVEN:
-        return
-
-    sums = merge_sums(<const Sums*>p.partial + c, g.pieces, g.C)
     if p.grad_bias:
         (<real*>p.grad_bias)[c] = <real>sums.grad_output
     if p.grad_weight:
         (<real*>p.grad_weight)[c] = <real>(sums.grad_output_centred * reciprocal)
-    coefficient[MEAN_GRAD * g.C] = <real>(sums.grad_output / count)
-    coefficient[SLOPE * g.C] = <real>(sums.grad_output_centred / count * reciprocal * reciprocal)
     if p.kind == FROZEN_GRADIENTS:
-        # grad_output takes the place of x, and only the scale is left.
+        # grad_output takes the place of x, and nothing but the scale is left.
         coefficient[MEAN * g.C] = coefficient[MEAN_LOW * g.C] = coefficient[BIAS * g.C] = 0
+    else:
+        coefficient[MEAN_GRAD * g.C] = <real>(sums.grad_output / count)
+        coefficient[SLOPE * g.C] = <real>(sums.grad_output_centred / count
+                                          * reciprocal * reciprocal)
+
+
+cdef void finish_channel(const real* x,   # for its element type only
+                         const Pass* p, Py_ssize_t c) noexcept nogil:
+    cdef Py_ssize_t C = p.geometry.C
+    cdef real* coefficient = <real*>p.coefficients + c
+    cdef double mean = value_of(&p.mean, c)
+    cdef double mean_low = value_of(&p.mean_low, c)
+    cdef double var = value_of(&p.var, c)
+    cdef double reciprocal
+
+    if has_batch_statistics(p):
+        finish_moments(p, c, &mean, &mean_low, &var)
+        if p.kind == STATISTICS:
+            return
+    reciprocal = 1 / sqrt(var + p.eps)
+    coefficient[MEAN * C] = <real>mean
+    coefficient[MEAN_LOW * C] = <real>((mean - <double><real>mean) + mean_low)
+    if not -INFINITY < coefficient[MEAN_LOW * C] < INFINITY:   # nor is the mean finite then
+        coefficient[MEAN_LOW * C] = 0
+    coefficient[SCALE * C] = <real>(value_of(&p.weight, c) * reciprocal)
+    coefficient[BIAS * C] = <real>value_of(&p.bias, c)
+    if p.kind == GRADIENTS or p.kind == FROZEN_GRADIENTS:
+        finish_gradients(p, c, reciprocal, coefficient)
 
 
 cdef void finish_strip(const real* x, const Pass* p, Py_ssize_t strip) noexcept nogil:
@@ -125,20 +136,25 @@ cdef void run_strip(const real* x, const real* grad_output, real* out, const Pas
 
 cdef void run(const real* x, const real* grad_output, real* out, const Pass* p,
               int num_threads) noexcept nogil:
-    """Strip by strip, or tile by tile where strips are too few to keep all threads busy."""
+    """Run a pass. The schedule is free: no result depends on it."""
     cdef Py_ssize_t strips = p.geometry.strips, pieces = p.geometry.pieces
     cdef Py_ssize_t tiles = strips * pieces
+    cdef Py_ssize_t strip_values = p.geometry.strip_channels * p.geometry.S * p.geometry.N
     cdef Py_ssize_t strip, tile, chunk
 
+    if num_threads > tiles:
+        num_threads = <int>tiles
     if num_threads == 1:
         for strip in range(strips):
             run_strip(x, grad_output, out, p, strip)
     elif strips % num_threads == 0 or strips >= 4 * num_threads or pieces == 1:
-        chunk = p.geometry.strip_channels * p.geometry.S * p.geometry.N
-        chunk = max(1, min(strips // num_threads, PIECE // chunk))
+        # Strip by strip, so that it is still in the cache when it is read again; several at a
+        # time where they are small.
+        chunk = max(1, min(strips // num_threads, PIECE // strip_values))
         for strip in prange(strips, schedule="dynamic", chunksize=chunk, num_threads=num_threads):
             run_strip(x, grad_output, out, p, strip)
     else:
+        # Too few strips to keep all threads busy to the end: tile by tile, in three rounds.
         for tile in prange(tiles, schedule="dynamic", num_threads=num_threads):
             reduce_tile(x, grad_output, p, tile % strips, tile // strips)
         for strip in prange(strips, num_threads=num_threads):

@@ -1,6 +1,7 @@
 """Arrays in and out: every layout gives the bits of the contiguous one, and nothing else moves."""
 
 import tempfile
+import tracemalloc
 from functools import partial
 
 import numpy as np
@@ -183,6 +184,20 @@ def test_out_in_any_layout(layout, case, dtype, training, rng):
     assert bn.backward(dy, out=grad) is grad
     assert_bits(grad, expected.backward(dy))
     assert_bits(bn.weight_grad, expected.weight_grad)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_contiguous_arrays_are_neither_copied_nor_written_by_way_of_a_temporary(training, rng):
+    x, dy, out = rng.random((3, 4, C, 200, 200), np.float32)
+    bn = cbn.BatchNorm2d(C).train(training)
+    tracemalloc.start()
+    try:
+        bn(x, out=out)
+        bn.backward(dy, out=dy)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < x.nbytes / 10
 
 
 @pytest.mark.parametrize("pad", [0, 2])

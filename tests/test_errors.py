@@ -74,7 +74,7 @@ def read_only(array):
 POSITIVE = "num_features: expected a positive integer, got "
 NON_NEGATIVE = "eps: expected a finite number >= 0, got "
 MOMENTUM = "momentum: expected a finite number, or None for the cumulative average, got "
-FLOAT = "dtype: expected float32 or float64, got "
+FLOAT = "dtype: expected NumPy's float32 or float64, got "
 AXIS = "channel_axis: expected 1 (channels first) or -1 (channels last), got "
 UNTRACKED = "expected None with track_running_stats=False, got a value that nothing would use"
 
@@ -219,11 +219,11 @@ def test_functions_need_two_axes(function, shape):
     arguments = {batch_norm: [None, None], batch_norm_backward: [np.ones(3), np.ones(3)]}
     x = np.ones(shape)
     first = [x, x] if function is batch_norm_backward else [x]
-    text = f"x: expected at least 2 axes, got {len(shape)} in shape {shape}"
+    text = f"x: expected at least 2 axes, got {len(shape)} axes in shape {shape}"
     check_refused(partial(function, *first, *arguments.get(function, [])), ValueError, text)
 
 
-REMEDY = "use a larger batch or eval mode"
+REMEDY = "use a larger batch, or eval mode with running statistics"
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,6 @@ NOT_FLOATS = {
     "string": (np.full(SHAPE, "1"), "<U1"),
     "list-of-bools": (np.ones(SHAPE, bool).tolist(), "bool"),
     "list-of-complex": (np.ones(SHAPE, complex).tolist(), "complex128"),
-    "none": (None, "object"),
 }
 
 DATA_CALLS = {
@@ -287,6 +286,13 @@ DATA_CALLS = {
         lambda s, value: partial(batch_norm_backward, s.dy, value, s.mean, s.var),
     ),
 }
+
+
+@pytest.mark.parametrize("call", DATA_CALLS)
+def test_none_for_data(call):
+    name, prepare = DATA_CALLS[call]
+    text = f"{name}: expected an array of float32 or float64, got None"
+    check_refused(prepare(Scene(), None), TypeError, text)
 
 
 @pytest.mark.parametrize("call", DATA_CALLS)
@@ -470,10 +476,7 @@ def test_dtype_per_channel(name, prepare):
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 def test_running_arrays_to_normalise_by_are_needed(name):
-    text = (
-        f"{name}: expected an array of shape (3,) when not training, got None; "
-        f"pass training=True to use the statistics of the batch"
-    )
+    text = f"{name}: expected an array of shape (3,) when not training, got None"
     check_refused(PER_CHANNEL[name](Scene(), None), ValueError, text)
 
 
@@ -743,7 +746,7 @@ def test_load_state_dict_into_what_cannot_be_written(value, seen):
     check_refused(partial(bn.load_state_dict, changed(weight=np.full(C, 5.0))), ValueError, text)
 
 
-# --------------------------------------------------------------------------------------- threads
+# --------------------------------------------------------------------- threads and instruction sets
 
 
 @pytest.mark.parametrize(
@@ -762,12 +765,60 @@ def test_number_of_threads(function, value, error):
     assert cbn.get_num_threads() == before
 
 
-@pytest.mark.parametrize("value", ["", "0", "-1", "2.5", "all"])
-def test_number_of_threads_in_the_environment(value, monkeypatch):
-    monkeypatch.setenv("CBN_NUM_THREADS", value)
+def test_too_many_threads():
+    text = "num_threads: expected at most 4096 threads, got 4097"
+    check_refused(partial(cbn.set_num_threads, 4097), ValueError, text)
+
+
+POSITIVE_NUMBER = "expected a positive integer up to 4096"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("CBN_NUM_THREADS", "", POSITIVE_NUMBER),
+        ("CBN_NUM_THREADS", "0", POSITIVE_NUMBER),
+        ("CBN_NUM_THREADS", "-1", POSITIVE_NUMBER),
+        ("CBN_NUM_THREADS", "2.5", POSITIVE_NUMBER),
+        ("CBN_NUM_THREADS", "all", POSITIVE_NUMBER),
+        (
+            "CBN_ISA",
+            "avx2",
+            "expected an instruction set (x86_64_v4, x86_64_v3, baseline)",
+        ),
+    ],
+)
+def test_environment(variable, value, expected, monkeypatch):
+    monkeypatch.setenv(variable, value)
     run = subprocess.run([sys.executable, "-c", "import cbn"], capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1] == (
-        f"ValueError: environment variable CBN_NUM_THREADS: expected a positive integer, "
+        f"ValueError: environment variable {variable}: {expected}, "
         f"got {value!r}; correct it or unset it"
     )
+
+
+def test_mode_of_show_config():
+    text = "mode: expected 'stdout' or 'dicts', got 'json'"
+    check_refused(partial(cbn.show_config, "json"), ValueError, text)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_out_over_a_parameter_or_statistic(name, training, order):
+    scene = Scene()
+    out = np.empty(SHAPE, np.float32, order=order)
+    bn = scene.with_(**{name: out.ravel("K")[:C]}).train(training)
+    text = f"out: expected memory apart from {name}, got an overlap in an array of shape {SHAPE}"
+    check_refused(partial(bn, scene.x, out=out), ValueError, text)
+
+
+def test_integer_beyond_floats():
+    text = "eps: expected a finite number >= 0, got an integer beyond floats"
+    check_refused(partial(cbn.BatchNorm1d, 3, eps=10**400), ValueError, text)
+
+
+def test_channel_axis_of_another_kind():
+    text = "channel_axis: expected 1 (channels first) or -1 (channels last), got [1]"
+    check_refused(partial(cbn.BatchNorm1d, 3, channel_axis=[1]), ValueError, text)

@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import re
 import stat
 import struct
+import time
 import tracemalloc
 import zipfile
 
@@ -193,8 +195,9 @@ def test_loaded_layer_works_and_is_independent_of_the_file(path, rng):
     assert_same_state(again, bn.state_dict())
 
 
-def test_equal_states_make_equal_files(tmp_path):
-    for name in ("a", "b"):
+def test_equal_states_make_equal_files_at_any_time(tmp_path, monkeypatch):
+    for name, now in (("a", 1e9), ("b", 1.5e9)):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
         trained(eps=0.5).save(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
@@ -609,8 +612,8 @@ def test_another_class(layer, path):
         ("momentum", float("nan"), "momentum: expected a finite number, or None"),
         ("momentum", {}, "momentum: expected a finite number, or None"),
         ("correction", None, "correction: expected a finite number >= 0, got None"),
-        ("dtype", "int32", "dtype: expected float32 or float64, got int32"),
-        ("dtype", "O", "dtype: expected float32 or float64, got object"),
+        ("dtype", "int32", "dtype: expected NumPy's float32 or float64, got int32"),
+        ("dtype", "O", "dtype: expected NumPy's float32 or float64, got object"),
         ("dtype", "float64", "weight: expected float64 of shape (2,), got float32 of shape (2,)"),
         ("affine", 1, "affine: expected True or False, got 1"),
         ("affine", False, "expected the arrays ['num_batches_tracked', 'running_mean', "),
@@ -637,3 +640,34 @@ def test_huge_number_of_channels_without_arrays(tracking, path):
         assert_damaged(path, "expected the arrays ['num_batches_tracked', 'running_mean', ")
     else:
         assert cbn.BatchNorm1d.load(path).num_features == 10**18
+
+
+@pytest.mark.parametrize(
+    ("attributes", "text"),
+    [
+        (
+            {"weight": np.ones(3)},
+            "weight: expected float32 of shape (3,) to save, got float64 of shape (3,)",
+        ),
+        ({"running_var": None}, "running_var: expected float32 of shape (3,) to save, got none"),
+        (
+            {"momentum": np.nan},
+            "momentum: expected a finite number, or None for the cumulative average, got nan",
+        ),
+    ],
+    ids=["dtype", "missing", "momentum"],
+)
+def test_save_refuses_what_load_would(attributes, text, tmp_path):
+    bn = cbn.BatchNorm1d(3)
+    for name, value in attributes.items():
+        setattr(bn, name, value)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        bn.save(tmp_path / "norm.npz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_save_takes_numbers_of_numpy(tmp_path):
+    bn = cbn.BatchNorm1d(3)
+    bn.momentum = np.float32(0.5)
+    bn.save(tmp_path / "norm.npz")
+    assert cbn.BatchNorm1d.load(tmp_path / "norm.npz").momentum == 0.5

@@ -257,7 +257,9 @@ def test_nonsense_in_the_environment_variable_is_an_error(value):
     result = run_python(PRINT_NUM_THREADS, CBN_NUM_THREADS=value)
     assert result.returncode != 0
     assert result.stdout == ""
-    error = "ValueError: environment variable CBN_NUM_THREADS: expected a positive integer"
+    error = (
+        "ValueError: environment variable CBN_NUM_THREADS: expected a positive integer up to 4096"
+    )
     assert f"{error}, got {value!r}" in result.stderr
 
 

@@ -1,0 +1,148 @@
+# The ordinary call, from the layer's attributes to the kernel in one step.
+#
+# A service that normalises a few thousand values pays more for Python's checks than for the
+# arithmetic. What nearly every call brings (plain contiguous arrays of matching shapes) is
+# recognised here in C. These functions refuse nothing: they return None for whatever is not
+# ordinary, and cbn/functional.py then looks at it closely, converts it or says what is wrong.
+
+cdef bint is_plain(object array, int type_num):
+    """An ndarray, no subclass, that a kernel can read."""
+    return (PyArray_CheckExact(array) and PyArray_TYPE(<ndarray>array) == type_num
+            and PyArray_ISCARRAY_RO(<ndarray>array))
+
+
+cdef bint is_per_channel(object array, Py_ssize_t C):
+    return ((is_plain(array, NPY_FLOAT) or is_plain(array, NPY_DOUBLE))
+            and PyArray_NDIM(<ndarray>array) == 1 and PyArray_DIM(<ndarray>array, 0) == C)
+
+
+cdef bint is_per_channel_or_none(object array, Py_ssize_t C):
+    return array is None or is_per_channel(array, C)
+
+
+cdef bint is_running_or_none(object array, Py_ssize_t C):
+    return array is None or (is_per_channel(array, C) and PyArray_ISWRITEABLE(<ndarray>array))
+
+
+cdef bint are_apart(ndarray a, ndarray b):
+    """Whether two contiguous arrays share no memory."""
+    cdef size_t a_first = <size_t>PyArray_DATA(a), b_first = <size_t>PyArray_DATA(b)
+    return (a_first + PyArray_NBYTES(a) <= b_first or b_first + PyArray_NBYTES(b) <= a_first)
+
+
+cdef bint is_plain_out(object out, ndarray like):
+    """Nothing, like itself, or a plain array of the same kind that shares no memory with it."""
+    return (out is None or out is like
+            or (is_plain(out, PyArray_TYPE(like)) and PyArray_SAMESHAPE(<ndarray>out, like)
+                and are_apart(<ndarray>out, like))) \
+        and (out is None or PyArray_ISWRITEABLE(<ndarray>out))
+
+
+cdef ndarray new_like(ndarray x):
+    return PyArray_EMPTY(PyArray_NDIM(x), PyArray_DIMS(x), PyArray_TYPE(x), 0)
+
+
+cdef bint view_of(object x, tuple axis_of_rank, object channels, object dtype,
+                  Py_ssize_t* N, Py_ssize_t* C, Py_ssize_t* S):  # OUT
+    """The (N, C, S) view of a plain, non-empty array of an accepted rank and element type."""
+    cdef int rank, axis, i
+    if not PyArray_CheckExact(x):
+        return False
+    rank = PyArray_NDIM(<ndarray>x)
+    if (not (is_plain(x, NPY_FLOAT) or is_plain(x, NPY_DOUBLE)) or rank >= len(axis_of_rank)
+            or not (dtype is None or dtype is <object>PyArray_DESCR(<ndarray>x))):
+        return False
+    axis = axis_of_rank[rank]
+    if axis < 0 or PyArray_SIZE(<ndarray>x) == 0:
+        return False
+    N[0] = S[0] = 1
+    for i in range(axis):
+        N[0] *= PyArray_DIM(<ndarray>x, i)
+    C[0] = PyArray_DIM(<ndarray>x, axis)
+    for i in range(axis + 1, rank):
+        S[0] *= PyArray_DIM(<ndarray>x, i)
+    return channels is None or channels == C[0]
+
+
+cdef bint are_all_apart(object out, tuple arrays):
+    """Whether an output shares no memory with any parameter or statistic."""
+    cdef object array
+    for array in arrays:
+        if out is not None and array is not None and not are_apart(<ndarray>out, <ndarray>array):
+            return False
+    return True
+
+
+cdef bint is_finite(object value):
+    return type(value) is float and -INFINITY < <double>value < INFINITY
+
+
+def express_inference(x, tuple axis_of_rank, channels, expected, dtype, mean, var, weight, bias,
+                      eps, out, threads_for):
+    """Return (output, x or None, statistics, view), or None."""
+    cdef Py_ssize_t N, C, S
+    if not (view_of(x, axis_of_rank, channels, dtype, &N, &C, &S)
+            and is_per_channel(mean, C) and is_per_channel(var, C)
+            and is_per_channel_or_none(weight, C) and is_per_channel_or_none(bias, C)
+            and is_finite(eps) and eps >= 0 and is_plain_out(out, x)
+            and (out is None or are_all_apart(out, (mean, var, weight, bias)))):
+        return None
+    if out is None:
+        out = new_like(x)
+    normalise(x, N, C, S, mean, var, weight, bias, eps, out, threads_for(N * C * S))
+    # Without a weight no gradient depends on x, which is then not kept alive for nothing.
+    return (out, None if out is x or weight is None else x, given_statistics(mean, var),
+            (N, C, S))
+
+
+def express_training(x, tuple axis_of_rank, channels, expected, dtype, running_mean, running_var,
+                     weight, bias, momentum, eps, correction, out, threads_for):
+    """Return (output, x or None, statistics, view), or None."""
+    cdef Py_ssize_t N, C, S
+    cdef ndarray statistics
+    if not (view_of(x, axis_of_rank, channels, dtype, &N, &C, &S)
+            and is_finite(momentum) and is_finite(eps) and eps >= 0
+            and is_finite(correction) and correction >= 0
+            and is_running_or_none(running_mean, C) and is_running_or_none(running_var, C)
+            and (running_mean is None) == (running_var is None)
+            and (running_mean is None
+                 or (correction < N * S and are_all_apart(x, (running_mean, running_var))
+                     and are_apart(<ndarray>running_mean, <ndarray>running_var)))
+            and is_per_channel_or_none(weight, C) and is_per_channel_or_none(bias, C)
+            and N * S > 1
+            and is_plain_out(out, x)
+            and (out is None or are_all_apart(out, (running_mean, running_var, weight, bias)))):
+        return None
+    if out is None:
+        out = new_like(x)
+    statistics = new_statistics(C)
+    normalise_batch(x, N, C, S, weight, bias, eps, statistics, out, threads_for(N * C * S))
+    if running_mean is not None:
+        update_running(running_mean, running_var, statistics, momentum, N * S, correction)
+    return out, None if out is x else x, statistics, (N, C, S)
+
+
+def express_backward(grad_output, x, tuple shape, dtype, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
+                     statistics, weight, double eps, bint frozen, out, threads_for):
+    """Return the gradients of input, weight and bias, or None."""
+    cdef npy_intp channels = C
+    cdef int type_num
+    if not PyArray_CheckExact(x):
+        return None
+    type_num = PyArray_TYPE(<ndarray>x)
+    # The caller may have changed the shape or the dtype of x since the forward pass.
+    if not (is_plain(x, type_num) and <object>PyArray_DESCR(<ndarray>x) is dtype
+            and x.shape == shape and PyArray_SIZE(<ndarray>x) > 0
+            and is_plain(grad_output, type_num)
+            and PyArray_SAMESHAPE(<ndarray>grad_output, <ndarray>x)
+            and is_per_channel_or_none(weight, C) and is_plain_out(out, grad_output)
+            and (out is None or (are_apart(<ndarray>out, <ndarray>x)
+                                 and are_all_apart(out, (statistics, weight))))):
+        return None
+    if out is None:
+        out = new_like(grad_output)
+    grad_weight = PyArray_EMPTY(1, &channels, type_num, 0)
+    grad_bias = PyArray_EMPTY(1, &channels, type_num, 0)
+    gradients(grad_output, x, N, C, S, statistics, weight, eps, frozen,
+              out, grad_weight, grad_bias, threads_for(N * C * S))
+    return out, grad_weight, grad_bias

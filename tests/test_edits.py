@@ -1,0 +1,135 @@
+"""What a caller may do to arrays and attributes around a call: nothing is corrupted by it."""
+
+import numpy as np
+import pytest
+
+import cbn
+from cbn.functional import batch_norm
+
+SHAPE = (16, 3, 5, 5)
+
+
+@pytest.fixture
+def x(rng):
+    return rng.standard_normal(SHAPE, np.float32)
+
+
+class Tensor:
+    """An array under another name, which it shares its memory with."""
+
+    def __init__(self, array):
+        self.array = array
+        self.dtype = array.dtype
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+
+def as_float64(array):
+    array.dtype = np.float64
+
+
+def cut_short(array):
+    array.resize((4, 3, 5, 5), refcheck=False)
+
+
+@pytest.mark.filterwarnings("ignore:Setting the dtype:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")
+@pytest.mark.parametrize("change", [as_float64, cut_short])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_input_changed_before_backward(change, training):
+    x = np.ones((16, 3, 5, 6), np.float32)
+    bn = cbn.BatchNorm2d(3).train(training)
+    grad_output = np.ones_like(bn(x))
+    change(x)
+    with pytest.raises(RuntimeError, match=r"backward: expected the input .* as it was, float32"):
+        bn.backward(grad_output)
+
+
+def test_statistics_changed_before_backward(rng, x):
+    grad_output = rng.standard_normal(SHAPE, np.float32)
+    bn = cbn.BatchNorm2d(3, running_var=4.0).eval()
+    bn(x)
+    expected = bn.backward(grad_output)
+    bn.reset_running_stats()
+    np.testing.assert_array_equal(bn.backward(grad_output), expected)
+    bn.running_var.resize((1,), refcheck=False)
+    np.testing.assert_array_equal(bn.backward(grad_output), expected)
+
+
+def test_out_over_a_tensor_is_noticed(x):
+    bn = cbn.BatchNorm2d(3)
+    bn(Tensor(x), out=x)
+    with pytest.raises(RuntimeError, match="an out= wrote over"):
+        bn.backward(np.ones_like(x))
+
+
+def test_out_over_part_of_a_tensor_is_refused():
+    memory = np.ones(2 * 48, np.float32)
+    x, out = memory[:48].reshape(16, 3), memory[24:72].reshape(16, 3)
+    with pytest.raises(ValueError, match="got a partial overlap"):
+        cbn.BatchNorm1d(3)(Tensor(x), out=out)
+
+
+def test_strides_of_axes_of_length_one_do_not_matter(rng):
+    x = rng.standard_normal((8, 1), np.float32)
+    expected = cbn.BatchNorm1d(1)(x)
+    np.testing.assert_array_equal(cbn.BatchNorm1d(1)(x, out=x.reshape(8)[:, None]), expected)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_running_statistics_within_the_input(order):
+    x = np.asarray(np.arange(12.0).reshape(4, 3), order=order)
+    before, mean = x.copy(), x.ravel("K")[:3]
+    with pytest.raises(ValueError, match="running_mean and x: expected memory of their own"):
+        batch_norm(x, mean, np.ones(3), training=True)
+    np.testing.assert_array_equal(x, before)
+
+
+def test_one_array_for_both_running_statistics():
+    both = np.ones(3)
+    with pytest.raises(ValueError, match="running_mean and running_var: expected memory of their"):
+        batch_norm(np.arange(12.0).reshape(4, 3), both, both, training=True)
+    assert both.tolist() == [1, 1, 1]
+
+
+def read_only(count):
+    count.flags.writeable = False
+    return count
+
+
+@pytest.mark.parametrize(
+    "count", [read_only(np.array(3)), np.array(-1), 3, "abc", None, np.array([1])], ids=repr
+)
+def test_a_counter_that_cannot_count(count, x):
+    bn = cbn.BatchNorm2d(3)
+    bn.num_batches_tracked = count
+    with pytest.raises(ValueError, match="num_batches_tracked: expected a writable array of shape"):
+        bn(x)
+    assert bn.running_mean.tolist() == [0, 0, 0]
+    assert bn.running_var.tolist() == [1, 1, 1]
+
+
+def test_reset_changes_all_or_nothing(x):
+    bn = cbn.BatchNorm2d(3)
+    bn(x)
+    mean = bn.running_mean.copy()
+    bn.running_var.flags.writeable = False
+    with pytest.raises(ValueError, match="running_var: expected a writable array"):
+        bn.reset_running_stats()
+    np.testing.assert_array_equal(bn.running_mean, mean)
+
+
+@pytest.mark.parametrize("count", [-1, 2**63], ids=str)
+def test_counts_that_no_layer_has(count):
+    bn = cbn.BatchNorm2d(3)
+    state = bn.state_dict() | {"num_batches_tracked": np.array(count)}
+    with pytest.raises(ValueError, match="expected an integer from 0 to"):
+        bn.load_state_dict(state)
+
+
+def test_correction_matters_only_to_running_statistics():
+    x = np.array([[1.0], [3.0]])
+    np.testing.assert_array_equal(
+        batch_norm(x, None, None, training=True, correction=5, eps=0.0), [[-1], [1]]
+    )

@@ -1,0 +1,89 @@
+"""Every instruction set that this CPU has: the same bits, for every pass, layout and dtype."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import cbn
+from cbn import _dispatch, functional
+
+SHAPES = [
+    (4, 3),
+    (1000, 3),
+    (33, 600),
+    (2, 5, 3, 3),
+    (1, 64, 7, 7),
+    (1, 7, 15, 15),
+    (20, 11, 7, 7),
+    (9, 5, 14, 14),
+    (3, 2, 57, 57),
+    (2, 1, 300, 300),
+]
+
+
+def results(isa, monkeypatch, shape, dtype, channel_axis):
+    monkeypatch.setattr(functional, "kernels", _dispatch.load(isa))
+    rng = np.random.default_rng(7)
+    x = np.moveaxis(rng.normal(3, 2, shape).astype(dtype), 1, channel_axis).copy()
+    x[0].flat[0] = 1e4
+    grad_output = rng.normal(size=x.shape).astype(dtype)
+    layer = {2: cbn.BatchNorm1d, 4: cbn.BatchNorm2d}[len(shape)]
+    bn = layer(shape[1], dtype=dtype, channel_axis=channel_axis)
+    bn.weight[...] = rng.normal(size=shape[1])
+    found = {}
+    for mode in (True, False):
+        found[f"y training={mode}"] = bn.train(mode)(x)
+        found[f"grad_input training={mode}"] = bn.backward(grad_output)
+        found[f"weight_grad training={mode}"] = bn.weight_grad
+        found[f"bias_grad training={mode}"] = bn.bias_grad
+    return found | bn.state_dict()
+
+
+@pytest.mark.parametrize("isa", _dispatch.supported()[:-1])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("channel_axis", [1, -1])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_bits_as_the_baseline(isa, dtype, channel_axis, shape, monkeypatch):
+    expected = results("baseline", monkeypatch, shape, dtype, channel_axis)
+    actual = results(isa, monkeypatch, shape, dtype, channel_axis)
+    for name, array in expected.items():
+        assert actual[name].tobytes() == array.tobytes(), name
+
+
+@pytest.mark.parametrize("isa", _dispatch.supported())
+def test_the_forced_one_is_the_active_one(isa):
+    code = "import cbn; print(cbn.show_config(mode='dicts')['instruction set'])"
+    environment = {**os.environ, "CBN_ISA": isa}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert f"'active': '{isa}', 'because': 'CBN_ISA={isa}'" in run.stdout
+
+
+def test_only_the_active_kernels_are_imported():
+    code = "import cbn, sys; print([name for name in sys.modules if 'cbn._kernels_' in name])"
+    environment = {name: value for name, value in os.environ.items() if name != "CBN_ISA"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == f"['cbn._kernels_{_dispatch.supported()[0]}']"
+
+
+def test_what_this_cpu_lacks_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="CBN_ISA: expected an instruction set of this CPU"):
+        cbn._checks.instruction_set("CBN_ISA", "b", ["a", "b"], ["a", "b"], ["a"])
+
+
+def test_what_was_not_built_is_refused():
+    with pytest.raises(ValueError, match="expected an instruction set that this installation was"):
+        cbn._checks.instruction_set("CBN_ISA", "b", ["a", "b"], ["a"], ["a"])
+
+
+def test_show_config_prints(capsys):
+    cbn.show_config()
+    printed = capsys.readouterr().out
+    for word in ("built", "active", "openmp", "number", "because"):
+        assert word in printed
