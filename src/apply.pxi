@@ -62,11 +62,15 @@ cdef inline void apply_line(const real* x, const real* grad_output, const real* 
         head = min(n, head)
         if head:
             apply_row(x, grad_output, coefficients, stride, head, step, False, out)
-    for chunk in range((n - head) // LANES):
-        k = head + chunk * LANES
+    k = head
+    for chunk in range((n - k) // LANES):
         apply_row(x + k, grad_output + k if grad_output else NULL, coefficients + k * step, stride,
                   LANES, step, stream, out + k)
-    k = n - (n - head) % LANES
+        k += LANES
+    for chunk in range((n - k) // FEW_LANES):
+        apply_row(x + k, grad_output + k if grad_output else NULL, coefficients + k * step, stride,
+                  FEW_LANES, step, False, out + k)
+        k += FEW_LANES
     if k < n:
         apply_row(x + k, grad_output + k if grad_output else NULL, coefficients + k * step, stride,
                   n - k, step, False, out + k)

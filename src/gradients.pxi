@@ -25,11 +25,9 @@ cdef inline void add_row(const real* grad_output, const real* x, const double* m
 cdef inline void add_sheet(const real* grad_output, const real* x, const Sheet* sheet,
                            const double* mean, const double* mean_low, const Py_ssize_t width,
                            const Py_ssize_t step,
-                           double* sum_total, double* sum_product) noexcept nogil:  # OUT
+                           double* total, double* product) noexcept nogil:  # OUT
     # In float64, where the product of two float32 is exact: sums that nearly cancel keep their
     # digits.
-    cdef double[WIDTH] total
-    cdef double[WIDTH] product
     cdef Py_ssize_t i, j, k, at
     for k in range(width):
         total[k] = 0
@@ -41,9 +39,18 @@ cdef inline void add_sheet(const real* grad_output, const real* x, const Sheet* 
             at += sheet.row_stride
         if sheet.tail:
             add_row(grad_output + at, x + at, mean, mean_low, sheet.tail, step, total, product)
-    for k in range(width):
-        sum_total[k] = total[k]
-        sum_product[k] = product[k]
+
+
+cdef inline Sums sums_of_plane(const real* grad_output, const real* x, const Sheet* sheet,
+                               double mean, double mean_low,
+                               const Py_ssize_t width) noexcept nogil:
+    cdef double[LANES] total
+    cdef double[LANES] product
+    cdef Sums sums
+    add_sheet(grad_output, x, sheet, &mean, &mean_low, width, 0, total, product)
+    sums.grad_output = sum_of(total, width)
+    sums.grad_output_centred = sum_of(product, width)
+    return sums
 
 
 cdef void reduce_gradients(const real* grad_output, const real* x, const Geometry* g,
@@ -62,15 +69,16 @@ cdef void reduce_gradients(const real* grad_output, const real* x, const Geometr
 
     if g.by_plane:
         high[0], low[0] = value_of(mean, first), value_of(mean_low, first)
+        # A literal width lets the compiler keep the accumulators in registers.
         if sheet.width == LANES:
-            add_sheet(grad_output, x, &sheet, high, low, LANES, 0, total, product)
+            into[0] = sums_of_plane(grad_output, x, &sheet, high[0], low[0], LANES)
         else:
-            add_sheet(grad_output, x, &sheet, high, low, FEW_LANES, 0, total, product)
-    else:
-        for c in range(sheet.channels):
-            spread(value_of(mean, first + c), &sheet, c, high)
-            spread(value_of(mean_low, first + c), &sheet, c, low)
-        add_sheet(grad_output, x, &sheet, high, low, sheet.width, 1, total, product)
+            into[0] = sums_of_plane(grad_output, x, &sheet, high[0], low[0], FEW_LANES)
+        return
+    for c in range(sheet.channels):
+        spread(value_of(mean, first + c), &sheet, c, high)
+        spread(value_of(mean_low, first + c), &sheet, c, low)
+    add_sheet(grad_output, x, &sheet, high, low, sheet.width, 1, total, product)
     for r in range(1, sheet.repeat):
         for k in range(period):
             total[k] += total[r * period + k]

@@ -17,55 +17,64 @@ cdef struct Moments:
 
 
 cdef struct Columns:   # arrays of WIDTH, or what is left of them from some column on
-    double* count
     double* shift
     double* mean
     double* m2
 
 
+cdef struct Rows:      # how many there are, in the columns of the tail and in the rest
+    double tail
+    double rest
+
+
+cdef inline double rows_of(Rows rows, Py_ssize_t tail, Py_ssize_t k) noexcept nogil:
+    return rows.tail if k < tail else rows.rest
+
+
 cdef inline void add_columns(const sum_t* shift, const sum_t* total, const sum_t* square,
-                             Py_ssize_t first, Py_ssize_t last, double count, double before,
+                             const Py_ssize_t width, Py_ssize_t tail, Rows rows, Rows before,
                              Columns* columns) noexcept nogil:  # IN, OUT
-    """Merge the sums of a block, of count rows, into columns of so many rows before."""
-    cdef double reciprocal = 1 / count
-    cdef double merged = before + count
-    cdef double share = count / merged
-    cdef double cross = before * share
+    """Merge the sums of so many rows into columns of so many rows before."""
+    cdef Rows reciprocal, share, cross
     cdef double mean, delta
     cdef Py_ssize_t k
-    if before == 0:
-        for k in range(first, last):
-            mean = total[k] * reciprocal
-            columns.count[k] = count
+    reciprocal.tail, reciprocal.rest = 1 / rows.tail, 1 / rows.rest
+    if before.rest == 0:
+        for k in range(width):
+            mean = total[k] * rows_of(reciprocal, tail, k)
             columns.shift[k] = shift[k]
             columns.mean[k] = mean
             columns.m2[k] = square[k] - total[k] * mean
-    else:
-        for k in range(first, last):
-            mean = total[k] * reciprocal
-            delta = (shift[k] - columns.shift[k]) + (mean - columns.mean[k])
-            columns.count[k] = merged
-            columns.mean[k] += delta * share
-            columns.m2[k] += (square[k] - total[k] * mean) + delta * delta * cross
+        return
+    share.tail = rows.tail / (before.tail + rows.tail)
+    share.rest = rows.rest / (before.rest + rows.rest)
+    cross.tail = before.tail * share.tail
+    cross.rest = before.rest * share.rest
+    for k in range(width):
+        mean = total[k] * rows_of(reciprocal, tail, k)
+        delta = (shift[k] - columns.shift[k]) + (mean - columns.mean[k])
+        columns.mean[k] += delta * rows_of(share, tail, k)
+        columns.m2[k] += (square[k] - total[k] * mean) + delta * delta * rows_of(cross, tail, k)
 
 
 cdef inline bint add_block(const real* x, const Sheet* block, const Py_ssize_t width,
                            sum_t smallest,   # smaller sums of squares count as underflow
                            bint ends,        # whether the block holds the tail of its runs
-                           Py_ssize_t before, Py_ssize_t tails_before,   # rows seen already
+                           Rows before,
                            Columns* columns) noexcept nogil:  # IN, OUT
     """Merge a block into columns, or return False when its squares left the range of sum_t."""
     cdef sum_t[WIDTH] shift
     cdef sum_t[WIDTH] total
     cdef sum_t[WIDTH] square
     cdef const real* row
-    cdef sum_t d, reciprocal, reciprocal_tail
-    cdef Py_ssize_t count = block.runs * block.rows
+    cdef sum_t d, reciprocal
+    cdef Rows rows
     cdef Py_ssize_t tail = block.tail if ends else 0
-    cdef Py_ssize_t tails = block.runs if ends else 0
     cdef int outside = 0
     cdef Py_ssize_t i, j, k
 
+    rows.rest = block.runs * block.rows
+    rows.tail = rows.rest + block.runs if ends else rows.rest
     for k in range(width):
         total[k] = 0
         square[k] = 0
@@ -77,12 +86,12 @@ cdef inline bint add_block(const real* x, const Sheet* block, const Py_ssize_t w
             row += block.row_stride
         for k in range(tail):
             total[k] += row[k]
-    reciprocal = 1 / <sum_t>count
-    reciprocal_tail = 1 / <sum_t>(count + tails)
+    reciprocal = 1 / <sum_t>rows.rest
     for k in range(width):
         shift[k] = total[k] * reciprocal
+    reciprocal = 1 / <sum_t>rows.tail
     for k in range(tail):
-        shift[k] = total[k] * reciprocal_tail
+        shift[k] = total[k] * reciprocal
     for k in range(width):
         total[k] = 0
     for i in range(block.runs):
@@ -105,42 +114,35 @@ cdef inline bint add_block(const real* x, const Sheet* block, const Py_ssize_t w
             outside |= square[k] < smallest
         if outside:
             return False
-    if block.tail:
-        add_columns(shift, total, square, 0, block.tail, count + tails, before + tails_before,
-                    columns)
-    add_columns(shift, total, square, block.tail, width, count, before, columns)
+    add_columns(shift, total, square, width, block.tail, rows, before, columns)
     return True
 
 
 cdef void add_block_in_range(const real* x, const Sheet* block, real smallest, bint ends,
-                             Py_ssize_t before, Py_ssize_t tails_before,
-                             Columns* columns) noexcept nogil:  # IN, OUT
+                             Rows before, Columns* columns) noexcept nogil:  # IN, OUT
     cdef Columns one = columns[0]
     cdef Sheet column = block[0]
     cdef Py_ssize_t k
     cdef bint done
     # A literal width lets the compiler keep the accumulators of a plane in registers.
     if block.width == LANES:
-        done = add_block[real, real](x, block, LANES, smallest, ends, before, tails_before, columns)
+        done = add_block[real, real](x, block, LANES, smallest, ends, before, columns)
     elif block.width == FEW_LANES:
-        done = add_block[real, real](x, block, FEW_LANES, smallest, ends, before, tails_before,
-                                     columns)
+        done = add_block[real, real](x, block, FEW_LANES, smallest, ends, before, columns)
     else:
-        done = add_block[real, real](x, block, block.width, smallest, ends, before, tails_before,
-                                     columns)
+        done = add_block[real, real](x, block, block.width, smallest, ends, before, columns)
     if done:
         return
     if block.channels == 1:
-        add_block[real, double](x, block, block.width, 0.0, ends, before, tails_before, columns)
+        add_block[real, double](x, block, block.width, 0.0, ends, before, columns)
         return
     # One by one, so that the other channels keep the very bits they would have had.
     column.width = 1
     for k in range(block.width):
         column.tail = 1 if k < block.tail else 0
-        if not add_block[real, real](x, &column, 1, smallest, ends, before, tails_before, &one):
-            add_block[real, double](x, &column, 1, 0.0, ends, before, tails_before, &one)
+        if not add_block[real, real](x, &column, 1, smallest, ends, before, &one):
+            add_block[real, double](x, &column, 1, 0.0, ends, before, &one)
         column.offset += 1
-        one.count += 1
         one.shift += 1
         one.mean += 1
         one.m2 += 1
@@ -151,9 +153,11 @@ cdef void column_moments(const real* x, const Sheet* sheet, real smallest,
     """The moments of each column, block by block."""
     cdef Sheet block = sheet[0]
     cdef Py_ssize_t height, parts, i, b
+    cdef Rows before
 
+    before.tail = before.rest = 0
     if sheet.runs * sheet.rows <= TALLEST:
-        add_block_in_range(x, &block, smallest, True, 0, 0, columns)
+        add_block_in_range(x, &block, smallest, True, before, columns)
     elif sheet.rows <= TALLEST:
         # Several runs in a block.
         height = TALLEST // sheet.rows
@@ -161,7 +165,9 @@ cdef void column_moments(const real* x, const Sheet* sheet, real smallest,
             i = b * height
             block.offset = sheet.offset + i * sheet.run_stride
             block.runs = min(height, sheet.runs - i)
-            add_block_in_range(x, &block, smallest, True, i * sheet.rows, i, columns)
+            before.rest = i * sheet.rows
+            before.tail = before.rest + i
+            add_block_in_range(x, &block, smallest, True, before, columns)
     else:
         # Several blocks in a run.
         height = ceil_div(sheet.rows, ceil_div(sheet.rows, TALLEST))
@@ -171,32 +177,33 @@ cdef void column_moments(const real* x, const Sheet* sheet, real smallest,
             for b in range(parts):
                 block.offset = sheet.offset + i * sheet.run_stride + b * height * sheet.row_stride
                 block.rows = min(height, sheet.rows - b * height)
-                add_block_in_range(x, &block, smallest, b == parts - 1,
-                                   i * sheet.rows + b * height, i, columns)
+                before.rest = i * sheet.rows + b * height
+                before.tail = before.rest + i
+                add_block_in_range(x, &block, smallest, b == parts - 1, before, columns)
 
 
 cdef inline void merge_repeats(const Sheet* sheet, Columns* columns) noexcept nogil:  # IN, OUT
     """Merge the columns of every repeat into those of the first."""
     cdef Py_ssize_t period = sheet.channels * sheet.span
     cdef Py_ssize_t r, k, other
-    cdef double count, merged, share, cross, delta
+    cdef double before = sheet.rows + (1 if sheet.tail else 0)
+    cdef double rows, share, cross, delta
     for r in range(1, sheet.repeat):
-        count = columns.count[r * period]
-        merged = columns.count[0] + count
-        share = count / merged
-        cross = columns.count[0] * share
+        rows = sheet.rows + (1 if r * period < sheet.tail else 0)
+        share = rows / (before + rows)
+        cross = before * share
+        before += rows
         for k in range(period):
             other = r * period + k
             delta = ((columns.shift[other] - columns.shift[k])
                      + (columns.mean[other] - columns.mean[k]))
             columns.mean[k] += delta * share
             columns.m2[k] += columns.m2[other] + delta * delta * cross
-            columns.count[k] = merged
 
 
-cdef inline Moments fold(const Columns* columns, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+cdef inline Moments fold(const Columns* columns, Py_ssize_t first, const Py_ssize_t n,
+                         Py_ssize_t tail, Rows rows) noexcept nogil:
     """The moments of a channel, from those of its n columns."""
-    cdef const double* count = columns.count + first
     cdef const double* shift = columns.shift + first
     cdef const double* mean = columns.mean + first
     cdef const double* m2 = columns.m2 + first
@@ -204,16 +211,17 @@ cdef inline Moments fold(const Columns* columns, Py_ssize_t first, Py_ssize_t n)
     cdef Py_ssize_t k
     cdef Moments m
 
-    m.count, m.shift, m.mean, m.m2 = count[0], shift[0], mean[0], m2[0]
+    m.shift = shift[0]
     if n == 1:
+        m.count, m.mean, m.m2 = rows.rest, mean[0], m2[0]
         return m
-    m.count = sum_of(count, n)
+    m.count = tail * rows.tail + (n - tail) * rows.rest
     for k in range(n):
-        deviation[k] = count[k] * ((shift[k] - m.shift) + mean[k])
+        deviation[k] = rows_of(rows, tail, k) * ((shift[k] - m.shift) + mean[k])
     m.mean = sum_of(deviation, n) / m.count
     for k in range(n):
         deviation[k] = ((shift[k] - m.shift) + mean[k]) - m.mean
-        deviation[k] = m2[k] + count[k] * (deviation[k] * deviation[k])
+        deviation[k] = m2[k] + rows_of(rows, tail, k) * (deviation[k] * deviation[k])
     m.m2 = sum_of(deviation, n)
     return m
 
@@ -243,14 +251,24 @@ cdef Moments merge(const Moments* part, Py_ssize_t parts, Py_ssize_t stride) noe
 cdef void reduce_moments(const real* x, const Geometry* g, Py_ssize_t strip, Py_ssize_t piece,
                          double smallest,
                          Moments* partial) noexcept nogil:  # OUT (pieces, C)
-    cdef double[4][WIDTH] values
+    cdef double[3][WIDTH] values
     cdef Columns columns
+    cdef Rows rows
     cdef Sheet sheet = sheet_of(g, strip, piece)
     cdef Moments* into = partial + piece * g.C + strip * g.strip_channels
     cdef Py_ssize_t c
-    columns.count, columns.shift, columns.mean, columns.m2 = (values[0], values[1], values[2],
-                                                              values[3])
+
+    columns.shift, columns.mean, columns.m2 = values[0], values[1], values[2]
     column_moments(x, &sheet, <real>smallest, &columns)
+    rows.rest = sheet.runs * sheet.rows
+    if g.by_plane:
+        rows.tail = rows.rest + sheet.runs
+        if sheet.width == LANES:
+            into[0] = fold(&columns, 0, LANES, sheet.tail, rows)
+        else:
+            into[0] = fold(&columns, 0, FEW_LANES, sheet.tail, rows)
+        return
     merge_repeats(&sheet, &columns)
+    rows.rest = rows.rest * sheet.repeat + sheet.tail // (sheet.channels * sheet.span)
     for c in range(sheet.channels):
-        into[c] = fold(&columns, c * sheet.span, sheet.span)
+        into[c] = fold(&columns, c * sheet.span, sheet.span, 0, rows)

@@ -1,0 +1,77 @@
+"""Results against the float64 formulas of cbn.reference, before anything is timed."""
+
+from __future__ import annotations
+
+import numpy as np
+from peer import Results
+from shapes import EPS, MOMENTUM, Array, Case, Data
+
+from cbn import reference
+
+# cbn is held to the tolerances of its tests, the others to what tells one formula from another.
+CBN_RTOL, CBN_ATOL = 1.3e-6, 1e-5
+OTHERS = 1e-3  # of the largest value
+
+# The reference is slow and needs float64 temporaries: of a large array a few channels are checked,
+# among them the first and the last. The others are normalised by the same code.
+CHECKED_VALUES = 1 << 20
+
+
+def expected(case: Case, data: Data) -> tuple[Array, Results]:
+    """Return the channels to check and, for these, all that a pass may give."""
+    per_channel = case.values // case.channels
+    number = min(case.channels, max(2, CHECKED_VALUES // per_channel))
+    channels = np.unique(np.linspace(0, case.channels - 1, number).astype(int))
+    axis = case.channel_axis
+    x = data.x.take(channels, axis)
+    weight, bias, running_mean, running_var = (array[channels] for array in data[2:])
+    if case.pass_ == "backward":
+        mean, var, _ = reference.batch_norm_stats(x, channel_axis=axis)
+        grad_output = data.grad_output.take(channels, axis)
+        grads = reference.batch_norm_backward(
+            grad_output, x, mean, var, weight, eps=EPS, channel_axis=axis
+        )
+        return channels, dict(zip(("grad_input", "grad_weight", "grad_bias"), grads, strict=True))
+    results = reference.batch_norm(
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        case.pass_ == "training",
+        MOMENTUM,
+        EPS,
+        channel_axis=axis,
+    )
+    return channels, dict(zip(("y", "running_mean", "running_var"), results, strict=True))
+
+
+def check(name: str, case: Case, results: Results, channels: Array, expected: Results) -> None:
+    """Raise an AssertionError that names the library and the case if a result is wrong.
+
+    Parameters
+    ----------
+    name : str
+        The library.
+    case : Case
+        What it computed.
+    results : dict of str to ndarray
+        What it gave after its first call: all channels.
+    channels : ndarray of int
+        Those to look at.
+    expected : dict of str to ndarray
+        Values of these channels.
+    """
+    for quantity, result in results.items():
+        assert result.dtype == np.float32, f"{name}, {case}, {quantity}: {result.dtype}"
+        axis = case.channel_axis if result.ndim > 1 else 0
+        rtol, atol = CBN_RTOL, CBN_ATOL
+        if name != "cbn":
+            rtol, atol = 0, OTHERS * np.abs(expected[quantity]).max()
+        np.testing.assert_allclose(
+            result.take(channels, axis),
+            expected[quantity],
+            err_msg=f"{name}, {case}, {quantity}",
+            rtol=rtol,
+            atol=atol,
+        )

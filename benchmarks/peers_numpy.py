@@ -1,0 +1,111 @@
+"""The two that need nothing but NumPy: cbn itself, and the formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+from peer import Call, Peer, broadcasting, gradients
+from shapes import EPS, MOMENTUM, Array, Case, Data
+
+import cbn
+from cbn import functional
+
+
+class Cbn(Peer):
+    """The library of this project."""
+
+    name = "cbn"
+    packages = ("cbn",)
+
+    def set_num_threads(self, threads: int) -> bool:  # noqa: D102
+        cbn.set_num_threads(threads)
+        return True
+
+    def call(self, case: Case, data: Data) -> Call:  # noqa: D102
+        axis = case.channel_axis
+        out = np.empty_like(data.x) if case.reuses_out else None
+        if case.pass_ == "backward":
+            mean, var, _ = functional.batch_norm_stats(data.x, channel_axis=axis)
+            return Call(
+                lambda: functional.batch_norm_backward(
+                    data.grad_output,
+                    data.x,
+                    mean,
+                    var,
+                    data.weight,
+                    eps=EPS,
+                    channel_axis=axis,
+                    out=out,
+                ),
+                gradients,
+            )
+        running_mean, running_var = data.running_mean.copy(), data.running_var.copy()
+        training = case.pass_ == "training"
+        return Call(
+            lambda: functional.batch_norm(
+                data.x,
+                running_mean,
+                running_var,
+                data.weight,
+                data.bias,
+                training,
+                MOMENTUM,
+                EPS,
+                channel_axis=axis,
+                out=out,
+            ),
+            lambda y: {"y": y, "running_mean": running_mean, "running_var": running_var},
+        )
+
+
+class NumPy(Peer):
+    """The formulas in float32, with as few temporaries as they can do with. Always one thread."""
+
+    name = "NumPy"
+    packages = ("numpy",)
+
+    def call(self, case: Case, data: Data) -> Call:  # noqa: D102
+        x, grad_output = data.x, data.grad_output
+        axes, column = broadcasting(case)
+        weight, bias, running_mean, running_var = (
+            array.reshape(column).copy() for array in data[2:]
+        )
+        count = case.values // case.channels
+        out = np.empty_like(x) if case.reuses_out else None
+
+        def inference() -> Array:
+            y = np.subtract(x, running_mean, out=out)
+            y *= weight / np.sqrt(running_var + np.float32(EPS))
+            y += bias
+            return y
+
+        def training() -> Array:
+            mean = x.mean(axis=axes, keepdims=True)
+            y = np.subtract(x, mean, out=out)
+            var = np.square(y).mean(axis=axes, keepdims=True)
+            y *= weight / np.sqrt(var + np.float32(EPS))
+            y += bias
+            for running, batch in (
+                (running_mean, mean),
+                (running_var, var * (count / (count - 1))),
+            ):
+                running *= 1 - MOMENTUM
+                running += MOMENTUM * batch
+            return y
+
+        mean = x.mean(axis=axes, keepdims=True)
+        inv_std = 1 / np.sqrt(x.var(axis=axes, keepdims=True) + np.float32(EPS))
+
+        def backward() -> tuple[Array, Array, Array]:
+            x_hat = x - mean
+            x_hat *= inv_std
+            grad_bias = grad_output.sum(axis=axes, keepdims=True)
+            grad_weight = (grad_output * x_hat).sum(axis=axes, keepdims=True)
+            x_hat *= grad_weight / count
+            grad_input = np.subtract(grad_output, grad_bias / count, out=out)
+            grad_input -= x_hat
+            grad_input *= weight * inv_std
+            return grad_input, grad_weight.ravel(), grad_bias.ravel()
+
+        if case.pass_ == "backward":
+            return Call(backward, gradients)
+        return Call(inference if case.pass_ == "inference" else training, lambda y: {"y": y})

@@ -1,0 +1,107 @@
+"""PyTorch, and oneDNN, which is part of it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from peer import Call, Peer, gradients
+from shapes import EPS, MOMENTUM, Array, Case, Data
+
+
+class PyTorch(Peer):
+    """PyTorch's own kernels. Channels last is its memory format of that name."""
+
+    name = "PyTorch"
+    packages = ("torch",)
+
+    def __init__(self) -> None:
+        self.torch = import_module("torch")
+        self.torch.set_grad_enabled(False)
+
+    def set_num_threads(self, threads: int) -> bool:  # noqa: D102
+        self.torch.set_num_threads(threads)
+        return True
+
+    def tensor(self, array: Array, case: Case) -> Any:
+        """An array as PyTorch sees it: channels first in shape, the same memory."""
+        tensor = self.torch.from_numpy(array)
+        return tensor.movedim(-1, 1) if case.layout == "NHWC" else tensor
+
+    def array(self, tensor: Any, case: Case) -> Array:
+        """The other way round."""
+        array: Array = (tensor.movedim(1, -1) if case.layout == "NHWC" else tensor).numpy()
+        return array
+
+    def call(self, case: Case, data: Data) -> Call | None:  # noqa: D102
+        torch = self.torch
+        x, grad_output = self.tensor(data.x, case), self.tensor(data.grad_output, case)
+        weight, bias, running_mean, running_var = (torch.from_numpy(a.copy()) for a in data[2:])
+        forward = (x, weight, bias, running_mean, running_var, case.pass_ != "inference")
+        if case.pass_ == "backward":
+            _, mean, inv_std = torch.native_batch_norm(*forward, MOMENTUM, EPS)
+            backward = torch.ops.aten.native_batch_norm_backward
+            statistics = (running_mean, running_var, mean, inv_std)
+            arguments = (grad_output, x, weight, *statistics, True, EPS, [True] * 3)
+            out = {}
+            if case.reuses_out:
+                if x.layout is not torch.strided:
+                    return None
+                backward = backward.out
+                out = {
+                    f"out{k}": torch.empty_like(like) for k, like in enumerate((x, weight, bias))
+                }
+            return Call(
+                lambda: backward(*arguments, **out),
+                lambda grads: gradients((self.array(grads[0], case), *map(dense, grads[1:]))),
+            )
+        if case.reuses_out:
+            if x.layout is not torch.strided:
+                return None
+            saved = [torch.empty(case.channels if forward[-1] else 0) for _ in range(2)]
+            outs = (torch.empty_like(x), *saved)
+            return Call(
+                lambda: torch.native_batch_norm(*forward, MOMENTUM, EPS, out=outs),
+                lambda y: {"y": self.array(y[0], case)},
+            )
+        batch_norm = torch.nn.functional.batch_norm
+        training = case.pass_ == "training"
+        return Call(
+            lambda: batch_norm(x, running_mean, running_var, weight, bias, training, MOMENTUM, EPS),
+            lambda y: {"y": self.array(y, case)},
+        )
+
+
+class OneDNN(PyTorch):
+    """oneDNN by way of PyTorch's mkldnn tensors, which are always channels first."""
+
+    name = "oneDNN"
+
+    @property
+    def version(self) -> str:
+        """Version of PyTorch, which contains the library."""
+        return f"in PyTorch {super().version}"
+
+    @classmethod
+    def missing(cls) -> list[str]:
+        """Packages that are not installed, or a build of PyTorch without oneDNN."""
+        missing = super().missing()
+        if not missing and not import_module("torch").backends.mkldnn.is_available():
+            return ["oneDNN in torch"]
+        return missing
+
+    def tensor(self, array: Array, case: Case) -> Any:  # noqa: D102
+        shape = array.shape if array.ndim == 4 else (*array.shape, 1, 1)
+        return self.torch.from_numpy(array.reshape(shape)).to_mkldnn()
+
+    def array(self, tensor: Any, case: Case) -> Array:  # noqa: D102
+        return dense(tensor).reshape(case.shape)
+
+    def call(self, case: Case, data: Data) -> Call | None:  # noqa: D102
+        return None if case.layout == "NHWC" else super().call(case, data)
+
+
+def dense(tensor: Any) -> Array:
+    """A tensor that may be one of oneDNN's, as an array."""
+    array: Array = (tensor.to_dense() if tensor.is_mkldnn else tensor).numpy()
+    return array

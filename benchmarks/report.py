@@ -1,0 +1,84 @@
+"""The table on the screen and the summary below it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import geometric_mean
+from typing import Any
+
+from tqdm import tqdm
+
+Record = dict[str, Any]
+
+
+def ratio(record: Record, peer: str) -> float | None:
+    """How many times as long a library takes as cbn; None where it has no such call."""
+    libraries = record["libraries"]
+    if peer not in libraries:
+        return None
+    return float(libraries[peer]["median"] / libraries["cbn"]["median"])
+
+
+def share_of_limit(record: Record) -> float | None:
+    """The time of the copy over that of cbn."""
+    if "limit" not in record:
+        return None
+    return float(record["limit"] / record["libraries"]["cbn"]["median"])
+
+
+def disturbed(record: Record) -> bool:
+    """Whether other processes took more than a tenth of a core."""
+    return float(record["other work"]) > 0.1
+
+
+def name_of(record: Record) -> str:
+    """The case in a word."""
+    return f"{record['group']} " + "x".join(map(str, record["shape"]))
+
+
+def print_header(names: Sequence[str], threads: int) -> None:
+    """Print the first line of a table."""
+    peers = "".join(f"{'/ ' + name:>15}" for name in names[1:])
+    tqdm.write(f"\n{f'threads: {threads}':<36}{'cbn, us':>12}{'GB/s':>8}{peers}{'limit':>8}")
+
+
+def print_row(record: Record, names: Sequence[str]) -> None:
+    """Print a case."""
+    median = record["libraries"]["cbn"]["median"]
+    ratios = "".join(f"{_or_dash(ratio(record, name), '.2f'):>15}" for name in names[1:])
+    share = _or_dash(share_of_limit(record), ".0%")
+    mark = " *" if disturbed(record) else ""
+    speed = record["bytes"] / median / 1e9
+    tqdm.write(f"{name_of(record):<36}{median * 1e6:12.1f}{speed:8.1f}{ratios}{share:>8}{mark}")
+
+
+def print_summary(records: Sequence[Record]) -> None:
+    """Print means and worst cases by threads, pass and layout, then every loss."""
+    groups = defaultdict(list)
+    losses = []
+    for record in records:
+        for peer in record["libraries"]:
+            value = ratio(record, peer)
+            if value and peer != "cbn" and not peer.startswith("limit"):
+                groups[record["threads"], record["group"], peer].append((value, record))
+                if value < 1:
+                    losses.append((value, peer, record))
+
+    print(f"\n{'threads':<8}{'pass and layout':<22}{'peer':<14}{'cases':>6}{'mean':>8}{'worst':>8}")
+    for (threads, group, peer), members in sorted(groups.items()):
+        mean = geometric_mean(value for value, _ in members)
+        worst, record = min(members, key=lambda member: member[0])
+        shape = "x".join(map(str, record["shape"]))
+        print(
+            f"{threads:<8}{group:<22}{peer:<14}{len(members):6}{mean:8.2f}{worst:8.2f}  at {shape}"
+        )
+
+    print(f"\ncases beside other work: {sum(map(disturbed, records))} of {len(records)}")
+    print(f"losses (cbn takes longer): {len(losses)}")
+    for value, peer, record in sorted(losses, key=lambda loss: loss[0]):
+        print(f"  {value:.2f} of {peer}: {name_of(record)}, threads: {record['threads']}")
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

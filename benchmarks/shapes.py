@@ -1,0 +1,168 @@
+"""What is measured: the cases, made of the shape tables in shapes/, and their data.
+
+resnet_50, densenet_121 and googlenet_v2 hold the batch normalisation layers of these networks,
+features holds (N, C) data, small holds calls so short that the arithmetic hardly matters.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+TABLES = Path(__file__).with_name("shapes")
+FAMILIES = ("resnet_50", "densenet_121", "googlenet_v2", "features", "small")
+LAYOUTS = ("NCHW", "NHWC", "NC")
+EPS = 1e-5
+MOMENTUM = 0.1
+
+# Arrays read and written by each pass when nothing is read twice: the least that it can move.
+TRAFFIC = {"training": 2, "inference": 2, "backward": 3}
+PASSES = tuple(TRAFFIC)
+
+# Inputs, copies of them for oneDNN and JAX, outputs and temporaries: with all libraries a backward
+# pass was seen to take 14 arrays. Shapes too large for that lose samples.
+LARGEST_CASE_BYTES = 2e9
+ARRAYS_ALIVE = 15
+QUICK_SHAPES = {(32, 64, 112, 112), (32, 256, 56, 56), (32, 2048, 7, 7), (1, 64, 7, 7), (4096, 256)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: a pass over one array.
+
+    ``shape`` is in the order of ``layout``; ``reuses_out`` is whether the output is allocated
+    once, before the calls, or by every call.
+    """
+
+    family: str
+    pass_: str
+    layout: str
+    shape: tuple[int, ...]
+    reuses_out: bool = False
+
+    @property
+    def channel_axis(self) -> int:
+        """1 or -1, as cbn has it."""
+        return -1 if self.layout == "NHWC" else 1
+
+    @property
+    def channels(self) -> int:
+        """The length of the channel axis."""
+        return self.shape[self.channel_axis]
+
+    @property
+    def values(self) -> int:
+        """The number of values in one array."""
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """The least number of bytes that the pass moves."""
+        return TRAFFIC[self.pass_] * self.values * 4
+
+    @property
+    def group(self) -> str:
+        """What is summarised together."""
+        return f"{self.pass_} {self.layout}" + (" out=" if self.reuses_out else "")
+
+    def __str__(self) -> str:
+        return f"{self.group} " + "x".join(map(str, self.shape))
+
+
+class Data(NamedTuple):
+    """Float32 arrays of a case."""
+
+    x: Array
+    grad_output: Array
+    weight: Array
+    bias: Array
+    running_mean: Array
+    running_var: Array
+
+
+def all_cases(
+    families: Sequence[str] = FAMILIES,
+    passes: Sequence[str] = PASSES,
+    layouts: Sequence[str] = LAYOUTS,
+    quick: bool = False,
+) -> list[Case]:
+    """Return the cases of some families, passes and layouts, each once.
+
+    Parameters
+    ----------
+    families, passes, layouts : sequence of str
+        Those to take.
+    quick : bool
+        Whether to take a handful of shapes only.
+
+    Returns
+    -------
+    list of Case
+        In the order of the tables. What two families share is counted with the first.
+    """
+    family_of: dict[tuple[str, tuple[int, ...]], str] = {}
+    for family in families:
+        for layout, shape in _shapes(family):
+            if not quick or _channels_first(layout, shape) in QUICK_SHAPES:
+                family_of.setdefault((layout, shape), family)
+    return [
+        Case(family, pass_, layout, shape, reuses_out)
+        for (layout, shape), family in family_of.items()
+        for pass_ in passes
+        for reuses_out in ((False, True) if family == "small" else (False,))
+        if layout in layouts
+    ]
+
+
+def make_data(case: Case) -> Data:
+    """Return the arrays of a case, the same at every call."""
+    x, grad_output = (np.resize(values, case.shape) for values in _random())
+    channel = np.arange(case.channels, dtype=np.float32) / case.channels
+    return Data(
+        x,
+        grad_output,
+        weight=0.5 + channel,
+        bias=channel - 0.5,
+        running_mean=2 + channel,
+        running_var=3 + channel,
+    )
+
+
+def _shapes(family: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The layouts and shapes of a table: as listed and, for a network, also at N = 1 and 32."""
+    with (TABLES / f"{family}.tsv").open() as file:
+        for row in csv.DictReader(file, delimiter="\t"):
+            N, C, H, W = (int(row[axis]) for axis in "NCHW")
+            if H * W == 1:
+                yield "NC", (N, C)
+                continue
+            most = int(LARGEST_CASE_BYTES / (ARRAYS_ALIVE * 4 * C * H * W))
+            for samples in (N,) if family == "small" else (1, 32, N):
+                samples = min(samples, most)
+                yield "NCHW", (samples, C, H, W)
+                yield "NHWC", (samples, H, W, C)
+
+
+def _channels_first(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0], shape[-1], *shape[1:-1]) if layout == "NHWC" else shape
+
+
+@lru_cache
+def _random() -> tuple[Array, Array]:
+    """Input and gradient: few numbers, to be repeated, and therefore of a prime number.
+
+    The gradient grows with the input, as it does where a network still learns. Its sums over a
+    channel would otherwise be nothing but what is left of terms that cancel.
+    """
+    x, noise = np.random.default_rng(0).standard_normal((2, 1_000_003), dtype=np.float32)
+    return 2 + 2 * x, 1 + x + noise
