@@ -7,7 +7,7 @@ take, what a backward pass needs of its forward pass.
 from __future__ import annotations
 
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -99,7 +99,18 @@ def batch_norm(
     axes = AXES[_checks.channel_axis(channel_axis)]
     if _checks.flag("training", training):
         y, _ = forward_training(
-            x, axes, None, running_mean, running_var, weight, bias, momentum, eps, correction, out
+            x,
+            axes,
+            None,
+            running_mean,
+            running_var,
+            None,
+            weight,
+            bias,
+            momentum,
+            eps,
+            correction,
+            out,
         )
     else:
         _checks.momentum(momentum)
@@ -227,9 +238,8 @@ def batch_norm_backward(
     )
     frozen = not _checks.flag("training", training)
     eps = _checks.non_negative("eps", eps)
-    forward = Forward(array, array.shape, array.dtype, view, statistics, eps, frozen)
-    gradients = backward(forward, grad_output, weight, out, x)
-    return gradients.input, gradients.weight, gradients.bias
+    forward = (array, array.shape, array.dtype, view, statistics, eps, frozen)
+    return backward(forward, grad_output, weight, out, x)[:3]
 
 
 # ------------------------------------------------------------------- what the layers are made of
@@ -244,25 +254,18 @@ AXES = {
 View = tuple[int, int, int]
 
 
-class Forward(NamedTuple):
-    """What a backward pass needs of its forward pass."""
+# What a backward pass needs of its forward pass. Plain tuples, because a named one costs as much as
+# a small kernel:
+#   x           or None: overwritten, or not needed
+#   shape, dtype of x
+#   view        of x, as (N, C, S)
+#   statistics  float64 (3, C): mean, what float64 rounds off it, var
+#   eps
+#   frozen      whether the statistics do not depend on x
+Forward = tuple[Array | None, Shape, np.dtype[Any], View, Array, float, bool]
 
-    x: Array | None  # None: overwritten, or not needed
-    shape: Shape
-    dtype: np.dtype[Any]
-    view: View
-    statistics: Array  # float64 (3, C): mean, what float64 rounds off it, var
-    eps: float
-    frozen: bool  # the statistics do not depend on x
-
-
-class Gradients(NamedTuple):
-    """The gradients, and whether the input of the forward pass was written over."""
-
-    input: Array
-    weight: Array
-    bias: Array
-    overwrote_x: bool
+# The gradients of input, weight and bias, and whether the input of the forward pass is overwritten.
+Gradients = tuple[Array, Array, Array, bool]
 
 
 def forward_training(
@@ -271,6 +274,7 @@ def forward_training(
     dtype: np.dtype[Any] | None,
     running_mean: ArrayLike | None,
     running_var: ArrayLike | None,
+    num_batches_tracked: Array | None,
     weight: ArrayLike | None,
     bias: ArrayLike | None,
     momentum: float | None,
@@ -278,15 +282,31 @@ def forward_training(
     correction: float,
     out: Array | None,
 ) -> tuple[Array, Forward]:
-    """Normalise by the statistics of x, and learn them."""
-    done = kernels.express_training(
-        x, *axes, dtype, running_mean, running_var, weight, bias, momentum, eps, correction, out,
-        _threads.threads_for,
-    )  # fmt: skip
-    if done is not None:
-        y, kept, statistics, view = done
-        return y, Forward(kept, y.shape, y.dtype, view, statistics, eps, frozen=False)
+    """Normalise by the statistics of x, and learn them.
 
+    With a counter of batches, momentum may be None: the average over all of them.
+    """
+    done: tuple[Array, Forward] | None = kernels.express_training(
+        x,
+        axes,
+        dtype,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        weight,
+        bias,
+        momentum,
+        eps,
+        correction,
+        out,
+        _threads.threads_for,
+    )
+    if done is not None:
+        return done
+
+    if num_batches_tracked is not None:
+        seen = _checks.batch_count(num_batches_tracked)
+        momentum = 1.0 / (seen + 1) if momentum is None else momentum
     array = _checks.data("x", x, dtype)
     view = N, C, S = _view(array.shape, _checks.axis_of_channels("x", array.shape, axes))
     count = N * S
@@ -320,10 +340,12 @@ def forward_training(
             kernels.update_running(
                 running_mean, running_var, statistics, momentum, count, correction
             )
+        if num_batches_tracked is not None:
+            num_batches_tracked += 1
     if y is not buffer:
         y[...] = buffer
     kept = None if overwrites_x else array
-    return y, Forward(kept, array.shape, array.dtype, view, statistics, eps, frozen=False)
+    return y, (kept, array.shape, array.dtype, view, statistics, eps, False)
 
 
 def forward_inference(
@@ -338,12 +360,20 @@ def forward_inference(
     out: Array | None,
 ) -> tuple[Array, Forward]:
     """Normalise x by given statistics."""
-    done = kernels.express_inference(
-        x, *axes, dtype, running_mean, running_var, weight, bias, eps, out, _threads.threads_for
+    done: tuple[Array, Forward] | None = kernels.express_inference(
+        x,
+        axes,
+        dtype,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        eps,
+        out,
+        _threads.threads_for,
     )
     if done is not None:
-        y, kept, statistics, view = done
-        return y, Forward(kept, y.shape, y.dtype, view, statistics, eps, frozen=True)
+        return done
 
     array = _checks.data("x", x, dtype)
     view = _, C, _ = _view(array.shape, _checks.axis_of_channels("x", array.shape, axes))
@@ -364,7 +394,7 @@ def forward_inference(
         y[...] = buffer
     kept = None if overwrites_x or weight is None else array
     statistics = kernels.given_statistics(mean, var)
-    return y, Forward(kept, array.shape, array.dtype, view, statistics, eps, frozen=True)
+    return y, (kept, array.shape, array.dtype, view, statistics, eps, True)
 
 
 def backward(
@@ -375,16 +405,13 @@ def backward(
     given_x: ArrayLike | None = None,
 ) -> Gradients:
     """Return the gradients of a forward pass."""
-    x, shape, dtype, view, statistics, eps, frozen = forward
-    if x is not None:
-        done = kernels.express_backward(
-            grad_output, x, shape, dtype, *view, statistics, weight, eps, frozen, out,
-            _threads.threads_for,
-        )  # fmt: skip
-        if done is not None:
-            grad_input, grad_weight, grad_bias = done
-            return Gradients(grad_input, grad_weight, grad_bias, overwrote_x=False)
+    done: Gradients | None = kernels.express_backward(
+        grad_output, forward, weight, out, _threads.threads_for
+    )
+    if done is not None:
+        return done
 
+    x, shape, dtype, view, statistics, eps, frozen = forward
     C = view[1]
     grad = _checks.data("grad_output", grad_output, dtype)
     _checks.same_shape("grad_output", grad.shape, shape, "the input of the forward call")
@@ -410,7 +437,7 @@ def backward(
         )  # fmt: skip
     if grad_input is not buffer:
         grad_input[...] = buffer
-    return Gradients(grad_input, grad_weight, grad_bias, overwrote_x)
+    return grad_input, grad_weight, grad_bias, overwrote_x
 
 
 def _view(shape: Shape, axis: int) -> View:

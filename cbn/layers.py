@@ -221,25 +221,22 @@ class _BatchNorm:
 
     def _normalise_by_batch(self, x: ArrayLike, out: Array | None) -> Array:
         updates = self.training and self._track_running_stats
-        momentum: float | None = 0.0
-        if updates:
-            seen = _checks.batch_count(self.num_batches_tracked)
-            momentum = 1.0 / (seen + 1) if self.momentum is None else self.momentum
+        if updates and self.num_batches_tracked is None:
+            _checks.batch_count(None)
         y, self._forward = functional.forward_training(
             x,
             self._axes,
             self.dtype,
             self.running_mean if updates else None,
             self.running_var if updates else None,
+            self.num_batches_tracked if updates else None,
             self.weight,
             self.bias,
-            momentum,
+            self.momentum if updates else 0.0,
             self.eps,
             self.correction,
             out,
         )
-        if updates and y.size and self.num_batches_tracked is not None:
-            self.num_batches_tracked += 1
         return y
 
     forward = __call__
@@ -272,12 +269,14 @@ class _BatchNorm:
         """
         if self._forward is None:
             _checks.no_forward()
-        gradients = functional.backward(self._forward, grad_output, self.weight, out)
-        if gradients.overwrote_x:
-            self._forward = self._forward._replace(x=None)
-        self.weight_grad = None if self.weight is None else gradients.weight
-        self.bias_grad = None if self.bias is None else gradients.bias
-        return gradients.input
+        grad_input, weight_grad, bias_grad, overwrote_x = functional.backward(
+            self._forward, grad_output, self.weight, out
+        )
+        if overwrote_x:
+            self._forward = (None, *self._forward[1:])
+        self.weight_grad = None if self.weight is None else weight_grad
+        self.bias_grad = None if self.bias is None else bias_grad
+        return grad_input
 
     # ------------------------------------------------------------------------------------- modes
 

@@ -24,6 +24,12 @@ cdef bint is_running_or_none(object array, Py_ssize_t C):
     return array is None or (is_per_channel(array, C) and PyArray_ISWRITEABLE(<ndarray>array))
 
 
+cdef bint is_counter(object array):
+    return (is_plain(array, NPY_INT64) and PyArray_NDIM(<ndarray>array) == 0
+            and PyArray_ISWRITEABLE(<ndarray>array)
+            and (<npy_int64*>PyArray_DATA(<ndarray>array))[0] >= 0)
+
+
 cdef bint are_apart(ndarray a, ndarray b):
     """Whether two contiguous arrays share no memory."""
     cdef size_t a_first = <size_t>PyArray_DATA(a), b_first = <size_t>PyArray_DATA(b)
@@ -42,9 +48,11 @@ cdef ndarray new_like(ndarray x):
     return PyArray_EMPTY(PyArray_NDIM(x), PyArray_DIMS(x), PyArray_TYPE(x), 0)
 
 
-cdef bint view_of(object x, tuple axis_of_rank, object channels, object dtype,
+cdef bint view_of(object x, object axes, object dtype,
                   Py_ssize_t* N, Py_ssize_t* C, Py_ssize_t* S):  # OUT
     """The (N, C, S) view of a plain, non-empty array of an accepted rank and element type."""
+    cdef tuple axis_of_rank = axes[0]   # axes is an Axes of cbn/_checks.py
+    cdef object channels = axes[1]
     cdef int rank, axis, i
     if not PyArray_CheckExact(x):
         return False
@@ -77,11 +85,10 @@ cdef bint is_finite(object value):
     return type(value) is float and -INFINITY < <double>value < INFINITY
 
 
-def express_inference(x, tuple axis_of_rank, channels, expected, dtype, mean, var, weight, bias,
-                      eps, out, threads_for):
-    """Return (output, x or None, statistics, view), or None."""
+def express_inference(x, axes, dtype, mean, var, weight, bias, eps, out, threads_for):
+    """Return the output and what makes a Forward (cbn/functional.py), or None."""
     cdef Py_ssize_t N, C, S
-    if not (view_of(x, axis_of_rank, channels, dtype, &N, &C, &S)
+    if not (view_of(x, axes, dtype, &N, &C, &S)
             and is_per_channel(mean, C) and is_per_channel(var, C)
             and is_per_channel_or_none(weight, C) and is_per_channel_or_none(bias, C)
             and is_finite(eps) and eps >= 0 and is_plain_out(out, x)
@@ -91,16 +98,21 @@ def express_inference(x, tuple axis_of_rank, channels, expected, dtype, mean, va
         out = new_like(x)
     normalise(x, N, C, S, mean, var, weight, bias, eps, out, threads_for(N * C * S))
     # Without a weight no gradient depends on x, which is then not kept alive for nothing.
-    return (out, None if out is x or weight is None else x, given_statistics(mean, var),
-            (N, C, S))
+    return out, (None if out is x or weight is None else x, x.shape, <object>PyArray_DESCR(x),
+                 (N, C, S), given_statistics(mean, var), eps, True)
 
 
-def express_training(x, tuple axis_of_rank, channels, expected, dtype, running_mean, running_var,
-                     weight, bias, momentum, eps, correction, out, threads_for):
-    """Return (output, x or None, statistics, view), or None."""
+def express_training(x, axes, dtype, running_mean, running_var, num_batches_tracked, weight,
+                     bias, momentum, eps, correction, out, threads_for):
+    """Return the output and what makes a Forward (cbn/functional.py), or None."""
     cdef Py_ssize_t N, C, S
     cdef ndarray statistics
-    if not (view_of(x, axis_of_rank, channels, dtype, &N, &C, &S)
+    if num_batches_tracked is not None:
+        if not is_counter(num_batches_tracked):
+            return None
+        if momentum is None:
+            momentum = 1.0 / ((<npy_int64*>PyArray_DATA(<ndarray>num_batches_tracked))[0] + 1)
+    if not (view_of(x, axes, dtype, &N, &C, &S)
             and is_finite(momentum) and is_finite(eps) and eps >= 0
             and is_finite(correction) and correction >= 0
             and is_running_or_none(running_mean, C) and is_running_or_none(running_var, C)
@@ -119,13 +131,17 @@ def express_training(x, tuple axis_of_rank, channels, expected, dtype, running_m
     normalise_batch(x, N, C, S, weight, bias, eps, statistics, out, threads_for(N * C * S))
     if running_mean is not None:
         update_running(running_mean, running_var, statistics, momentum, N * S, correction)
-    return out, None if out is x else x, statistics, (N, C, S)
+        if num_batches_tracked is not None:
+            (<npy_int64*>PyArray_DATA(<ndarray>num_batches_tracked))[0] += 1
+    return out, (None if out is x else x, x.shape, <object>PyArray_DESCR(x), (N, C, S), statistics,
+                 eps, False)
 
 
-def express_backward(grad_output, x, tuple shape, dtype, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
-                     statistics, weight, double eps, bint frozen, out, threads_for):
+def express_backward(grad_output, tuple forward, weight, out, threads_for):
     """Return the gradients of input, weight and bias, or None."""
-    cdef npy_intp channels = C
+    cdef object x = forward[0], dtype = forward[2], statistics = forward[4], eps = forward[5]
+    cdef tuple shape = forward[1], view = forward[3]
+    cdef npy_intp C = view[1]
     cdef int type_num
     if not PyArray_CheckExact(x):
         return None
@@ -141,8 +157,8 @@ def express_backward(grad_output, x, tuple shape, dtype, Py_ssize_t N, Py_ssize_
         return None
     if out is None:
         out = new_like(grad_output)
-    grad_weight = PyArray_EMPTY(1, &channels, type_num, 0)
-    grad_bias = PyArray_EMPTY(1, &channels, type_num, 0)
-    gradients(grad_output, x, N, C, S, statistics, weight, eps, frozen,
-              out, grad_weight, grad_bias, threads_for(N * C * S))
-    return out, grad_weight, grad_bias
+    grad_weight = PyArray_EMPTY(1, &C, type_num, 0)
+    grad_bias = PyArray_EMPTY(1, &C, type_num, 0)
+    gradients(grad_output, x, view[0], C, view[2], statistics, weight, eps, forward[6],
+              out, grad_weight, grad_bias, threads_for(PyArray_SIZE(<ndarray>x)))
+    return out, grad_weight, grad_bias, False

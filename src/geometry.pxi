@@ -58,7 +58,8 @@ cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b
 
 
-cdef Geometry cut(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S) noexcept nogil:
+cdef Geometry cut(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
+                  bint reduces) noexcept nogil:   # False: nothing but coefficients and writing
     """The strips and pieces of a non-empty (N, C, S) array."""
     cdef Geometry g
     g.N, g.C, g.S = N, C, S
@@ -69,7 +70,10 @@ cdef Geometry cut(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S) noexcept nogil:
     if not g.by_plane:
         # Strips of equal width, so that no thread is left with a sliver.
         g.strip_channels = ceil_div(C, ceil_div(C, max(1, WIDTH // S)))
-        if g.strip_channels == C:
+        if S == 1 and C >= WIDTH and not reduces:
+            # No accumulators, so nothing forbids whole rows, and memory likes them best.
+            g.strip_channels = C
+        elif g.strip_channels == C:
             g.repeat = max(1, min(N // FEW_ROWS, WIDTH // (C * S)))
     g.strips = ceil_div(C, g.strip_channels)
     g.inner_pieces = ceil_div(S, PIECE) if g.by_plane else 1
@@ -84,7 +88,8 @@ cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece
     cdef Py_ssize_t line = g.C * g.S
     cdef Py_ssize_t n = 0, s = 0, outer = g.N, inner = channels * g.S, part
 
-    if g.outer_pieces > 1:   # a division costs as much as ten values
+    # Divisions cost as much as ten values: none where there is one piece.
+    if g.outer_pieces > 1:
         part = piece // g.inner_pieces
         n = part * g.N // g.outer_pieces
         outer = (part + 1) * g.N // g.outer_pieces - n
@@ -98,8 +103,11 @@ cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece
     if g.by_plane:
         sheet.width = sheet.span = g.lanes
         sheet.runs, sheet.run_stride = outer, line
-        sheet.rows, sheet.row_stride = inner // g.lanes, g.lanes
-        sheet.tail = inner % g.lanes
+        sheet.rows, sheet.row_stride = inner // LANES, LANES
+        sheet.tail = inner % LANES
+        if g.lanes == FEW_LANES:
+            sheet.rows, sheet.row_stride = inner // FEW_LANES, FEW_LANES
+            sheet.tail = inner % FEW_LANES
     else:
         sheet.span = g.S
         sheet.width = g.repeat * inner

@@ -10,9 +10,10 @@ from cython.parallel cimport prange
 from libc.math cimport INFINITY, sqrt
 from libc.stdlib cimport free, malloc
 from numpy cimport (
-    NPY_DOUBLE, NPY_FLOAT, PyArray_CheckExact, PyArray_DATA, PyArray_DESCR, PyArray_DIM,
-    PyArray_DIMS, PyArray_EMPTY, PyArray_ISCARRAY_RO, PyArray_ISWRITEABLE, PyArray_NBYTES,
-    PyArray_NDIM, PyArray_SAMESHAPE, PyArray_SIZE, PyArray_TYPE, import_array, ndarray, npy_intp,
+    NPY_DOUBLE, NPY_FLOAT, NPY_INT64, PyArray_CheckExact, PyArray_DATA, PyArray_DESCR,
+    PyArray_DIM, PyArray_DIMS, PyArray_EMPTY, PyArray_ISCARRAY_RO, PyArray_ISWRITEABLE,
+    PyArray_NBYTES, PyArray_NDIM, PyArray_SAMESHAPE, PyArray_SIZE, PyArray_TYPE, import_array,
+    ndarray, npy_int64, npy_intp,
 )
 
 cdef extern from "threads.h":
@@ -65,7 +66,7 @@ cdef Pass new_pass(Kind kind, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarray 
                    ndarray bias, ndarray mean, ndarray var, double eps):
     cdef Pass p
     p.kind = kind
-    p.geometry = cut(N, C, S)
+    p.geometry = cut(N, C, S, kind != GIVEN)
     p.weight = per_channel(weight, 1)
     p.bias = per_channel(bias, 0)
     p.mean = per_channel(mean, 0)

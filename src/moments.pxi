@@ -127,8 +127,6 @@ cdef void add_block_in_range(const real* x, const Sheet* block, real smallest, b
     # A literal width lets the compiler keep the accumulators of a plane in registers.
     if block.width == LANES:
         done = add_block[real, real](x, block, LANES, smallest, ends, before, columns)
-    elif block.width == FEW_LANES:
-        done = add_block[real, real](x, block, FEW_LANES, smallest, ends, before, columns)
     else:
         done = add_block[real, real](x, block, block.width, smallest, ends, before, columns)
     if done:
@@ -226,6 +224,48 @@ cdef inline Moments fold(const Columns* columns, Py_ssize_t first, const Py_ssiz
     return m
 
 
+cdef inline Moments moments_of_few(const real* x, const Sheet* sheet) noexcept nogil:
+    """The moments of a channel too small for blocks: two passes in float64, around its mean."""
+    cdef double[FEW_LANES] total
+    cdef double[FEW_LANES] square
+    cdef const real* row
+    cdef double d
+    cdef Py_ssize_t i, j, k
+    cdef Moments m
+
+    m.count = sheet.runs * (sheet.rows * FEW_LANES + sheet.tail)
+    for k in range(FEW_LANES):
+        total[k] = 0
+    for i in range(sheet.runs):
+        row = x + sheet.offset + i * sheet.run_stride
+        for j in range(sheet.rows):
+            for k in range(FEW_LANES):
+                total[k] += row[k]
+            row += FEW_LANES
+        for k in range(sheet.tail):
+            total[k] += row[k]
+    m.shift = sum_of(total, FEW_LANES) / m.count
+    for k in range(FEW_LANES):
+        total[k] = 0
+        square[k] = 0
+    for i in range(sheet.runs):
+        row = x + sheet.offset + i * sheet.run_stride
+        for j in range(sheet.rows):
+            for k in range(FEW_LANES):
+                d = row[k] - m.shift
+                total[k] += d
+                square[k] += d * d
+            row += FEW_LANES
+        for k in range(sheet.tail):
+            d = row[k] - m.shift
+            total[k] += d
+            square[k] += d * d
+    d = sum_of(total, FEW_LANES)
+    m.mean = d / m.count
+    m.m2 = sum_of(square, FEW_LANES) - d * m.mean
+    return m
+
+
 cdef Moments merge(const Moments* part, Py_ssize_t parts, Py_ssize_t stride) noexcept nogil:
     """The moments of a channel, from those of its parts."""
     cdef Moments m = part[0]
@@ -258,15 +298,15 @@ cdef void reduce_moments(const real* x, const Geometry* g, Py_ssize_t strip, Py_
     cdef Moments* into = partial + piece * g.C + strip * g.strip_channels
     cdef Py_ssize_t c
 
+    if sheet.width == FEW_LANES and g.by_plane:
+        into[0] = moments_of_few(x, &sheet)
+        return
     columns.shift, columns.mean, columns.m2 = values[0], values[1], values[2]
     column_moments(x, &sheet, <real>smallest, &columns)
     rows.rest = sheet.runs * sheet.rows
     if g.by_plane:
         rows.tail = rows.rest + sheet.runs
-        if sheet.width == LANES:
-            into[0] = fold(&columns, 0, LANES, sheet.tail, rows)
-        else:
-            into[0] = fold(&columns, 0, FEW_LANES, sheet.tail, rows)
+        into[0] = fold(&columns, 0, LANES, sheet.tail, rows)
         return
     merge_repeats(&sheet, &columns)
     rows.rest = rows.rest * sheet.repeat + sheet.tail // (sheet.channels * sheet.span)

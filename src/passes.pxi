@@ -1,5 +1,9 @@
 # A pass over an array: reduce every tile, finish every channel, apply to every tile.
 
+cdef enum:
+    CACHED = 1 << 17   # values of a strip of rows that are still in the L2 cache (1 MiB) after
+
+
 cdef enum Kind:
     STATISTICS        # reduce, finish
     BATCH             # reduce, finish, apply: normalise by the statistics of the batch
@@ -147,14 +151,16 @@ cdef void run(const real* x, const real* grad_output, real* out, const Pass* p,
     if num_threads == 1:
         for strip in range(strips):
             run_strip(x, grad_output, out, p, strip)
-    elif strips % num_threads == 0 or strips >= 4 * num_threads or pieces == 1:
+    elif ((strips % num_threads == 0 or strips >= 4 * num_threads or pieces == 1)
+            and (p.geometry.by_plane or strip_values <= CACHED)):
         # Strip by strip, so that it is still in the cache when it is read again; several at a
         # time where they are small.
         chunk = max(1, min(strips // num_threads, PIECE // strip_values))
         for strip in prange(strips, schedule="dynamic", chunksize=chunk, num_threads=num_threads):
             run_strip(x, grad_output, out, p, strip)
     else:
-        # Too few strips to keep all threads busy to the end: tile by tile, in three rounds.
+        # Too few strips to keep all threads busy to the end, or parts of rows that would be
+        # fetched a second time anyway: tile by tile in the order of the memory, in three rounds.
         for tile in prange(tiles, schedule="dynamic", num_threads=num_threads):
             reduce_tile(x, grad_output, p, tile % strips, tile // strips)
         for strip in prange(strips, num_threads=num_threads):
