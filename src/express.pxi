@@ -82,6 +82,9 @@ cdef bint are_all_apart(object out, tuple arrays):
 
 
 cdef bint is_finite(object value):
+    """A finite float, or a small int such as the default of correction."""
+    if type(value) is int:
+        return -1000 < value < 1000
     return type(value) is float and -INFINITY < <double>value < INFINITY
 
 
