@@ -79,12 +79,15 @@ cdef inline void apply_line(const real* x, const real* grad_output, const real* 
 cdef inline void apply_sheet(const real* x, const real* grad_output, const Sheet* sheet,
                              const real* coefficients, Py_ssize_t stride, const Py_ssize_t step,
                              const bint stream, real* out) noexcept nogil:  # OUT
-    cdef Py_ssize_t i, j, at
+    cdef Py_ssize_t i, j, at, run
     if step == 0:   # a plane needs no rows here
+        run = (sheet.rows * sheet.width + sheet.tail) // sheet.channels
         for i in range(sheet.runs):
             at = sheet.offset + i * sheet.run_stride
-            apply_line(x + at, grad_output + at if grad_output else NULL, coefficients, stride,
-                       sheet.rows * sheet.width + sheet.tail, 0, stream, out + at)
+            for j in range(sheet.channels):
+                apply_line(x + at, grad_output + at if grad_output else NULL, coefficients + j,
+                           stride, run, 0, stream, out + at)
+                at += run
     else:
         at = sheet.offset
         for j in range(sheet.rows):
