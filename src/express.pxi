@@ -134,8 +134,8 @@ def express_training(x, axes, dtype, running_mean, running_var, num_batches_trac
     normalise_batch(x, N, C, S, weight, bias, eps, statistics, out, threads_for(N * C * S))
     if running_mean is not None:
         update_running(running_mean, running_var, statistics, momentum, N * S, correction)
-        if num_batches_tracked is not None:
-            (<npy_int64*>PyArray_DATA(<ndarray>num_batches_tracked))[0] += 1
+    if num_batches_tracked is not None:
+        (<npy_int64*>PyArray_DATA(<ndarray>num_batches_tracked))[0] += 1
     return out, (None if out is x else x, x.shape, <object>PyArray_DESCR(x), (N, C, S), statistics,
                  eps, False)
 

@@ -133,3 +133,11 @@ def test_correction_matters_only_to_running_statistics():
     np.testing.assert_array_equal(
         batch_norm(x, None, None, training=True, correction=5, eps=0.0), [[-1], [1]]
     )
+
+
+@pytest.mark.parametrize("order", ["C", "F"])  # the ordinary call, and the one that is looked at
+def test_a_batch_counts_without_statistics_to_learn(order, x):
+    bn = cbn.BatchNorm2d(3)
+    bn.running_mean = bn.running_var = None
+    bn(np.asarray(x, order=order))
+    assert bn.num_batches_tracked == 1
