@@ -5,7 +5,7 @@
 # Blocks are merged in float64 by the formula of Chan, Golub and LeVeque (1983), and so are columns
 # and pieces, always in the same order.
 
-# LANES float columns of so many rows are 24 KiB and fit the L1 cache (32 KiB), WIDTH of them the L2;
+# LANES float columns of so many rows are 24 KiB and fit L1 (32 KiB), and WIDTH of them fit L2;
 # with fewer rows there would be more merging in float64.
 cdef enum:
     TALLEST = 96       # rows of a block
