@@ -12,16 +12,17 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# No flag here may change a result: contraction and fast-math would. The last two keep short copies
-# as loops, which gcc would turn into "rep movs" with its slow start, and loops over 16 lanes as
-# loops until they are vectorised.
+# No flag here may change a result: contraction and fast-math would. The last three keep short
+# copies as loops, which gcc would turn into "rep movs" with its slow start; loops over rows as they
+# are, with their sums in registers; and loops over 16 lanes as loops until they are vectorised.
 FLAGS = [
     "-O3",
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-tree-loop-distribute-patterns",
-    "--param=max-completely-peel-times=4",
+    "-fno-loop-unroll-and-jam",
+    "--param=max-completely-peel-times=8",
 ]
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -76,7 +77,12 @@ class BuildExtensions(build_ext):
 COMMON = {
     "depends": [str(path) for path in sorted(Path("src").glob("*.[ph]*"))],
     "include_dirs": ["src", numpy.get_include()],
-    "define_macros": [("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+    "define_macros": [
+        ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
+        # The kernels' inline functions take literals (a width, a choice) that must reach their
+        # loops; left to its own measure, gcc inlines too few.
+        ("CYTHON_INLINE", "inline __attribute__((always_inline))"),
+    ],
 }
 
 setup(

@@ -17,7 +17,17 @@ cdef enum:   # rows of the (COEFFICIENTS, C) table, in the element type of x
 
 
 cdef enum:
+    APPLY = 2 * VECTOR_BYTES
+    # A line more than WIDTH, for a start within a row; and rows of the table that are a whole page
+    # apart would fight for the same places of the L1 cache.
+    TABLE_WIDTH = WIDTH + 16
+    SHORT = 4096         # values too few to be worth a table
     ALIGNED_LINE = 256   # values from which a line is worth a short start up to alignment
+
+
+cdef inline Py_ssize_t values_to_line(const real* at, Py_ssize_t n) noexcept nogil:
+    """How many of n values lie before the first that begins a cache line."""
+    return min(n, <Py_ssize_t>(-(<size_t>at // sizeof(real)) % (64 // sizeof(real))))
 
 
 cdef inline void apply_row(const real* x, const real* grad_output, const real* coefficients,
@@ -50,85 +60,167 @@ cdef inline void apply_row(const real* x, const real* grad_output, const real* c
             out[k] = row[k]
 
 
-cdef inline void apply_line(const real* x, const real* grad_output, const real* coefficients,
-                            Py_ssize_t stride, Py_ssize_t n, const Py_ssize_t step,
-                            const bint stream, real* out) noexcept nogil:  # OUT
-    """Write n contiguous values."""
-    cdef Py_ssize_t k = 0, chunk, head = 0
+cdef inline void apply_rows(const real* x, const real* grad_output, Py_ssize_t rows,
+                            Py_ssize_t row_stride, const real* coefficients, Py_ssize_t stride,
+                            const Py_ssize_t width, const Py_ssize_t step, const bint stream,
+                            real* out) noexcept nogil:  # OUT
+    # Coefficients of its own, of a literal width: the compiler keeps them in registers.
+    cdef real[COEFFICIENTS * LANES] own
+    cdef Py_ssize_t j, k, q
+    for q in range(COEFFICIENTS if grad_output else SLOPE):
+        for k in range(width):
+            own[q * width + k] = coefficients[q * stride + k * step]
+    for j in range(rows):
+        apply_row(x, grad_output, own, width, width, 1, stream, out)
+        x += row_stride
+        out += row_stride
+        if grad_output:
+            grad_output += row_stride
+
+
+cdef void apply_few(const real* x, const real* grad_output, Py_ssize_t rows, Py_ssize_t row_stride,
+                    const real* coefficients, Py_ssize_t stride, Py_ssize_t width, Py_ssize_t step,
+                    real* out) noexcept nogil:  # OUT
+    """Write the columns that are left over beside whole vectors."""
+    cdef Py_ssize_t j
+    for j in range(rows):
+        if grad_output:
+            apply_row(x, grad_output, coefficients, stride, width, step, False, out)
+            grad_output += row_stride
+        else:
+            apply_row(x, <const real*>NULL, coefficients, stride, width, step, False, out)
+        x += row_stride
+        out += row_stride
+
+
+cdef inline void apply_band(const real* x, const real* grad_output, Py_ssize_t rows,
+                            Py_ssize_t row_stride, const real* coefficients, Py_ssize_t stride,
+                            Py_ssize_t n, const Py_ssize_t step, const bint stream,
+                            real* out) noexcept nogil:  # OUT
+    """Write n columns of some rows."""
+    cdef Py_ssize_t wide = APPLY // sizeof(real), vector = VECTOR_BYTES // sizeof(real)
+    cdef Py_ssize_t k = 0, j
     if stream or n >= ALIGNED_LINE:
         # Up to the next cache line of out; arrays from one allocator are aligned alike, so the
         # loads of x gain as much as the stores.
-        head = <Py_ssize_t>(-(<size_t>out // sizeof(real)) % (64 // sizeof(real)))
-        head = min(n, head)
-        if head:
-            apply_row(x, grad_output, coefficients, stride, head, step, False, out)
-    k = head
-    for chunk in range((n - k) // LANES):
-        apply_row(x + k, grad_output + k if grad_output else NULL, coefficients + k * step, stride,
-                  LANES, step, stream, out + k)
-        k += LANES
-    for chunk in range((n - k) // FEW_LANES):
-        apply_row(x + k, grad_output + k if grad_output else NULL, coefficients + k * step, stride,
-                  FEW_LANES, step, False, out + k)
-        k += FEW_LANES
+        k = values_to_line(out, n)
+        if k:
+            apply_few(x, grad_output, rows, row_stride, coefficients, stride, k, step, out)
+    if step == 0:
+        j = (n - k) // wide
+        apply_rows(x + k, grad_output + k if grad_output else NULL, j, wide, coefficients,
+                   stride, wide, 0, stream, out + k)
+        k += j * wide
+    else:
+        while n - k >= wide:
+            apply_rows(x + k, grad_output + k if grad_output else NULL, rows, row_stride,
+                       coefficients + k, stride, wide, 1, stream, out + k)
+            k += wide
+    while n - k >= vector:
+        apply_rows(x + k, grad_output + k if grad_output else NULL, rows, row_stride,
+                   coefficients + k * step, stride, vector, step, False, out + k)
+        k += vector
     if k < n:
-        apply_row(x + k, grad_output + k if grad_output else NULL, coefficients + k * step, stride,
-                  n - k, step, False, out + k)
+        apply_few(x + k, grad_output + k if grad_output else NULL, rows, row_stride,
+                  coefficients + k * step, stride, n - k, step, out + k)
+
+
+cdef inline void apply_planes(const real* x, const real* grad_output, const Sheet* sheet,
+                              const real* coefficients, Py_ssize_t stride, const bint stream,
+                              real* out) noexcept nogil:  # OUT
+    cdef Py_ssize_t run = sheet.rows * sheet.width + sheet.tail
+    cdef Py_ssize_t i, c, at
+    for i in range(sheet.runs):
+        at = sheet.offset + i * sheet.run_stride
+        for c in range(sheet.channels):
+            apply_band(x + at, grad_output + at if grad_output else NULL, 1, 0, coefficients + c,
+                       stride, run, 0, stream, out + at)
+            at += run
 
 
 cdef inline void apply_sheet(const real* x, const real* grad_output, const Sheet* sheet,
-                             const real* coefficients, Py_ssize_t stride, const Py_ssize_t step,
-                             const bint stream, real* out) noexcept nogil:  # OUT
-    cdef Py_ssize_t i, j, at, run
-    if step == 0:   # a plane needs no rows here
-        run = (sheet.rows * sheet.width + sheet.tail) // sheet.channels
-        for i in range(sheet.runs):
-            at = sheet.offset + i * sheet.run_stride
-            for j in range(sheet.channels):
-                apply_line(x + at, grad_output + at if grad_output else NULL, coefficients + j,
-                           stride, run, 0, stream, out + at)
-                at += run
-    else:
-        at = sheet.offset
-        for j in range(sheet.rows):
-            apply_line(x + at, grad_output + at if grad_output else NULL, coefficients, stride,
-                       sheet.width, 1, stream, out + at)
-            at += sheet.row_stride
-        if sheet.tail:
-            apply_line(x + at, grad_output + at if grad_output else NULL, coefficients, stride,
-                       sheet.tail, 1, stream, out + at)
+                             const real* coefficients, Py_ssize_t stride, const bint stream,
+                             real* out) noexcept nogil:  # OUT
+    # Rows that do not all begin alike in their cache lines are streamed one by one.
+    cdef Py_ssize_t band = 1 if stream and sheet.row_stride * sizeof(real) % 64 else BAND
+    cdef Py_ssize_t at = sheet.offset
+    cdef Py_ssize_t j, n
+    for j in range(ceil_div(sheet.rows, band)):
+        n = min(band, sheet.rows - j * band)
+        apply_band(x + at, grad_output + at if grad_output else NULL, n, sheet.row_stride,
+                   coefficients, stride, sheet.width, 1, stream, out + at)
+        at += n * sheet.row_stride
+    if sheet.tail:
+        apply_band(x + at, grad_output + at if grad_output else NULL, 1, 0, coefficients, stride,
+                   sheet.tail, 1, stream, out + at)
 
 
 cdef inline void apply_variant(const real* x, const real* grad_output, const Sheet* sheet,
-                               const real* coefficients, Py_ssize_t stride, const Py_ssize_t step,
+                               const real* coefficients, Py_ssize_t stride, const bint by_plane,
                                bint stream, real* out) noexcept nogil:  # OUT
     """One loop for each combination, free of decisions."""
-    if grad_output and stream:
-        apply_sheet(x, grad_output, sheet, coefficients, stride, step, True, out)
-    elif grad_output:
-        apply_sheet(x, grad_output, sheet, coefficients, stride, step, False, out)
-    elif stream:
-        apply_sheet(x, <const real*>NULL, sheet, coefficients, stride, step, True, out)
+    if by_plane:
+        if grad_output and stream:
+            apply_planes(x, grad_output, sheet, coefficients, stride, True, out)
+        elif grad_output:
+            apply_planes(x, grad_output, sheet, coefficients, stride, False, out)
+        elif stream:
+            apply_planes(x, <const real*>NULL, sheet, coefficients, stride, True, out)
+        else:
+            apply_planes(x, <const real*>NULL, sheet, coefficients, stride, False, out)
     else:
-        apply_sheet(x, <const real*>NULL, sheet, coefficients, stride, step, False, out)
+        if grad_output and stream:
+            apply_sheet(x, grad_output, sheet, coefficients, stride, True, out)
+        elif grad_output:
+            apply_sheet(x, grad_output, sheet, coefficients, stride, False, out)
+        elif stream:
+            apply_sheet(x, <const real*>NULL, sheet, coefficients, stride, True, out)
+        else:
+            apply_sheet(x, <const real*>NULL, sheet, coefficients, stride, False, out)
+
+
+cdef inline Sheet unbroken(const Sheet* sheet, Py_ssize_t head) noexcept nogil:
+    """The values of a sheet without gaps between its rows, but for the first, in longer rows."""
+    cdef Sheet longer = sheet[0]
+    cdef Py_ssize_t period = sheet.channels * sheet.span
+    cdef Py_ssize_t n = sheet.rows * sheet.width + sheet.tail - head
+    longer.repeat = max(1, min(WIDTH // period, n // (2 * BAND * period)))
+    if longer.repeat >= 16:
+        longer.repeat -= longer.repeat % 16   # so that all rows begin alike in their cache lines
+    longer.offset += head
+    longer.width = longer.row_stride = longer.repeat * period
+    longer.rows, longer.tail = n // longer.width, n % longer.width
+    return longer
 
 
 cdef void apply_tile(const real* x, const real* grad_output, const Geometry* g, Py_ssize_t strip,
                      Py_ssize_t piece, const real* coefficients,  # IN (COEFFICIENTS, C)
                      bint stream, real* out) noexcept nogil:      # OUT
     cdef Sheet sheet = sheet_of(g, strip, piece)
-    cdef real[COEFFICIENTS * WIDTH] column
-    cdef Py_ssize_t c, q
+    cdef real[COEFFICIENTS * TABLE_WIDTH] table
+    cdef Py_ssize_t c, k, q, at, period, head = 0
 
     coefficients += strip * g.strip_channels
     if g.by_plane:
-        apply_variant(x, grad_output, &sheet, coefficients, g.C, 0, stream, out)
-    elif sheet.repeat * sheet.span == 1:
-        apply_variant(x, grad_output, &sheet, coefficients, g.C, 1, stream, out)
+        apply_variant(x, grad_output, &sheet, coefficients, g.C, True, stream, out)
+    elif sheet.repeat * sheet.span == 1 and (sheet.width > WIDTH // 2
+                                             or sheet.rows * sheet.width < SHORT):
+        apply_variant(x, grad_output, &sheet, coefficients, g.C, False, stream, out)
     else:
+        if sheet.row_stride == sheet.width:
+            head = values_to_line(out + sheet.offset, sheet.rows * sheet.width)
+            sheet = unbroken(&sheet, head)
+        period = sheet.channels * sheet.span
         for q in range(COEFFICIENTS if grad_output else SLOPE):
             for c in range(sheet.channels):
-                spread(coefficients[q * g.C + c], &sheet, c, column + q * WIDTH)
-        apply_variant(x, grad_output, &sheet, column, WIDTH, 1, stream, out)
+                for k in range(c * sheet.span, (c + 1) * sheet.span):
+                    table[q * TABLE_WIDTH + k] = coefficients[q * g.C + c]
+            for k in range(q * TABLE_WIDTH + period, q * TABLE_WIDTH + sheet.width + head):
+                table[k] = table[k - period]
+        at = sheet.offset - head
+        if head:
+            apply_few(x + at, grad_output + at if grad_output else NULL, 1, 0, table, TABLE_WIDTH,
+                      head, 1, out + at)
+        apply_variant(x, grad_output, &sheet, table + head, TABLE_WIDTH, False, stream, out)
     if stream:
         stream_fence()

@@ -26,7 +26,10 @@ cdef enum:
     LANES = 64         # values in a row of a plane: 4 vectors of 512 bits of float, ...
     FEW_LANES = 16     # ... or fewer, where a channel is too small to be worth folding so many
     WIDTH = 1024       # most columns of a sheet: 4 KiB of float from each row of the array
+    NARROW = 128       # columns that are enough to keep the adders busy
+    BAND = 8           # rows read side by side, so that a column's sums are fetched once for all
     PIECE = 65536      # values in a piece: far more work than it costs to hand it to a thread
+    SMALL_STRIP = 8192   # values that channels of few values are gathered to
     LONG_RUN = 512     # S from which a channel is walked by plane, ...
     FEW_ROWS = 8       # ... or from FEW_LANES, where N would leave a sheet fewer rows than this
 
@@ -49,7 +52,7 @@ cdef struct Sheet:
     Py_ssize_t offset          # of its first value in the array
     Py_ssize_t runs
     Py_ssize_t run_stride
-    Py_ssize_t rows            # of each run: at least 1
+    Py_ssize_t rows            # of each run, by plane of one channel: at least 1
     Py_ssize_t row_stride
     Py_ssize_t width           # columns; they are (repeat, channels, span)
     Py_ssize_t tail            # columns that have one more row, the last of each run
@@ -78,10 +81,13 @@ cdef Geometry cut(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
             # No accumulators, so nothing forbids whole rows, and memory likes them best.
             g.strip_channels = C
         elif g.strip_channels == C:
-            g.repeat = max(1, min(N // FEW_ROWS, WIDTH // (C * S)))
+            while C * S * g.repeat < NARROW and N >= 2 * FEW_ROWS * g.repeat:
+                g.repeat *= 2
     elif not reduces:
         # Nothing is summed along a channel, so the array is walked in the order of the memory.
         g.strip_channels = ceil_div(C, ceil_div(C, max(1, PIECE // S)))
+    elif N * S < SMALL_STRIP:
+        g.strip_channels = ceil_div(C, ceil_div(C, SMALL_STRIP // (N * S)))
     g.strips = ceil_div(C, g.strip_channels)
     g.inner_pieces = ceil_div(S, PIECE) if g.by_plane else 1
     g.outer_pieces = min(N, ceil_div(N * g.strip_channels * ceil_div(S, g.inner_pieces), PIECE))
@@ -93,7 +99,7 @@ cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece
     cdef Sheet sheet
     cdef Py_ssize_t channels = min(g.strip_channels, g.C - strip * g.strip_channels)
     cdef Py_ssize_t line = g.C * g.S
-    cdef Py_ssize_t n = 0, s = 0, outer = g.N, inner = channels * g.S, part
+    cdef Py_ssize_t n = 0, s = 0, outer = g.N, inner = g.S, part
 
     # Divisions cost as much as ten values: none where there is one piece.
     if g.outer_pieces > 1:
@@ -117,7 +123,7 @@ cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece
             sheet.tail = inner % FEW_LANES
     else:
         sheet.span = g.S
-        sheet.width = g.repeat * inner
+        sheet.width = g.repeat * channels * inner
         sheet.runs, sheet.run_stride = 1, 0
         sheet.rows, sheet.row_stride = outer, line
         sheet.tail = 0

@@ -21,7 +21,10 @@ cdef extern from "threads.h":
     const char* openmp_library()
     int openmp_version()
 
-cdef extern from "stream.h":
+cdef extern from "vector.h":
+    enum:
+        VECTOR_BYTES
+    double multiply_add(double a, double b, double c) nogil
     void stream_lines(void* to, const void* from_, size_t bytes) nogil
     void stream_fence() nogil
 
@@ -138,6 +141,9 @@ cpdef normalise_batch(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarr
                       int num_threads):
     cdef Pass p = new_pass(BATCH, N, C, S, weight, bias, None, None, eps)
     p.statistics = <double*>data_of(statistics)
+    p.mean.double_ = p.statistics
+    p.mean_low.double_ = p.statistics + C
+    p.var.double_ = p.statistics + 2 * C
     run_pass(&p, x, None, out, num_threads)
 
 

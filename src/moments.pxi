@@ -59,35 +59,104 @@ cdef inline void add_columns(const sum_t* shift, const sum_t* total, const sum_t
         columns.m2[k] += (square[k] - total[k] * mean) + delta * delta * rows_of(cross, tail, k)
 
 
-cdef inline bint add_block(const real* x, const Sheet* block, const Py_ssize_t width,
-                           sum_t smallest,   # smaller sums of squares count as underflow
-                           bint ends,        # whether the block holds the tail of its runs
-                           Rows before,
-                           Columns* columns) noexcept nogil:  # IN, OUT
+cdef inline void sum_row(const real* x, const Py_ssize_t width,
+                         const bint centred,   # False: sum x; True: sum x - shift and its square
+                         const sum_t* shift,
+                         sum_t* total, sum_t* square) noexcept nogil:  # IN, OUT
+    cdef sum_t d
+    cdef Py_ssize_t k
+    for k in range(width):
+        d = x[k]
+        if centred:
+            d = d - shift[k]
+            square[k] += d * d
+        total[k] += d
+
+
+cdef inline void sum_rows(const real* x, Py_ssize_t rows, Py_ssize_t row_stride,
+                          const Py_ssize_t width, const bint centred, const sum_t* shift,
+                          sum_t* total, sum_t* square) noexcept nogil:  # IN, OUT
+    # In arrays of its own, of a literal width, which the compiler keeps in registers: from memory
+    # and back to it, each addition to a sum would wait five cycles longer for the one before.
+    cdef sum_t[LANES] shifts
+    cdef sum_t[LANES] totals
+    cdef sum_t[LANES] squares
+    cdef Py_ssize_t j, k
+    for k in range(width):
+        totals[k] = total[k]
+    if centred:
+        for k in range(width):
+            shifts[k] = shift[k]
+            squares[k] = square[k]
+    for j in range(rows):
+        sum_row(x, width, centred, shifts, totals, squares)
+        x += row_stride
+    for k in range(width):
+        total[k] = totals[k]
+    if centred:
+        for k in range(width):
+            square[k] = squares[k]
+
+
+cdef inline void sum_band(const real* x, Py_ssize_t rows, Py_ssize_t row_stride, Py_ssize_t width,
+                          const bint centred, const sum_t* shift,
+                          sum_t* total, sum_t* square) noexcept nogil:  # IN, OUT
+    """Sum the columns of a few rows, as many columns at a time as registers hold."""
+    cdef Py_ssize_t lanes = 4 * VECTOR_BYTES // sizeof(sum_t)
+    cdef Py_ssize_t vector = VECTOR_BYTES // sizeof(sum_t)
+    cdef Py_ssize_t k = 0, j
+    while width - k >= lanes:
+        sum_rows(x + k, rows, row_stride, lanes, centred, shift + k, total + k,
+                 square + k)
+        k += lanes
+    while width - k >= vector:
+        sum_rows(x + k, rows, row_stride, vector, centred, shift + k, total + k,
+                 square + k)
+        k += vector
+    if k < width:
+        for j in range(rows):
+            sum_row(x + j * row_stride + k, width - k, centred, shift + k, total + k, square + k)
+
+
+cdef inline void sum_sheet(const real* x, const Sheet* sheet, Py_ssize_t width, Py_ssize_t tail,
+                           const bint centred, const sum_t* shift,
+                           sum_t* total, sum_t* square) noexcept nogil:  # IN, OUT
+    """Sum the columns of a sheet."""
+    cdef const real* row
+    cdef Py_ssize_t i, j, band = sheet.rows if width <= LANES else BAND
+    for i in range(sheet.runs):
+        row = x + sheet.offset + i * sheet.run_stride
+        for j in range(ceil_div(sheet.rows, band)):
+            sum_band(row, min(band, sheet.rows - j * band), sheet.row_stride, width, centred,
+                     shift, total, square)
+            row += band * sheet.row_stride
+        if tail:
+            row = x + sheet.offset + i * sheet.run_stride + sheet.rows * sheet.row_stride
+            sum_band(row, 1, 0, tail, centred, shift, total, square)
+
+
+cdef bint add_block(const real* x, const Sheet* block,
+                    sum_t smallest,   # smaller sums of squares count as underflow
+                    bint ends,        # whether the block holds the tail of its runs
+                    Rows before,
+                    Columns* columns) noexcept nogil:  # IN, OUT
     """Merge a block into columns, or return False when its squares left the range of sum_t."""
     cdef sum_t[WIDTH] shift
     cdef sum_t[WIDTH] total
     cdef sum_t[WIDTH] square
-    cdef const real* row
-    cdef sum_t d, reciprocal
+    cdef sum_t reciprocal
     cdef Rows rows
+    cdef Py_ssize_t width = block.width
     cdef Py_ssize_t tail = block.tail if ends else 0
     cdef int outside = 0
-    cdef Py_ssize_t i, j, k
+    cdef Py_ssize_t k
 
     rows.rest = block.runs * block.rows
     rows.tail = rows.rest + block.runs if ends else rows.rest
     for k in range(width):
         total[k] = 0
         square[k] = 0
-    for i in range(block.runs):
-        row = x + block.offset + i * block.run_stride
-        for j in range(block.rows):
-            for k in range(width):
-                total[k] += row[k]
-            row += block.row_stride
-        for k in range(tail):
-            total[k] += row[k]
+    sum_sheet(x, block, width, tail, False, shift, total, square)
     reciprocal = 1 / <sum_t>rows.rest
     for k in range(width):
         shift[k] = total[k] * reciprocal
@@ -96,18 +165,7 @@ cdef inline bint add_block(const real* x, const Sheet* block, const Py_ssize_t w
         shift[k] = total[k] * reciprocal
     for k in range(width):
         total[k] = 0
-    for i in range(block.runs):
-        row = x + block.offset + i * block.run_stride
-        for j in range(block.rows):
-            for k in range(width):
-                d = row[k] - shift[k]
-                total[k] += d
-                square[k] += d * d
-            row += block.row_stride
-        for k in range(tail):
-            d = row[k] - shift[k]
-            total[k] += d
-            square[k] += d * d
+    sum_sheet(x, block, width, tail, True, shift, total, square)
 
     if sizeof(sum_t) < sizeof(double):
         for k in range(width):
@@ -125,23 +183,17 @@ cdef void add_block_in_range(const real* x, const Sheet* block, real smallest, b
     cdef Columns one = columns[0]
     cdef Sheet column = block[0]
     cdef Py_ssize_t k
-    cdef bint done
-    # A literal width lets the compiler keep the accumulators of a plane in registers.
-    if block.width == LANES:
-        done = add_block[real, real](x, block, LANES, smallest, ends, before, columns)
-    else:
-        done = add_block[real, real](x, block, block.width, smallest, ends, before, columns)
-    if done:
+    if add_block[real, real](x, block, smallest, ends, before, columns):
         return
     if block.channels == 1:
-        add_block[real, double](x, block, block.width, 0.0, ends, before, columns)
+        add_block[real, double](x, block, 0.0, ends, before, columns)
         return
     # One by one, so that the other channels keep the very bits they would have had.
     column.width = 1
     for k in range(block.width):
         column.tail = 1 if k < block.tail else 0
-        if not add_block[real, real](x, &column, 1, smallest, ends, before, &one):
-            add_block[real, double](x, &column, 1, 0.0, ends, before, &one)
+        if not add_block[real, real](x, &column, smallest, ends, before, &one):
+            add_block[real, double](x, &column, 0.0, ends, before, &one)
         column.offset += 1
         one.shift += 1
         one.mean += 1
@@ -226,45 +278,38 @@ cdef inline Moments fold(const Columns* columns, Py_ssize_t first, const Py_ssiz
     return m
 
 
-cdef inline Moments moments_of_few(const real* x, const Sheet* sheet) noexcept nogil:
-    """The moments of a channel too small for blocks: two passes in float64, around its mean."""
-    cdef double[FEW_LANES] total
-    cdef double[FEW_LANES] square
-    cdef const real* row
-    cdef double d
-    cdef Py_ssize_t i, j, k
-    cdef Moments m
-
-    m.count = sheet.runs * (sheet.rows * FEW_LANES + sheet.tail)
-    for k in range(FEW_LANES):
-        total[k] = 0
-    for i in range(sheet.runs):
-        row = x + sheet.offset + i * sheet.run_stride
-        for j in range(sheet.rows):
-            for k in range(FEW_LANES):
-                total[k] += row[k]
-            row += FEW_LANES
-        for k in range(sheet.tail):
-            total[k] += row[k]
-    m.shift = sum_of(total, FEW_LANES) / m.count
+cdef inline void sum_few(const real* x, const Sheet* sheet, const bint centred,
+                         const double* shift,
+                         double* total, double* square) noexcept nogil:  # OUT
+    cdef const real* run
+    cdef Py_ssize_t i, k
     for k in range(FEW_LANES):
         total[k] = 0
         square[k] = 0
     for i in range(sheet.runs):
-        row = x + sheet.offset + i * sheet.run_stride
-        for j in range(sheet.rows):
-            for k in range(FEW_LANES):
-                d = row[k] - m.shift
-                total[k] += d
-                square[k] += d * d
-            row += FEW_LANES
-        for k in range(sheet.tail):
-            d = row[k] - m.shift
-            total[k] += d
-            square[k] += d * d
-    d = sum_of(total, FEW_LANES)
-    m.mean = d / m.count
-    m.m2 = sum_of(square, FEW_LANES) - d * m.mean
+        run = x + sheet.offset + i * sheet.run_stride
+        sum_rows(run, sheet.rows, FEW_LANES, FEW_LANES, centred, shift, total, square)
+        sum_row(run + sheet.rows * FEW_LANES, sheet.tail, centred, shift, total, square)
+
+
+cdef inline Moments moments_of_few(const real* x, const Sheet* sheet) noexcept nogil:
+    """The moments of a channel too small for blocks: two passes in float64, around its mean."""
+    cdef double[FEW_LANES] shift
+    cdef double[FEW_LANES] total
+    cdef double[FEW_LANES] square
+    cdef double sum_
+    cdef Py_ssize_t k
+    cdef Moments m
+
+    m.count = sheet.runs * (sheet.rows * FEW_LANES + sheet.tail)
+    sum_few(x, sheet, False, shift, total, square)
+    m.shift = sum_of(total, FEW_LANES) / m.count
+    for k in range(FEW_LANES):
+        shift[k] = m.shift
+    sum_few(x, sheet, True, shift, total, square)
+    sum_ = sum_of(total, FEW_LANES)
+    m.mean = sum_ / m.count
+    m.m2 = sum_of(square, FEW_LANES) - sum_ * m.mean
     return m
 
 
@@ -300,16 +345,19 @@ cdef void reduce_moments(const real* x, const Geometry* g, Py_ssize_t strip, Py_
     cdef Moments* into = partial + piece * g.C + strip * g.strip_channels
     cdef Py_ssize_t c
 
-    if sheet.width == FEW_LANES and g.by_plane:
-        into[0] = moments_of_few(x, &sheet)
-        return
     columns.shift, columns.mean, columns.m2 = values[0], values[1], values[2]
-    column_moments(x, &sheet, <real>smallest, &columns)
     rows.rest = sheet.runs * sheet.rows
+    rows.tail = rows.rest + sheet.runs
     if g.by_plane:
-        rows.tail = rows.rest + sheet.runs
-        into[0] = fold(&columns, 0, LANES, sheet.tail, rows)
+        for c in range(sheet.channels):
+            if sheet.width == FEW_LANES:
+                into[c] = moments_of_few(x, &sheet)
+            else:
+                column_moments(x, &sheet, <real>smallest, &columns)
+                into[c] = fold(&columns, 0, LANES, sheet.tail, rows)
+            sheet.offset += g.S
         return
+    column_moments(x, &sheet, <real>smallest, &columns)
     merge_repeats(&sheet, &columns)
     rows.rest = rows.rest * sheet.repeat + sheet.tail // (sheet.channels * sheet.span)
     for c in range(sheet.channels):

@@ -1,6 +1,7 @@
 # A pass over an array: reduce every tile, finish every channel, apply to every tile.
 
 cdef enum:
+    AT_ONCE = 64       # channels that are finished side by side
     CACHED = 1 << 17   # values of a strip of rows that are still in the L2 cache (1 MiB) after
 
 
@@ -48,72 +49,94 @@ cdef void reduce_tile(const real* x, const real* grad_output, const Pass* p, Py_
                          <Sums*>p.partial)
 
 
-cdef inline void finish_moments(const Pass* p, Py_ssize_t c,
-                                double* mean, double* mean_low, double* var) noexcept nogil:  # OUT
+cdef inline void finish_moments(const Pass* p, Py_ssize_t c) noexcept nogil:
     """Merge what the pieces found of a channel, and keep it as the statistics of the batch."""
     cdef Py_ssize_t C = p.geometry.C
     cdef Moments moments = merge(<const Moments*>p.partial + c, p.geometry.pieces, C)
-    cdef double rounded
     # Two-sum (Knuth): mean and mean_low together are the exact sum of the two parts.
-    mean[0] = moments.shift + moments.mean
-    rounded = mean[0] - moments.shift
-    mean_low[0] = (moments.shift - (mean[0] - rounded)) + (moments.mean - rounded)
-    var[0] = moments.m2 / moments.count
-    if var[0] < 0:   # by rounding, where all values are equal; a NaN stays
-        var[0] = 0
-    p.statistics[c] = mean[0]
-    p.statistics[C + c] = mean_low[0]
-    p.statistics[2 * C + c] = var[0]
+    cdef double mean = moments.shift + moments.mean
+    cdef double rounded = mean - moments.shift
+    cdef double var = moments.m2 / moments.count
+    p.statistics[c] = mean
+    p.statistics[C + c] = (moments.shift - (mean - rounded)) + (moments.mean - rounded)
+    # Negative by rounding, where all values are equal; a NaN stays.
+    p.statistics[2 * C + c] = 0 if var < 0 else var
 
 
-cdef inline void finish_gradients(const Pass* p, Py_ssize_t c, double reciprocal,
+cdef inline void finish_gradients(const Pass* p, Py_ssize_t first, Py_ssize_t n,
+                                  const double* reciprocal,
                                   real* coefficient) noexcept nogil:  # OUT
-    """Merge what the pieces found of a channel, and keep it as the gradients of the parameters."""
+    """Merge what the pieces found of some channels, and keep the gradients of the parameters."""
     cdef const Geometry* g = &p.geometry
-    cdef Sums sums = merge_sums(<const Sums*>p.partial + c, g.pieces, g.C)
     cdef double count = <double>g.N * g.S
+    cdef double[AT_ONCE] total
+    cdef double[AT_ONCE] product
+    cdef real* grad_weight = <real*>p.grad_weight + first
+    cdef real* grad_bias = <real*>p.grad_bias + first
+    cdef Sums sums
+    cdef Py_ssize_t c
+    for c in range(n):
+        sums = merge_sums(<const Sums*>p.partial + first + c, g.pieces, g.C)
+        total[c], product[c] = sums.grad_output, sums.grad_output_centred
     if p.grad_bias:
-        (<real*>p.grad_bias)[c] = <real>sums.grad_output
+        for c in range(n):
+            grad_bias[c] = <real>total[c]
     if p.grad_weight:
-        (<real*>p.grad_weight)[c] = <real>(sums.grad_output_centred * reciprocal)
-    if p.kind == FROZEN_GRADIENTS:
-        # grad_output takes the place of x, and nothing but the scale is left.
-        coefficient[MEAN * g.C] = coefficient[MEAN_LOW * g.C] = coefficient[BIAS * g.C] = 0
-    else:
-        coefficient[MEAN_GRAD * g.C] = <real>(sums.grad_output / count)
-        coefficient[SLOPE * g.C] = <real>(sums.grad_output_centred / count
-                                          * reciprocal * reciprocal)
+        for c in range(n):
+            grad_weight[c] = <real>(product[c] * reciprocal[c])
+    for c in range(n):
+        if p.kind == FROZEN_GRADIENTS:
+            # grad_output takes the place of x, and nothing but the scale is left.
+            coefficient[MEAN * g.C + c] = coefficient[MEAN_LOW * g.C + c] = 0
+            coefficient[BIAS * g.C + c] = 0
+        else:
+            coefficient[MEAN_GRAD * g.C + c] = <real>(total[c] / count)
+            coefficient[SLOPE * g.C + c] = <real>(product[c] / count
+                                                  * reciprocal[c] * reciprocal[c])
 
 
-cdef void finish_channel(const real* x,   # for its element type only
-                         const Pass* p, Py_ssize_t c) noexcept nogil:
-    cdef Py_ssize_t C = p.geometry.C
-    cdef real* coefficient = <real*>p.coefficients + c
-    cdef double mean = value_of(&p.mean, c)
-    cdef double mean_low = value_of(&p.mean_low, c)
-    cdef double var = value_of(&p.var, c)
-    cdef double reciprocal
+cdef void finish_channels(const real* x,   # for its element type only
+                          const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    """Finish at most AT_ONCE channels, side by side: a root and a division have a long way."""
+    cdef Py_ssize_t C = p.geometry.C, c
+    cdef real* coefficient = <real*>p.coefficients + first
+    cdef double[AT_ONCE] mean
+    cdef double[AT_ONCE] mean_low
+    cdef double[AT_ONCE] reciprocal
+    cdef double[AT_ONCE] weight
+    cdef double[AT_ONCE] bias
+    cdef real low
 
     if has_batch_statistics(p):
-        finish_moments(p, c, &mean, &mean_low, &var)
+        for c in range(first, first + n):
+            finish_moments(p, c)
         if p.kind == STATISTICS:
             return
-    reciprocal = 1 / sqrt(var + p.eps)
-    coefficient[MEAN * C] = <real>mean
-    coefficient[MEAN_LOW * C] = <real>((mean - <double><real>mean) + mean_low)
-    if not -INFINITY < coefficient[MEAN_LOW * C] < INFINITY:   # nor is the mean finite then
-        coefficient[MEAN_LOW * C] = 0
-    coefficient[SCALE * C] = <real>(value_of(&p.weight, c) * reciprocal)
-    coefficient[BIAS * C] = <real>value_of(&p.bias, c)
+    values_of(&p.mean, first, n, mean)
+    values_of(&p.mean_low, first, n, mean_low)
+    values_of(&p.var, first, n, reciprocal)
+    values_of(&p.weight, first, n, weight)
+    values_of(&p.bias, first, n, bias)
+    for c in range(n):
+        reciprocal[c] = 1 / sqrt(reciprocal[c] + p.eps)
+    for c in range(n):
+        coefficient[MEAN * C + c] = <real>mean[c]
+        coefficient[SCALE * C + c] = <real>(weight[c] * reciprocal[c])
+        coefficient[BIAS * C + c] = <real>bias[c]
+    for c in range(n):
+        low = <real>((mean[c] - <double><real>mean[c]) + mean_low[c])
+        # It is not finite where the mean is not.
+        coefficient[MEAN_LOW * C + c] = low if -INFINITY < low < INFINITY else 0
     if p.kind == GRADIENTS or p.kind == FROZEN_GRADIENTS:
-        finish_gradients(p, c, reciprocal, coefficient)
+        finish_gradients(p, first, n, reciprocal, coefficient)
 
 
 cdef void finish_strip(const real* x, const Pass* p, Py_ssize_t strip) noexcept nogil:
     cdef Py_ssize_t first = strip * p.geometry.strip_channels
-    cdef Py_ssize_t c
-    for c in range(first, min(first + p.geometry.strip_channels, p.geometry.C)):
-        finish_channel(x, p, c)
+    cdef Py_ssize_t end = min(first + p.geometry.strip_channels, p.geometry.C)
+    while first < end:
+        finish_channels(x, p, first, min(AT_ONCE, end - first))
+        first += AT_ONCE
 
 
 cdef void write_tile(const real* x, const real* grad_output, real* out, const Pass* p,

@@ -25,3 +25,17 @@ cdef inline double value_of(const PerChannel* p, Py_ssize_t c) noexcept nogil:
     if p.double_:
         return p.double_[c]
     return p.absent
+
+
+cdef inline void values_of(const PerChannel* p, Py_ssize_t first, Py_ssize_t n,
+                           double* values) noexcept nogil:  # OUT
+    cdef Py_ssize_t c
+    if p.single:
+        for c in range(n):
+            values[c] = p.single[first + c]
+    elif p.double_:
+        for c in range(n):
+            values[c] = p.double_[first + c]
+    else:
+        for c in range(n):
+            values[c] = p.absent

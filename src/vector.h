@@ -1,13 +1,34 @@
-/* Streaming stores: a line that is written whole need not be read first, which saves a third of the
-   traffic of a pass that reads one array and writes another. Cython cannot say this. */
-#ifndef CBN_STREAM_H
-#define CBN_STREAM_H
+/* What Cython cannot say of vectors. */
+#ifndef CBN_VECTOR_H
+#define CBN_VECTOR_H
 
 #include <stddef.h>
 #include <string.h>
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
+
+/* The widest vector of the instruction set, in bytes. */
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
+/* a * b + c where the product is exact, as that of two floats is in double: then one rounding or
+   two make no difference. */
+static inline double multiply_add(double a, double b, double c) {
+#ifdef __FMA__
+    return __builtin_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+/* Streaming stores: a line that is written whole need not be read first, which saves a third of the
+   traffic of a pass that reads one array and writes another. */
 
 /* Copy whole 64-byte lines to a 64-byte boundary, past the cache. */
 static inline void stream_lines(void *to, const void *from, size_t bytes) {
