@@ -27,6 +27,9 @@ class Axes(NamedTuple):
     expected: str  # the accepted ranks in words
 
 
+# Tuples, because a union is put together anew each time that it is looked at.
+BOOLS = (bool, np.bool)
+INTEGERS = (int, np.integer)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 # For numpy.shares_memory: an exact answer for any pair of slices, a bound on the time for the rest.
 OVERLAP_WORK = 10_000
@@ -38,7 +41,7 @@ MOST_THREADS = 4096
 
 
 def positive_integer(name: str, value: Any) -> int:
-    if isinstance(value, bool | np.bool):
+    if isinstance(value, BOOLS):
         raise TypeError(f"{name}: expected a positive integer, got {value!r}")
     try:
         integer = operator.index(value)
@@ -86,14 +89,14 @@ def config_mode(mode: Any) -> None:
 
 
 def flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool | np.bool):
+    if not isinstance(value, BOOLS):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
     return bool(value)
 
 
 def _number(name: str, value: Any, expected: str) -> float:
     # A string, a truth value or an array of one converts to float too, but hardly on purpose.
-    if isinstance(value, str | bytes | bool | np.bool) or getattr(value, "ndim", 0) != 0:
+    if isinstance(value, (str, bytes, *BOOLS)) or getattr(value, "ndim", 0) != 0:
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
     try:
         return float(value)
@@ -142,7 +145,7 @@ def dtype(value: DTypeLike | None) -> np.dtype[Any]:
 
 
 def channel_axis(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value not in (1, -1):
+    if isinstance(value, BOOLS) or not isinstance(value, INTEGERS) or value not in (1, -1):
         raise ValueError(
             f"channel_axis: expected 1 (channels first) or -1 (channels last), got {value!r}"
         )

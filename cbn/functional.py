@@ -96,6 +96,24 @@ def batch_norm(
     >>> mean, var
     (array([0.2, 0.2]), array([1.1, 1.7]))
     """
+    done: Array | None = kernels.express_batch_norm(
+        x,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        AXES,
+        channel_axis,
+        correction,
+        out,
+        _threads.threads_for,
+    )
+    if done is not None:
+        return done
+
     axes = AXES[_checks.channel_axis(channel_axis)]
     if _checks.flag("training", training):
         y, _ = forward_training(
@@ -231,6 +249,10 @@ def batch_norm_backward(
     [[0.204, -0.408, 0.204], [-1.225], [1.0]]
     """
     axes = AXES[_checks.channel_axis(channel_axis)]
+    forward: Forward | None = kernels.express_forward(x, axes, mean, var, eps, training)
+    if forward is not None:
+        return backward(forward, grad_output, weight, out, x)[:3]
+
     array = _checks.data("x", x)
     view = _view(array.shape, _checks.axis_of_channels("x", array.shape, axes))
     statistics = kernels.given_statistics(

@@ -78,19 +78,26 @@ cdef inline void apply_rows(const real* x, const real* grad_output, Py_ssize_t r
             grad_output += row_stride
 
 
-cdef void apply_few(const real* x, const real* grad_output, Py_ssize_t rows, Py_ssize_t row_stride,
-                    const real* coefficients, Py_ssize_t stride, Py_ssize_t width, Py_ssize_t step,
-                    real* out) noexcept nogil:  # OUT
-    """Write the columns that are left over beside whole vectors."""
-    cdef Py_ssize_t j
-    for j in range(rows):
-        if grad_output:
-            apply_row(x, grad_output, coefficients, stride, width, step, False, out)
-            grad_output += row_stride
-        else:
-            apply_row(x, <const real*>NULL, coefficients, stride, width, step, False, out)
-        x += row_stride
-        out += row_stride
+cdef inline void apply_few(const real* x, const real* grad_output, Py_ssize_t rows,
+                           Py_ssize_t row_stride, const real* coefficients, Py_ssize_t stride,
+                           Py_ssize_t n, const Py_ssize_t step,
+                           real* out) noexcept nogil:  # OUT
+    """Write n < 16 columns: what is left over beside whole vectors."""
+    cdef Py_ssize_t k = 0
+    if n & 8:
+        apply_rows(x, grad_output, rows, row_stride, coefficients, stride, 8, step, False, out)
+        k += 8
+    if n & 4:
+        apply_rows(x + k, grad_output + k if grad_output else NULL, rows, row_stride,
+                   coefficients + k * step, stride, 4, step, False, out + k)
+        k += 4
+    if n & 2:
+        apply_rows(x + k, grad_output + k if grad_output else NULL, rows, row_stride,
+                   coefficients + k * step, stride, 2, step, False, out + k)
+        k += 2
+    if n & 1:
+        apply_rows(x + k, grad_output + k if grad_output else NULL, rows, row_stride,
+                   coefficients + k * step, stride, 1, step, False, out + k)
 
 
 cdef inline void apply_band(const real* x, const real* grad_output, Py_ssize_t rows,

@@ -51,8 +51,9 @@ cdef ndarray new_like(ndarray x):
 cdef bint view_of(object x, object axes, object dtype,
                   Py_ssize_t* N, Py_ssize_t* C, Py_ssize_t* S):  # OUT
     """The (N, C, S) view of a plain, non-empty array of an accepted rank and element type."""
-    cdef tuple axis_of_rank = axes[0]   # axes is an Axes of cbn/_checks.py
-    cdef object channels = axes[1]
+    # axes is an Axes of cbn/_checks.py, a kind of tuple.
+    cdef tuple axis_of_rank = <tuple>PyTuple_GET_ITEM(axes, 0)
+    cdef object channels = <object>PyTuple_GET_ITEM(axes, 1)
     cdef int rank, axis, i
     if not PyArray_CheckExact(x):
         return False
@@ -69,16 +70,16 @@ cdef bint view_of(object x, object axes, object dtype,
     C[0] = PyArray_DIM(<ndarray>x, axis)
     for i in range(axis + 1, rank):
         S[0] *= PyArray_DIM(<ndarray>x, i)
-    return channels is None or channels == C[0]
+    return channels is None or <npy_intp>channels == C[0]
 
 
-cdef bint are_all_apart(object out, tuple arrays):
-    """Whether an output shares no memory with any parameter or statistic."""
-    cdef object array
-    for array in arrays:
-        if out is not None and array is not None and not are_apart(<ndarray>out, <ndarray>array):
-            return False
-    return True
+cdef bint are_all_apart(object out, object a, object b, object c, object d):
+    """Whether an output, or None, shares no memory with parameters and statistics, or None."""
+    return out is None or (
+        (a is None or are_apart(<ndarray>out, <ndarray>a))
+        and (b is None or are_apart(<ndarray>out, <ndarray>b))
+        and (c is None or are_apart(<ndarray>out, <ndarray>c))
+        and (d is None or are_apart(<ndarray>out, <ndarray>d)))
 
 
 cdef bint is_finite(object value):
@@ -88,21 +89,36 @@ cdef bint is_finite(object value):
     return type(value) is float and -INFINITY < <double>value < INFINITY
 
 
-def express_inference(x, axes, dtype, mean, var, weight, bias, eps, out, threads_for):
-    """Return the output and what makes a Forward (cbn/functional.py), or None."""
-    cdef Py_ssize_t N, C, S
-    if not (view_of(x, axes, dtype, &N, &C, &S)
-            and is_per_channel(mean, C) and is_per_channel(var, C)
-            and is_per_channel_or_none(weight, C) and is_per_channel_or_none(bias, C)
-            and is_finite(eps) and eps >= 0 and is_plain_out(out, x)
-            and (out is None or are_all_apart(out, (mean, var, weight, bias)))):
+cdef bint is_non_negative(object value):
+    return is_finite(value) and <double>value >= 0
+
+
+cdef ndarray inferred(x, axes, dtype, mean, var, weight, bias, eps, out, threads_for,
+                      Py_ssize_t* N, Py_ssize_t* C, Py_ssize_t* S):  # OUT
+    """The output, or None."""
+    if not (view_of(x, axes, dtype, N, C, S)
+            and is_per_channel(mean, C[0]) and is_per_channel(var, C[0])
+            and is_per_channel_or_none(weight, C[0]) and is_per_channel_or_none(bias, C[0])
+            and is_non_negative(eps) and is_plain_out(out, x)
+            and are_all_apart(out, mean, var, weight, bias)):
         return None
     if out is None:
         out = new_like(x)
-    normalise(x, N, C, S, mean, var, weight, bias, eps, out, threads_for(N * C * S))
+    normalise(x, N[0], C[0], S[0], mean, var, weight, bias, eps, out,
+              threads_for(N[0] * C[0] * S[0]))
+    return out
+
+
+def express_inference(x, axes, dtype, mean, var, weight, bias, eps, out, threads_for):
+    """Return the output and what makes a Forward (cbn/functional.py), or None."""
+    cdef Py_ssize_t N, C, S
+    cdef ndarray y = inferred(x, axes, dtype, mean, var, weight, bias, eps, out, threads_for,
+                              &N, &C, &S)
+    if y is None:
+        return None
     # Without a weight no gradient depends on x, which is then not kept alive for nothing.
-    return out, (None if out is x or weight is None else x, x.shape, <object>PyArray_DESCR(x),
-                 (N, C, S), given_statistics(mean, var), eps, True)
+    return y, (None if y is x or weight is None else x, x.shape, <object>PyArray_DESCR(x),
+               (N, C, S), given_statistics(mean, var), eps, True)
 
 
 def express_training(x, axes, dtype, running_mean, running_var, num_batches_tracked, weight,
@@ -116,17 +132,17 @@ def express_training(x, axes, dtype, running_mean, running_var, num_batches_trac
         if momentum is None:
             momentum = 1.0 / ((<npy_int64*>PyArray_DATA(<ndarray>num_batches_tracked))[0] + 1)
     if not (view_of(x, axes, dtype, &N, &C, &S)
-            and is_finite(momentum) and is_finite(eps) and eps >= 0
-            and is_finite(correction) and correction >= 0
+            and is_finite(momentum) and is_non_negative(eps) and is_non_negative(correction)
             and is_running_or_none(running_mean, C) and is_running_or_none(running_var, C)
             and (running_mean is None) == (running_var is None)
             and (running_mean is None
-                 or (correction < N * S and are_all_apart(x, (running_mean, running_var))
+                 or (<double>correction < N * S
+                     and are_all_apart(x, running_mean, running_var, None, None)
                      and are_apart(<ndarray>running_mean, <ndarray>running_var)))
             and is_per_channel_or_none(weight, C) and is_per_channel_or_none(bias, C)
             and N * S > 1
             and is_plain_out(out, x)
-            and (out is None or are_all_apart(out, (running_mean, running_var, weight, bias)))):
+            and are_all_apart(out, running_mean, running_var, weight, bias)):
         return None
     if out is None:
         out = new_like(x)
@@ -138,6 +154,35 @@ def express_training(x, axes, dtype, running_mean, running_var, num_batches_trac
         (<npy_int64*>PyArray_DATA(<ndarray>num_batches_tracked))[0] += 1
     return out, (None if out is x else x, x.shape, <object>PyArray_DESCR(x), (N, C, S), statistics,
                  eps, False)
+
+
+def express_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps,
+                       dict axes_of, channel_axis, correction, out, threads_for):
+    """Return the output, or None."""
+    cdef Py_ssize_t N, C, S
+    cdef tuple done
+    if not (type(channel_axis) is int and channel_axis in axes_of):
+        return None
+    axes = axes_of[channel_axis]
+    if training is True:
+        done = express_training(x, axes, None, running_mean, running_var, None, weight, bias,
+                                momentum, eps, correction, out, threads_for)
+        return None if done is None else done[0]
+    if training is False and is_finite(momentum) and is_non_negative(correction):
+        return inferred(x, axes, None, running_mean, running_var, weight, bias, eps, out,
+                        threads_for, &N, &C, &S)
+    return None
+
+
+def express_forward(x, axes, mean, var, eps, training):
+    """Return a Forward (cbn/functional.py) from what was kept of one elsewhere, or None."""
+    cdef Py_ssize_t N, C, S
+    if not (view_of(x, axes, None, &N, &C, &S)
+            and is_per_channel(mean, C) and is_per_channel(var, C) and is_non_negative(eps)
+            and type(training) is bool):
+        return None
+    return (x, x.shape, <object>PyArray_DESCR(x), (N, C, S), given_statistics(mean, var), eps,
+            not training)
 
 
 def express_backward(grad_output, tuple forward, weight, out, threads_for):
@@ -155,8 +200,7 @@ def express_backward(grad_output, tuple forward, weight, out, threads_for):
             and is_plain(grad_output, type_num)
             and PyArray_SAMESHAPE(<ndarray>grad_output, <ndarray>x)
             and is_per_channel_or_none(weight, C) and is_plain_out(out, grad_output)
-            and (out is None or (are_apart(<ndarray>out, <ndarray>x)
-                                 and are_all_apart(out, (statistics, weight))))):
+            and are_all_apart(out, x, statistics, weight, None)):
         return None
     if out is None:
         out = new_like(grad_output)

@@ -51,6 +51,27 @@ cdef inline void multiply_rows(const real* grad_output, const real* x, Py_ssize_
         product[k] = products[k]
 
 
+cdef inline void multiply_few(const real* grad_output, const real* x, const real* mean,
+                              const real* mean_low, Py_ssize_t n, const Py_ssize_t step,
+                              double* total, double* product) noexcept nogil:  # IN, OUT
+    """Sum n < 16 columns of a row: what is left over beside whole vectors."""
+    cdef Py_ssize_t k = 0
+    if n & 8:
+        multiply_row(grad_output, x, mean, mean_low, 8, step, total, product)
+        k += 8
+    if n & 4:
+        multiply_row(grad_output + k, x + k, mean + k * step, mean_low + k * step, 4, step,
+                     total + k, product + k)
+        k += 4
+    if n & 2:
+        multiply_row(grad_output + k, x + k, mean + k * step, mean_low + k * step, 2, step,
+                     total + k, product + k)
+        k += 2
+    if n & 1:
+        multiply_row(grad_output + k, x + k, mean + k * step, mean_low + k * step, 1, step,
+                     total + k, product + k)
+
+
 cdef inline void multiply_band(const real* grad_output, const real* x, Py_ssize_t rows,
                                Py_ssize_t row_stride, const real* mean, const real* mean_low,
                                Py_ssize_t width, const Py_ssize_t step,
@@ -69,7 +90,7 @@ cdef inline void multiply_band(const real* grad_output, const real* x, Py_ssize_
         k += vector
     if k < width:
         for j in range(rows):
-            multiply_row(grad_output + k + j * row_stride, x + k + j * row_stride,
+            multiply_few(grad_output + k + j * row_stride, x + k + j * row_stride,
                          mean + k * step, mean_low + k * step, width - k, step,
                          total + k, product + k)
 

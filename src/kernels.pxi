@@ -6,6 +6,7 @@
 # may each be float32, float64 or None; statistics are the mean, what float64 rounds off it, and the
 # variance of a batch: float64 of shape (3, C).
 
+from cpython.tuple cimport PyTuple_GET_ITEM
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, sqrt
 from libc.stdlib cimport free, malloc
@@ -90,22 +91,20 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, int num_thre
     cdef size_t size = p.geometry.N * p.geometry.S * p.geometry.C * (4 if single else 8)
     # An output that is also an input is in the cache already, line by line.
     p.stream = size >= STREAM_BYTES and out_data != x_data and out_data != grad_data
-    # Nothing is reduced where statistics are given, but an allocation of one byte cannot fail.
-    p.partial = malloc(1 if p.kind == GIVEN else channels * p.geometry.pieces * sizeof(Moments))
-    p.coefficients = malloc(channels * COEFFICIENTS * sizeof(double))
-    try:
-        if p.partial == NULL or p.coefficients == NULL:
-            raise MemoryError
-        with nogil:
-            if single:
-                run(<const float*>x_data, <const float*>grad_data, <float*>out_data, p,
-                    num_threads)
-            else:
-                run(<const double*>x_data, <const double*>grad_data, <double*>out_data, p,
-                    num_threads)
-    finally:
-        free(p.partial)
-        free(p.coefficients)
+    # The table of coefficients, and what the pieces find; with given statistics, nothing.
+    cdef size_t table = channels * COEFFICIENTS * sizeof(double)
+    cdef size_t found = 0 if p.kind == GIVEN else channels * p.geometry.pieces * sizeof(Moments)
+    p.coefficients = malloc(table + found)
+    if p.coefficients == NULL:
+        raise MemoryError
+    p.partial = <char*>p.coefficients + table
+    with nogil:
+        if single:
+            run(<const float*>x_data, <const float*>grad_data, <float*>out_data, p, num_threads)
+        else:
+            run(<const double*>x_data, <const double*>grad_data, <double*>out_data, p,
+                num_threads)
+    free(p.coefficients)
 
 
 cdef ndarray new_statistics(npy_intp C):
