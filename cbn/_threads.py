@@ -22,7 +22,8 @@ def _default() -> tuple[int, str]:
     return int(kernels.max_threads()), origin
 
 
-# Below this many values a second thread costs more than it gives.
+# Below this many values read, a second thread costs more than it gives. On two AVX-512 cores whose
+# threads are awake, a team costs 4 us: as long as one core takes to normalise 16,000 values.
 SERIAL_BELOW = 32_768
 
 _process_wide, _origin = _default()
@@ -54,7 +55,7 @@ def process_wide() -> tuple[int, str]:
 
 
 def threads_for(values: int) -> int:
-    """The number of threads for a call on so many values."""
+    """The number of threads for a call that reads so many values, those that it reads again too."""
     return 1 if values < SERIAL_BELOW else get_num_threads()
 
 

@@ -356,7 +356,7 @@ def forward_training(
 
     statistics = np.zeros((3, C))
     if array.size:
-        threads = _threads.threads_for(array.size)
+        threads = _threads.threads_for(2 * array.size)
         kernels.normalise_batch(array, *view, weight, bias, eps, statistics, buffer, threads)
         if running_mean is not None:
             kernels.update_running(
@@ -449,7 +449,7 @@ def backward(
     buffer, grad_input = _allocate(out, shape, dtype)
 
     grad_weight, grad_bias = np.zeros(C, dtype), np.zeros(C, dtype)
-    threads = _threads.threads_for(grad.size)
+    threads = _threads.threads_for(4 * grad.size)
     if grad.size and x is None:
         kernels.normalise(grad, *view, None, statistics[2], None, None, eps, buffer, threads)
     elif grad.size:

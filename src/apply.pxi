@@ -205,7 +205,8 @@ cdef void apply_tile(const real* x, const real* grad_output, const Geometry* g, 
                      bint stream, real* out) noexcept nogil:      # OUT
     cdef Sheet sheet = sheet_of(g, strip, piece)
     cdef real[COEFFICIENTS * TABLE_WIDTH] table
-    cdef Py_ssize_t c, k, q, at, period, head = 0
+    cdef real* columns
+    cdef Py_ssize_t k, q, at, head = 0
 
     coefficients += strip * g.strip_channels
     if g.by_plane:
@@ -217,13 +218,11 @@ cdef void apply_tile(const real* x, const real* grad_output, const Geometry* g, 
         if sheet.row_stride == sheet.width:
             head = values_to_line(out + sheet.offset, sheet.rows * sheet.width)
             sheet = unbroken(&sheet, head)
-        period = sheet.channels * sheet.span
         for q in range(COEFFICIENTS if grad_output else SLOPE):
-            for c in range(sheet.channels):
-                for k in range(c * sheet.span, (c + 1) * sheet.span):
-                    table[q * TABLE_WIDTH + k] = coefficients[q * g.C + c]
-            for k in range(q * TABLE_WIDTH + period, q * TABLE_WIDTH + sheet.width + head):
-                table[k] = table[k - period]
+            columns = table + q * TABLE_WIDTH
+            spread(coefficients + q * g.C, sheet.channels, sheet.span, sheet.repeat, columns)
+            for k in range(head):
+                columns[sheet.width + k] = columns[k]
         at = sheet.offset - head
         if head:
             apply_few(x + at, grad_output + at if grad_output else NULL, 1, 0, table, TABLE_WIDTH,

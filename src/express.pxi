@@ -147,7 +147,7 @@ def express_training(x, axes, dtype, running_mean, running_var, num_batches_trac
     if out is None:
         out = new_like(x)
     statistics = new_statistics(C)
-    normalise_batch(x, N, C, S, weight, bias, eps, statistics, out, threads_for(N * C * S))
+    normalise_batch(x, N, C, S, weight, bias, eps, statistics, out, threads_for(2 * N * C * S))
     if running_mean is not None:
         update_running(running_mean, running_var, statistics, momentum, N * S, correction)
     if num_batches_tracked is not None:
@@ -207,5 +207,5 @@ def express_backward(grad_output, tuple forward, weight, out, threads_for):
     grad_weight = PyArray_EMPTY(1, &C, type_num, 0)
     grad_bias = PyArray_EMPTY(1, &C, type_num, 0)
     gradients(grad_output, x, view[0], C, view[2], statistics, weight, eps, forward[6],
-              out, grad_weight, grad_bias, threads_for(PyArray_SIZE(<ndarray>x)))
+              out, grad_weight, grad_bias, threads_for(4 * PyArray_SIZE(<ndarray>x)))
     return out, grad_weight, grad_bias, False

@@ -27,8 +27,10 @@ cdef enum:
     FEW_LANES = 16     # ... or fewer, where a channel is too small to be worth folding so many
     WIDTH = 1024       # most columns of a sheet: 4 KiB of float from each row of the array
     NARROW = 128       # columns that are enough to keep the adders busy
+    TALLEST = 96       # rows of a block that is summed in the element type of the array
     BAND = 8           # rows read side by side, so that a column's sums are fetched once for all
-    PIECE = 65536      # values in a piece: far more work than it costs to hand it to a thread
+    PIECE = 65536      # most values in a piece: far more work than to hand it to a thread, ...
+    SMALL_PIECE = 16384  # ... and where an array has few of them
     SMALL_STRIP = 8192   # values that channels of few values are gathered to
     LONG_RUN = 512     # S from which a channel is walked by plane, ...
     FEW_ROWS = 8       # ... or from FEW_LANES, where N would leave a sheet fewer rows than this
@@ -69,6 +71,7 @@ cdef Geometry cut(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
                   bint reduces) noexcept nogil:   # False: nothing but coefficients and writing
     """The strips and pieces of a non-empty (N, C, S) array."""
     cdef Geometry g
+    cdef Py_ssize_t most = min(PIECE, max(SMALL_PIECE, N * C * S // 8))   # values in a piece
     g.N, g.C, g.S = N, C, S
     g.by_plane = S >= LONG_RUN or (S >= FEW_LANES and N < FEW_ROWS)
     g.lanes = LANES if N * (S // LANES) >= FEW_LANES else FEW_LANES
@@ -85,12 +88,15 @@ cdef Geometry cut(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
                 g.repeat *= 2
     elif not reduces:
         # Nothing is summed along a channel, so the array is walked in the order of the memory.
-        g.strip_channels = ceil_div(C, ceil_div(C, max(1, PIECE // S)))
+        g.strip_channels = ceil_div(C, ceil_div(C, max(1, most // S)))
     elif N * S < SMALL_STRIP:
         g.strip_channels = ceil_div(C, ceil_div(C, SMALL_STRIP // (N * S)))
     g.strips = ceil_div(C, g.strip_channels)
-    g.inner_pieces = ceil_div(S, PIECE) if g.by_plane else 1
-    g.outer_pieces = min(N, ceil_div(N * g.strip_channels * ceil_div(S, g.inner_pieces), PIECE))
+    g.inner_pieces = ceil_div(S, most) if g.by_plane else 1
+    g.outer_pieces = min(N, ceil_div(N * g.strip_channels * ceil_div(S, g.inner_pieces), most))
+    if reduces and not g.by_plane:
+        # So many rows that their columns are worth folding.
+        g.outer_pieces = min(g.outer_pieces, max(1, N // (g.repeat * 2 * TALLEST)))
     g.pieces = g.outer_pieces * g.inner_pieces
     return g
 
@@ -133,14 +139,22 @@ cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece
     return sheet
 
 
-cdef inline void spread(real value, const Sheet* sheet, Py_ssize_t c,
+cdef inline void spread(const real* value, Py_ssize_t channels, Py_ssize_t span,
+                        Py_ssize_t repeat,
                         real* columns) noexcept nogil:  # OUT
-    """Set every column of channel c."""
-    cdef Py_ssize_t r, s, k
-    for r in range(sheet.repeat):
-        k = (r * sheet.channels + c) * sheet.span
-        for s in range(sheet.span):
-            columns[k + s] = value
+    """Set every column to the value of its channel."""
+    cdef Py_ssize_t filled = channels * span, width = repeat * filled, c, k
+    if span == 1:
+        for c in range(channels):
+            columns[c] = value[c]
+    else:
+        for c in range(channels):
+            for k in range(span):
+                columns[c * span + k] = value[c]
+    while filled < width:   # twice as many at each turn: from one to the next takes too long
+        for k in range(min(filled, width - filled)):
+            columns[filled + k] = columns[k]
+        filled *= 2
 
 
 cdef inline double sum_of(const double* value, Py_ssize_t n) noexcept nogil:

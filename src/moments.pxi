@@ -5,12 +5,6 @@
 # Blocks are merged in float64 by the formula of Chan, Golub and LeVeque (1983), and so are columns
 # and pieces, always in the same order.
 
-# LANES float columns of so many rows are 24 KiB and fit L1 (32 KiB), and WIDTH of them fit L2;
-# with fewer rows there would be more merging in float64.
-cdef enum:
-    TALLEST = 96       # rows of a block
-
-
 cdef struct Moments:
     double count
     double shift   # the mean is shift + mean: two numbers carry the digits that one would round off
@@ -37,13 +31,13 @@ cdef inline void add_columns(const sum_t* shift, const sum_t* total, const sum_t
                              const Py_ssize_t width, Py_ssize_t tail, Rows rows, Rows before,
                              Columns* columns) noexcept nogil:  # IN, OUT
     """Merge the sums of so many rows into columns of so many rows before."""
-    cdef Rows reciprocal, share, cross
+    # Divided, not multiplied by a reciprocal: then the mean of equal values is that value.
+    cdef Rows share, cross
     cdef double mean, delta
     cdef Py_ssize_t k
-    reciprocal.tail, reciprocal.rest = 1 / rows.tail, 1 / rows.rest
     if before.rest == 0:
         for k in range(width):
-            mean = total[k] * rows_of(reciprocal, tail, k)
+            mean = total[k] / rows_of(rows, tail, k)
             columns.shift[k] = shift[k]
             columns.mean[k] = mean
             columns.m2[k] = square[k] - total[k] * mean
@@ -53,7 +47,7 @@ cdef inline void add_columns(const sum_t* shift, const sum_t* total, const sum_t
     cross.tail = before.tail * share.tail
     cross.rest = before.rest * share.rest
     for k in range(width):
-        mean = total[k] * rows_of(reciprocal, tail, k)
+        mean = total[k] / rows_of(rows, tail, k)
         delta = (shift[k] - columns.shift[k]) + (mean - columns.mean[k])
         columns.mean[k] += delta * rows_of(share, tail, k)
         columns.m2[k] += (square[k] - total[k] * mean) + delta * delta * rows_of(cross, tail, k)
@@ -309,29 +303,35 @@ cdef inline void sum_runs(const real* x, const Sheet* sheet, const bint centred,
         sum_few(run + sheet.rows * FEW_LANES, sheet.tail, centred, shift, total, square)
 
 
-cdef inline Moments moments_of_few(const real* x, const Sheet* sheet) noexcept nogil:
-    """The moments of a channel too small for blocks: two passes in float64, around its mean."""
+cdef inline void moments_of_few(const real* x, Sheet sheet, Py_ssize_t S,
+                                Moments* into) noexcept nogil:  # OUT
+    """The moments of channels too small for blocks: two passes in float64, around their means."""
+    # Pass by pass, because the second pass over a channel has to wait for its mean; meanwhile the
+    # CPU is at the next channel.
     cdef double[FEW_LANES] shift
     cdef double[FEW_LANES] total
     cdef double[FEW_LANES] square
+    cdef double count = sheet.runs * (sheet.rows * FEW_LANES + sheet.tail)
     cdef double sum_
-    cdef Py_ssize_t k
-    cdef Moments m
+    cdef Py_ssize_t first = sheet.offset, c, k
 
-    m.count = sheet.runs * (sheet.rows * FEW_LANES + sheet.tail)
-    sum_runs(x, sheet, False, shift, total, square)
-    m.shift = sum_of(total, FEW_LANES) / m.count
-    for k in range(FEW_LANES):
-        shift[k] = m.shift
-    sum_runs(x, sheet, True, shift, total, square)
-    m.mean = 0
-    m.m2 = sum_of(square, FEW_LANES)
-    if sizeof(real) == sizeof(double):
-        # What the mean lost to rounding: next to nothing for float32, but not for float64.
-        sum_ = sum_of(total, FEW_LANES)
-        m.mean = sum_ / m.count
-        m.m2 -= sum_ * m.mean
-    return m
+    for c in range(sheet.channels):
+        sheet.offset = first + c * S
+        sum_runs(x, &sheet, False, shift, total, square)
+        into[c].shift = sum_of(total, FEW_LANES) / count
+    for c in range(sheet.channels):
+        sheet.offset = first + c * S
+        for k in range(FEW_LANES):
+            shift[k] = into[c].shift
+        sum_runs(x, &sheet, True, shift, total, square)
+        into[c].count = count
+        into[c].mean = 0
+        into[c].m2 = sum_of(square, FEW_LANES)
+        if sizeof(real) == sizeof(double):
+            # What the mean lost to rounding: next to nothing for float32, but not for float64.
+            sum_ = sum_of(total, FEW_LANES)
+            into[c].mean = sum_ / count
+            into[c].m2 -= sum_ * into[c].mean
 
 
 cdef Moments merge(const Moments* part, Py_ssize_t parts, Py_ssize_t stride) noexcept nogil:
@@ -369,13 +369,13 @@ cdef void reduce_moments(const real* x, const Geometry* g, Py_ssize_t strip, Py_
     columns.shift, columns.mean, columns.m2 = values[0], values[1], values[2]
     rows.rest = sheet.runs * sheet.rows
     rows.tail = rows.rest + sheet.runs
+    if g.by_plane and sheet.width == FEW_LANES:
+        moments_of_few(x, sheet, g.S, into)
+        return
     if g.by_plane:
         for c in range(sheet.channels):
-            if sheet.width == FEW_LANES:
-                into[c] = moments_of_few(x, &sheet)
-            else:
-                column_moments(x, &sheet, <real>smallest, &columns)
-                into[c] = fold(&columns, 0, LANES, sheet.tail, rows)
+            column_moments(x, &sheet, <real>smallest, &columns)
+            into[c] = fold(&columns, 0, LANES, sheet.tail, rows)
             sheet.offset += g.S
         return
     column_moments(x, &sheet, <real>smallest, &columns)

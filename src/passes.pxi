@@ -153,6 +153,11 @@ cdef void write_tile(const real* x, const real* grad_output, real* out, const Pa
 cdef void run_strip(const real* x, const real* grad_output, real* out, const Pass* p,
                     Py_ssize_t strip) noexcept nogil:
     cdef Py_ssize_t piece
+    if p.kind == GIVEN:
+        finish_strip(x, p, strip)
+        for piece in range(p.geometry.pieces):
+            write_tile(x, grad_output, out, p, strip, piece)
+        return
     for piece in range(p.geometry.pieces):
         reduce_tile(x, grad_output, p, strip, piece)
     finish_strip(x, p, strip)

@@ -57,7 +57,8 @@ LAYERS = [
 # One walked by row and one by plane, both in pieces and with tails.
 WALKS = [
     pytest.param((1400, 3, 50), id="by_row"),
-    pytest.param((150, 3, 500), id="by_plane"),
+    pytest.param((110, 3, 700), id="by_plane"),
+    pytest.param((1, 3, 230), id="few_values"),
 ]
 LAYOUT = pytest.mark.parametrize("channel_axis", [1, -1], ids=["first", "last"])
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -354,6 +355,16 @@ def test_first_value_is_an_outlier(
 
 
 @DTYPE
+@pytest.mark.parametrize("rows", range(2, 120))
+def test_any_number_of_equal_values_has_their_mean(rows, dtype):
+    x = np.full((rows, 128), np.array(-1e4 / 3, dtype))
+    mean, var, _ = functional.batch_norm_stats(x)
+    assert (mean == x[0]).all()
+    assert (var == 0).all()
+    assert (cbn.BatchNorm1d(128, dtype=dtype)(x) == 0).all()
+
+
+@DTYPE
 @LAYOUT
 @pytest.mark.parametrize("shape", WALKS)
 def test_constant_channels_give_exactly_the_bias(shape, channel_axis, dtype):
@@ -388,7 +399,7 @@ def test_squares_leave_the_range_of_float32(rng, assert_step_agrees, shape, chan
 def test_what_is_not_finite_stays_in_its_channel(rng, shape, channel_axis, dtype, value):
     x, grad_output = draw(rng, shape, channel_axis, dtype=dtype)
     bad_x = x.copy()
-    np.moveaxis(bad_x, channel_axis, 0)[1, 7, 3] = value
+    np.moveaxis(bad_x, channel_axis, 0)[1, -1, 3] = value
     clean = make_layer(rng, "BatchNorm1d", 3, dtype=dtype, channel_axis=channel_axis)
     layer = cbn.BatchNorm1d(3, dtype=dtype, channel_axis=channel_axis)
     layer.load_state_dict(clean.state_dict())
@@ -413,8 +424,8 @@ def test_eval_keeps_what_is_not_finite_in_its_place(rng, shape, channel_axis, dt
     layer = make_layer(rng, "BatchNorm1d", 3, dtype=dtype, channel_axis=channel_axis).eval()
     layer.weight[1] = 2
     expected = layer(x)
-    np.moveaxis(x, channel_axis, 0)[1, 7, 3] = value
-    np.moveaxis(expected, channel_axis, 0)[1, 7, 3] = value
+    np.moveaxis(x, channel_axis, 0)[1, -1, 3] = value
+    np.moveaxis(expected, channel_axis, 0)[1, -1, 3] = value
     np.testing.assert_array_equal(layer(x), expected)
 
 
