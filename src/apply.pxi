@@ -17,12 +17,17 @@ cdef enum:   # rows of the (COEFFICIENTS, C) table, in the element type of x
 
 
 cdef enum:
-    APPLY = 2 * VECTOR_BYTES
-    # A line more than WIDTH, for a start within a row; and rows of the table that are a whole page
-    # apart would fight for the same places of the L1 cache.
+    HELD = 2 * VECTOR_BYTES   # of a row, whose coefficients fit the registers
+    # A line more than WIDTH, so that a row can start within one; and rows of the table that lie
+    # whole pages apart would fight for the same places of the L1 cache.
     TABLE_WIDTH = WIDTH + 16
     SHORT = 4096         # values too few to be worth a table
     ALIGNED_LINE = 256   # values from which a line is worth a short start up to alignment
+
+
+cdef inline const real* moved(const real* array, Py_ssize_t by) noexcept nogil:
+    """A place further on in an array, if there is one."""
+    return array + by if array else NULL
 
 
 cdef inline Py_ssize_t values_to_line(const real* at, Py_ssize_t n) noexcept nogil:
@@ -64,7 +69,7 @@ cdef inline void apply_rows(const real* x, const real* grad_output, Py_ssize_t r
                             Py_ssize_t row_stride, const real* coefficients, Py_ssize_t stride,
                             const Py_ssize_t width, const Py_ssize_t step, const bint stream,
                             real* out) noexcept nogil:  # OUT
-    # Coefficients of its own, of a literal width: the compiler keeps them in registers.
+    # Coefficients of its own, of a literal width, which the compiler keeps in registers.
     cdef real[COEFFICIENTS * LANES] own
     cdef Py_ssize_t j, k, q
     for q in range(COEFFICIENTS if grad_output else SLOPE):
@@ -88,15 +93,15 @@ cdef inline void apply_few(const real* x, const real* grad_output, Py_ssize_t ro
         apply_rows(x, grad_output, rows, row_stride, coefficients, stride, 8, step, False, out)
         k += 8
     if n & 4:
-        apply_rows(x + k, grad_output + k if grad_output else NULL, rows, row_stride,
+        apply_rows(x + k, moved(grad_output, k), rows, row_stride,
                    coefficients + k * step, stride, 4, step, False, out + k)
         k += 4
     if n & 2:
-        apply_rows(x + k, grad_output + k if grad_output else NULL, rows, row_stride,
+        apply_rows(x + k, moved(grad_output, k), rows, row_stride,
                    coefficients + k * step, stride, 2, step, False, out + k)
         k += 2
     if n & 1:
-        apply_rows(x + k, grad_output + k if grad_output else NULL, rows, row_stride,
+        apply_rows(x + k, moved(grad_output, k), rows, row_stride,
                    coefficients + k * step, stride, 1, step, False, out + k)
 
 
@@ -105,31 +110,29 @@ cdef inline void apply_band(const real* x, const real* grad_output, Py_ssize_t r
                             Py_ssize_t n, const Py_ssize_t step, const bint stream,
                             real* out) noexcept nogil:  # OUT
     """Write n columns of some rows."""
-    cdef Py_ssize_t wide = APPLY // sizeof(real), vector = VECTOR_BYTES // sizeof(real)
+    cdef Py_ssize_t wide = HELD // sizeof(real), vector = VECTOR_BYTES // sizeof(real)
     cdef Py_ssize_t k = 0, j
     if stream or n >= ALIGNED_LINE:
         # Up to the next cache line of out; arrays from one allocator are aligned alike, so the
         # loads of x gain as much as the stores.
         k = values_to_line(out, n)
-        if k:
-            apply_few(x, grad_output, rows, row_stride, coefficients, stride, k, step, out)
+        apply_few(x, grad_output, rows, row_stride, coefficients, stride, k, step, out)
     if step == 0:
         j = (n - k) // wide
-        apply_rows(x + k, grad_output + k if grad_output else NULL, j, wide, coefficients,
-                   stride, wide, 0, stream, out + k)
+        apply_rows(x + k, moved(grad_output, k), j, wide, coefficients, stride, wide, 0, stream,
+                   out + k)
         k += j * wide
     else:
         while n - k >= wide:
-            apply_rows(x + k, grad_output + k if grad_output else NULL, rows, row_stride,
-                       coefficients + k, stride, wide, 1, stream, out + k)
+            apply_rows(x + k, moved(grad_output, k), rows, row_stride, coefficients + k, stride,
+                       wide, 1, stream, out + k)
             k += wide
     while n - k >= vector:
-        apply_rows(x + k, grad_output + k if grad_output else NULL, rows, row_stride,
+        apply_rows(x + k, moved(grad_output, k), rows, row_stride,
                    coefficients + k * step, stride, vector, step, False, out + k)
         k += vector
-    if k < n:
-        apply_few(x + k, grad_output + k if grad_output else NULL, rows, row_stride,
-                  coefficients + k * step, stride, n - k, step, out + k)
+    apply_few(x + k, moved(grad_output, k), rows, row_stride, coefficients + k * step, stride,
+              n - k, step, out + k)
 
 
 cdef inline void apply_planes(const real* x, const real* grad_output, const Sheet* sheet,
@@ -140,8 +143,8 @@ cdef inline void apply_planes(const real* x, const real* grad_output, const Shee
     for i in range(sheet.runs):
         at = sheet.offset + i * sheet.run_stride
         for c in range(sheet.channels):
-            apply_band(x + at, grad_output + at if grad_output else NULL, 1, 0, coefficients + c,
-                       stride, run, 0, stream, out + at)
+            apply_band(x + at, moved(grad_output, at), 1, 0, coefficients + c, stride, run, 0,
+                       stream, out + at)
             at += run
 
 
@@ -154,40 +157,30 @@ cdef inline void apply_sheet(const real* x, const real* grad_output, const Sheet
     cdef Py_ssize_t j, n
     for j in range(ceil_div(sheet.rows, band)):
         n = min(band, sheet.rows - j * band)
-        apply_band(x + at, grad_output + at if grad_output else NULL, n, sheet.row_stride,
-                   coefficients, stride, sheet.width, 1, stream, out + at)
+        apply_band(x + at, moved(grad_output, at), n, sheet.row_stride, coefficients, stride,
+                   sheet.width, 1, stream, out + at)
         at += n * sheet.row_stride
     if sheet.tail:
-        apply_band(x + at, grad_output + at if grad_output else NULL, 1, 0, coefficients, stride,
-                   sheet.tail, 1, stream, out + at)
+        apply_band(x + at, moved(grad_output, at), 1, 0, coefficients, stride, sheet.tail, 1,
+                   stream, out + at)
 
 
 cdef inline void apply_variant(const real* x, const real* grad_output, const Sheet* sheet,
-                               const real* coefficients, Py_ssize_t stride, const bint by_plane,
-                               bint stream, real* out) noexcept nogil:  # OUT
+                               const real* coefficients, Py_ssize_t stride, bint by_plane,
+                               const bint stream, real* out) noexcept nogil:  # OUT
     """One loop for each combination, free of decisions."""
-    if by_plane:
-        if grad_output and stream:
-            apply_planes(x, grad_output, sheet, coefficients, stride, True, out)
-        elif grad_output:
-            apply_planes(x, grad_output, sheet, coefficients, stride, False, out)
-        elif stream:
-            apply_planes(x, <const real*>NULL, sheet, coefficients, stride, True, out)
-        else:
-            apply_planes(x, <const real*>NULL, sheet, coefficients, stride, False, out)
+    if by_plane and grad_output:
+        apply_planes(x, grad_output, sheet, coefficients, stride, stream, out)
+    elif by_plane:
+        apply_planes(x, <const real*>NULL, sheet, coefficients, stride, stream, out)
+    elif grad_output:
+        apply_sheet(x, grad_output, sheet, coefficients, stride, stream, out)
     else:
-        if grad_output and stream:
-            apply_sheet(x, grad_output, sheet, coefficients, stride, True, out)
-        elif grad_output:
-            apply_sheet(x, grad_output, sheet, coefficients, stride, False, out)
-        elif stream:
-            apply_sheet(x, <const real*>NULL, sheet, coefficients, stride, True, out)
-        else:
-            apply_sheet(x, <const real*>NULL, sheet, coefficients, stride, False, out)
+        apply_sheet(x, <const real*>NULL, sheet, coefficients, stride, stream, out)
 
 
 cdef inline Sheet unbroken(const Sheet* sheet, Py_ssize_t head) noexcept nogil:
-    """The values of a sheet without gaps between its rows, but for the first, in longer rows."""
+    """Rows without gaps between them, after the first few values: the same in longer rows."""
     cdef Sheet longer = sheet[0]
     cdef Py_ssize_t period = sheet.channels * sheet.span
     cdef Py_ssize_t n = sheet.rows * sheet.width + sheet.tail - head
@@ -200,33 +193,48 @@ cdef inline Sheet unbroken(const Sheet* sheet, Py_ssize_t head) noexcept nogil:
     return longer
 
 
+cdef inline void apply_table(const real* x, const real* grad_output, Sheet sheet,
+                             const real* coefficients, Py_ssize_t C, const bint stream,
+                             real* out) noexcept nogil:  # OUT
+    """Write by row, with a table of the coefficients of each column."""
+    cdef real[COEFFICIENTS * TABLE_WIDTH] table
+    cdef real* columns
+    cdef Py_ssize_t k, q, head = 0
+
+    if sheet.row_stride == sheet.width:
+        # From one cache line to the next: the table goes on for as long as the first row is late.
+        head = values_to_line(out + sheet.offset, sheet.rows * sheet.width)
+        sheet = unbroken(&sheet, head)
+    for q in range(COEFFICIENTS if grad_output else SLOPE):
+        columns = table + q * TABLE_WIDTH
+        spread(coefficients + q * C, sheet.channels, sheet.span, sheet.repeat, columns)
+        for k in range(head):
+            columns[sheet.width + k] = columns[k]
+    k = sheet.offset - head
+    apply_few(x + k, moved(grad_output, k), 1, 0, table, TABLE_WIDTH, head, 1, out + k)
+    apply_variant(x, grad_output, &sheet, table + head, TABLE_WIDTH, False, stream, out)
+
+
+cdef inline void apply_any(const real* x, const real* grad_output, const Geometry* g,
+                           const Sheet* sheet, const real* coefficients, const bint stream,
+                           real* out) noexcept nogil:  # OUT
+    # Where a row holds each channel once, the coefficients lie as a table would.
+    cdef bint needs_no_table = (
+        sheet.repeat * sheet.span == 1
+        and (sheet.width > WIDTH // 2 or sheet.rows * sheet.width < SHORT))
+    if g.by_plane or needs_no_table:
+        apply_variant(x, grad_output, sheet, coefficients, g.C, g.by_plane, stream, out)
+    else:
+        apply_table(x, grad_output, sheet[0], coefficients, g.C, stream, out)
+
+
 cdef void apply_tile(const real* x, const real* grad_output, const Geometry* g, Py_ssize_t strip,
                      Py_ssize_t piece, const real* coefficients,  # IN (COEFFICIENTS, C)
                      bint stream, real* out) noexcept nogil:      # OUT
     cdef Sheet sheet = sheet_of(g, strip, piece)
-    cdef real[COEFFICIENTS * TABLE_WIDTH] table
-    cdef real* columns
-    cdef Py_ssize_t k, q, at, head = 0
-
     coefficients += strip * g.strip_channels
-    if g.by_plane:
-        apply_variant(x, grad_output, &sheet, coefficients, g.C, True, stream, out)
-    elif sheet.repeat * sheet.span == 1 and (sheet.width > WIDTH // 2
-                                             or sheet.rows * sheet.width < SHORT):
-        apply_variant(x, grad_output, &sheet, coefficients, g.C, False, stream, out)
-    else:
-        if sheet.row_stride == sheet.width:
-            head = values_to_line(out + sheet.offset, sheet.rows * sheet.width)
-            sheet = unbroken(&sheet, head)
-        for q in range(COEFFICIENTS if grad_output else SLOPE):
-            columns = table + q * TABLE_WIDTH
-            spread(coefficients + q * g.C, sheet.channels, sheet.span, sheet.repeat, columns)
-            for k in range(head):
-                columns[sheet.width + k] = columns[k]
-        at = sheet.offset - head
-        if head:
-            apply_few(x + at, grad_output + at if grad_output else NULL, 1, 0, table, TABLE_WIDTH,
-                      head, 1, out + at)
-        apply_variant(x, grad_output, &sheet, table + head, TABLE_WIDTH, False, stream, out)
     if stream:
+        apply_any(x, grad_output, g, &sheet, coefficients, True, out)
         stream_fence()
+    else:
+        apply_any(x, grad_output, g, &sheet, coefficients, False, out)

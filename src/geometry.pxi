@@ -10,9 +10,9 @@
 # inside a loop, which is why the compiler may vectorise it at any width without changing a bit of
 # the result.
 #
-#   by plane (S long):   a strip is one channel, and each of its runs of S values is folded into
-#                        rows of LANES values; the last one may be shorter. (Where nothing is
-#                        reduced a strip may be several channels, with their runs side by side.)
+#   by plane (S long):   each run of S values of a channel is folded into rows of LANES values; the
+#                        last one may be shorter. A strip is one channel, or several that have few
+#                        values, or, where nothing is reduced, several with their runs side by side.
 #   by row   (S short):  a row holds the S columns of each channel of the strip, and `repeat` rows
 #                        of the array side by side where they are short; the last one may be
 #                        shorter.
@@ -23,17 +23,20 @@
 # Every cut depends on the shape alone, never on the number of threads.
 
 cdef enum:
-    LANES = 64         # values in a row of a plane: 4 vectors of 512 bits of float, ...
-    FEW_LANES = 16     # ... or fewer, where a channel is too small to be worth folding so many
-    WIDTH = 1024       # most columns of a sheet: 4 KiB of float from each row of the array
-    NARROW = 128       # columns that are enough to keep the adders busy
-    TALLEST = 96       # rows of a block that is summed in the element type of the array
-    BAND = 8           # rows read side by side, so that a column's sums are fetched once for all
-    PIECE = 65536      # most values in a piece: far more work than to hand it to a thread, ...
+    LANES = 64           # values in a row of a plane: 4 vectors of 512 bits of float, ...
+    FEW_LANES = 16       # ... or fewer, where a channel is too small to be worth folding so many
+    WIDTH = 1024         # most columns of a sheet: 4 KiB of float from each row of the array
+    NARROW = 128         # columns from which there is nothing to gain from more
+    # Rows of a block, which is summed in the element type of the array. LANES float columns of so
+    # many are 24 KiB and fit L1 (32 KiB), and WIDTH of them fit L2; with fewer rows there would be
+    # more merging in float64.
+    TALLEST = 96
+    BAND = 8             # rows read side by side, so that a column's sums are fetched once for all
+    PIECE = 65536        # most values in a piece: far more work than to hand it to a thread, ...
     SMALL_PIECE = 16384  # ... and where an array has few of them
     SMALL_STRIP = 8192   # values that channels of few values are gathered to
-    LONG_RUN = 512     # S from which a channel is walked by plane, ...
-    FEW_ROWS = 8       # ... or from FEW_LANES, where N would leave a sheet fewer rows than this
+    LONG_RUN = 512       # S from which a channel is walked by plane, ...
+    FEW_ROWS = 8         # ... or from FEW_LANES, where N would leave a sheet fewer rows than this
 
 
 cdef struct Geometry:
@@ -54,7 +57,7 @@ cdef struct Sheet:
     Py_ssize_t offset          # of its first value in the array
     Py_ssize_t runs
     Py_ssize_t run_stride
-    Py_ssize_t rows            # of each run, by plane of one channel: at least 1
+    Py_ssize_t rows            # of each run (by plane, of a run of one channel): at least 1
     Py_ssize_t row_stride
     Py_ssize_t width           # columns; they are (repeat, channels, span)
     Py_ssize_t tail            # columns that have one more row, the last of each run

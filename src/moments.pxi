@@ -54,7 +54,7 @@ cdef inline void add_columns(const sum_t* shift, const sum_t* total, const sum_t
 
 
 cdef inline void sum_row(const real* x, const Py_ssize_t width,
-                         const bint centred,   # False: sum x; True: sum x - shift and its square
+                         const bint centred,   # False: sum x; True: x - shift and its square
                          const sum_t* shift,
                          sum_t* total, sum_t* square) noexcept nogil:  # IN, OUT
     cdef sum_t d
@@ -117,12 +117,10 @@ cdef inline void sum_band(const real* x, Py_ssize_t rows, Py_ssize_t row_stride,
     cdef Py_ssize_t vector = VECTOR_BYTES // sizeof(sum_t)
     cdef Py_ssize_t k = 0, j
     while width - k >= lanes:
-        sum_rows(x + k, rows, row_stride, lanes, centred, shift + k, total + k,
-                 square + k)
+        sum_rows(x + k, rows, row_stride, lanes, centred, shift + k, total + k, square + k)
         k += lanes
     while width - k >= vector:
-        sum_rows(x + k, rows, row_stride, vector, centred, shift + k, total + k,
-                 square + k)
+        sum_rows(x + k, rows, row_stride, vector, centred, shift + k, total + k, square + k)
         k += vector
     if k < width:
         for j in range(rows):
