@@ -94,7 +94,7 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "cases": records}, indent=1))
     if arguments.figure:
-        draw(records, arguments.figure)
+        draw(records, machine, arguments.figure)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -26,13 +26,15 @@ COLOURS = {"training": "tab:blue", "inference": "tab:orange", "backward": "tab:g
 MARKERS = {"NCHW": "o", "NHWC": "s", "NC": "^"}
 
 
-def draw(records: Sequence[Record], path: Path) -> None:
+def draw(records: Sequence[Record], machine: Record, path: Path) -> None:
     """Draw speed-up by shape and share of the limit by size, at the largest number of threads.
 
     Parameters
     ----------
     records : sequence of dict
         Those of compare.py.
+    machine : dict
+        Its description of the machine.
     path : Path
         The image; its suffix says of which kind.
     """
@@ -44,7 +46,11 @@ def draw(records: Sequence[Record], path: Path) -> None:
     )
     speed_up(left, records)
     limit(right, records)
-    figure.suptitle(f"float32, threads: {threads}", fontsize="medium")
+    versions = ", ".join(" ".join(library) for library in machine["libraries"].items())
+    figure.suptitle(
+        f"float32, threads: {threads}; {machine['cpu']}, {machine['instruction set']}; {versions}",
+        fontsize="medium",
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -109,4 +115,5 @@ def style(record: Record) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    draw(json.loads(Path(sys.argv[1]).read_text())["cases"], Path(sys.argv[2]))
+    results = json.loads(Path(sys.argv[1]).read_text())
+    draw(results["cases"], results["machine"], Path(sys.argv[2]))
