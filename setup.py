@@ -77,23 +77,22 @@ class BuildExtensions(build_ext):
 COMMON = {
     "depends": [str(path) for path in sorted(Path("src").glob("*.[ph]*"))],
     "include_dirs": ["src", numpy.get_include()],
-    "define_macros": [
-        ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
-        # The kernels' inline functions take literals (a width, a choice) that must reach their
-        # loops; left to its own measure, gcc inlines too few.
-        ("CYTHON_INLINE", "inline __attribute__((always_inline))"),
-    ],
 }
+MACROS = [("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")]
+# The kernels' inline functions take literals (a width, a choice) that must reach their loops; left
+# to its own measure, gcc inlines too few. It also holds for the small functions that Cython adds.
+ALWAYS_INLINE = [("CYTHON_INLINE", "inline __attribute__((always_inline))")]
 
 setup(
     cmdclass={"build_ext": BuildExtensions},
     ext_modules=cythonize(
         [
-            Extension("cbn._cpu", ["src/_cpu.pyx"], **COMMON),
+            Extension("cbn._cpu", ["src/_cpu.pyx"], define_macros=MACROS, **COMMON),
             *(
                 Extension(
                     f"cbn._kernels_{isa}",
                     [f"src/_kernels_{isa}.pyx"],
+                    define_macros=[*MACROS, *ALWAYS_INLINE],
                     extra_compile_args=[*FLAGS, *flags],
                     **COMMON,
                 )

@@ -17,7 +17,6 @@ cdef enum:   # rows of the (COEFFICIENTS, C) table, in the element type of x
 
 
 cdef enum:
-    HELD = 2 * VECTOR_BYTES   # of a row, whose coefficients fit the registers
     # A line more than WIDTH, so that a row can start within one; and rows of the table that lie
     # whole pages apart would fight for the same places of the L1 cache.
     TABLE_WIDTH = WIDTH + 16
@@ -38,7 +37,7 @@ cdef inline Py_ssize_t values_to_line(const real* at, Py_ssize_t n) noexcept nog
 cdef inline void apply_row(const real* x, const real* grad_output, const real* coefficients,
                            Py_ssize_t stride, const Py_ssize_t width,
                            const Py_ssize_t step,   # 1: coefficients per column; 0: one for all
-                           const bint stream,       # out is aligned to whole cache lines
+                           const bint stream,       # past the cache: out is whole cache lines
                            real* out) noexcept nogil:  # OUT, may be x or grad_output
     # By way of a row of its own, because out may be x: nothing is left to prove about overlap.
     cdef real[LANES] row
@@ -110,7 +109,9 @@ cdef inline void apply_band(const real* x, const real* grad_output, Py_ssize_t r
                             Py_ssize_t n, const Py_ssize_t step, const bint stream,
                             real* out) noexcept nogil:  # OUT
     """Write n columns of some rows."""
-    cdef Py_ssize_t wide = HELD // sizeof(real), vector = VECTOR_BYTES // sizeof(real)
+    # Two vectors, whose coefficients fit the registers; but no less than a cache line.
+    cdef Py_ssize_t wide = max(64, 2 * VECTOR_BYTES) // sizeof(real)
+    cdef Py_ssize_t vector = VECTOR_BYTES // sizeof(real)
     cdef Py_ssize_t k = 0, j
     if stream or n >= ALIGNED_LINE:
         # Up to the next cache line of out; arrays from one allocator are aligned alike, so the
@@ -168,7 +169,7 @@ cdef inline void apply_sheet(const real* x, const real* grad_output, const Sheet
 cdef inline void apply_variant(const real* x, const real* grad_output, const Sheet* sheet,
                                const real* coefficients, Py_ssize_t stride, bint by_plane,
                                const bint stream, real* out) noexcept nogil:  # OUT
-    """One loop for each combination, free of decisions."""
+    """Decide here, once, what the loops would decide for every row."""
     if by_plane and grad_output:
         apply_planes(x, grad_output, sheet, coefficients, stride, stream, out)
     elif by_plane:
@@ -199,19 +200,19 @@ cdef inline void apply_table(const real* x, const real* grad_output, Sheet sheet
     """Write by row, with a table of the coefficients of each column."""
     cdef real[COEFFICIENTS * TABLE_WIDTH] table
     cdef real* columns
-    cdef Py_ssize_t k, q, head = 0
+    cdef Py_ssize_t start = sheet.offset, head = 0, k, q
 
     if sheet.row_stride == sheet.width:
         # From one cache line to the next: the table goes on for as long as the first row is late.
-        head = values_to_line(out + sheet.offset, sheet.rows * sheet.width)
+        head = values_to_line(out + start, sheet.rows * sheet.width)
         sheet = unbroken(&sheet, head)
     for q in range(COEFFICIENTS if grad_output else SLOPE):
         columns = table + q * TABLE_WIDTH
         spread(coefficients + q * C, sheet.channels, sheet.span, sheet.repeat, columns)
         for k in range(head):
             columns[sheet.width + k] = columns[k]
-    k = sheet.offset - head
-    apply_few(x + k, moved(grad_output, k), 1, 0, table, TABLE_WIDTH, head, 1, out + k)
+    apply_few(x + start, moved(grad_output, start), 1, 0, table, TABLE_WIDTH, head, 1,
+              out + start)
     apply_variant(x, grad_output, &sheet, table + head, TABLE_WIDTH, False, stream, out)
 
 

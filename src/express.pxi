@@ -93,8 +93,8 @@ cdef bint is_non_negative(object value):
     return is_finite(value) and <double>value >= 0
 
 
-cdef ndarray inferred(x, axes, dtype, mean, var, weight, bias, eps, out, threads_for,
-                      Py_ssize_t* N, Py_ssize_t* C, Py_ssize_t* S):  # OUT
+cdef ndarray infer(x, axes, dtype, mean, var, weight, bias, eps, out, threads_for,
+                   Py_ssize_t* N, Py_ssize_t* C, Py_ssize_t* S):  # OUT
     """The output, or None."""
     if not (view_of(x, axes, dtype, N, C, S)
             and is_per_channel(mean, C[0]) and is_per_channel(var, C[0])
@@ -112,8 +112,8 @@ cdef ndarray inferred(x, axes, dtype, mean, var, weight, bias, eps, out, threads
 def express_inference(x, axes, dtype, mean, var, weight, bias, eps, out, threads_for):
     """Return the output and what makes a Forward (cbn/functional.py), or None."""
     cdef Py_ssize_t N, C, S
-    cdef ndarray y = inferred(x, axes, dtype, mean, var, weight, bias, eps, out, threads_for,
-                              &N, &C, &S)
+    cdef ndarray y = infer(x, axes, dtype, mean, var, weight, bias, eps, out, threads_for,
+                           &N, &C, &S)
     if y is None:
         return None
     # Without a weight no gradient depends on x, which is then not kept alive for nothing.
@@ -169,8 +169,8 @@ def express_batch_norm(x, running_mean, running_var, weight, bias, training, mom
                                 momentum, eps, correction, out, threads_for)
         return None if done is None else done[0]
     if training is False and is_finite(momentum) and is_non_negative(correction):
-        return inferred(x, axes, None, running_mean, running_var, weight, bias, eps, out,
-                        threads_for, &N, &C, &S)
+        return infer(x, axes, None, running_mean, running_var, weight, bias, eps, out,
+                     threads_for, &N, &C, &S)
     return None
 
 

@@ -10,9 +10,10 @@
 # inside a loop, which is why the compiler may vectorise it at any width without changing a bit of
 # the result.
 #
-#   by plane (S long):   each run of S values of a channel is folded into rows of LANES values; the
-#                        last one may be shorter. A strip is one channel, or several that have few
-#                        values, or, where nothing is reduced, several with their runs side by side.
+#   by plane (S long):   each run of S values of a channel is folded into rows of `lanes` values;
+#                        the last one may be shorter. A strip is one channel, or several that have
+#                        few values, or, where nothing is reduced, several with their runs side by
+#                        side.
 #   by row   (S short):  a row holds the S columns of each channel of the strip, and `repeat` rows
 #                        of the array side by side where they are short; the last one may be
 #                        shorter.
@@ -44,7 +45,7 @@ cdef struct Geometry:
     Py_ssize_t C
     Py_ssize_t S
     bint by_plane
-    Py_ssize_t lanes
+    Py_ssize_t lanes           # by plane, values in a row: LANES or FEW_LANES
     Py_ssize_t strip_channels
     Py_ssize_t strips
     Py_ssize_t repeat          # rows of the array in one row of a sheet
@@ -71,7 +72,7 @@ cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
 
 
 cdef Geometry cut(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
-                  bint reduces) noexcept nogil:   # False: nothing but coefficients and writing
+                  bint reduces) noexcept nogil:   # False: with given statistics it only writes
     """The strips and pieces of a non-empty (N, C, S) array."""
     cdef Geometry g
     cdef Py_ssize_t most = min(PIECE, max(SMALL_PIECE, N * C * S // 8))   # values in a piece
@@ -125,11 +126,11 @@ cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece
     if g.by_plane:
         sheet.width = sheet.span = g.lanes
         sheet.runs, sheet.run_stride = outer, line
-        sheet.rows, sheet.row_stride = inner // LANES, LANES
-        sheet.tail = inner % LANES
-        if g.lanes == FEW_LANES:
-            sheet.rows, sheet.row_stride = inner // FEW_LANES, FEW_LANES
-            sheet.tail = inner % FEW_LANES
+        sheet.row_stride = g.lanes
+        if g.lanes == LANES:   # literals, so that these are no divisions
+            sheet.rows, sheet.tail = inner // LANES, inner % LANES
+        else:
+            sheet.rows, sheet.tail = inner // FEW_LANES, inner % FEW_LANES
     else:
         sheet.span = g.S
         sheet.width = g.repeat * channels * inner

@@ -50,6 +50,13 @@ cdef enum:
     STREAM_BYTES = 1 << 25   # outputs from this size are written past the cache
 
 
+def walk(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S):
+    """How a pass that reduces an array walks it, for tests that mean one way of it."""
+    cdef Geometry g = cut(N, C, S, True)
+    way = "by row" if not g.by_plane else "by plane" if g.lanes == LANES else "few values"
+    return way, g.strips, g.pieces
+
+
 def max_threads():
     """The threads OpenMP would use by itself; 1 in a build without OpenMP."""
     return omp_get_max_threads()

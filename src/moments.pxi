@@ -183,6 +183,7 @@ cdef bint add_block(const real* x, const Sheet* block,
             outside |= square[k] < smallest
         if outside:
             return False
+    # Within a run too, the columns of its tail have had more rows before, in earlier runs.
     add_columns(shift, total, square, width, block.tail, rows, before, columns)
     return True
 
@@ -310,7 +311,7 @@ cdef inline void moments_of_few(const real* x, Sheet sheet, Py_ssize_t S,
     cdef double[FEW_LANES] total
     cdef double[FEW_LANES] square
     cdef double count = sheet.runs * (sheet.rows * FEW_LANES + sheet.tail)
-    cdef double sum_
+    cdef double rest
     cdef Py_ssize_t first = sheet.offset, c, k
 
     for c in range(sheet.channels):
@@ -327,9 +328,9 @@ cdef inline void moments_of_few(const real* x, Sheet sheet, Py_ssize_t S,
         into[c].m2 = sum_of(square, FEW_LANES)
         if sizeof(real) == sizeof(double):
             # What the mean lost to rounding: next to nothing for float32, but not for float64.
-            sum_ = sum_of(total, FEW_LANES)
-            into[c].mean = sum_ / count
-            into[c].m2 -= sum_ * into[c].mean
+            rest = sum_of(total, FEW_LANES)
+            into[c].mean = rest / count
+            into[c].m2 -= rest * into[c].mean
 
 
 cdef Moments merge(const Moments* part, Py_ssize_t parts, Py_ssize_t stride) noexcept nogil:

@@ -71,19 +71,19 @@ cdef inline void finish_gradients(const Pass* p, Py_ssize_t first, Py_ssize_t n,
     cdef double count = <double>g.N * g.S
     cdef double[AT_ONCE] total
     cdef double[AT_ONCE] product
-    cdef real* grad_weight = <real*>p.grad_weight + first
-    cdef real* grad_bias = <real*>p.grad_bias + first
+    cdef real* grad_weight = <real*>p.grad_weight
+    cdef real* grad_bias = <real*>p.grad_bias
     cdef Sums sums
     cdef Py_ssize_t c
     for c in range(n):
         sums = merge_sums(<const Sums*>p.partial + first + c, g.pieces, g.C)
         total[c], product[c] = sums.grad_output, sums.grad_output_centred
-    if p.grad_bias:
+    if grad_bias:
         for c in range(n):
-            grad_bias[c] = <real>total[c]
-    if p.grad_weight:
+            grad_bias[first + c] = <real>total[c]
+    if grad_weight:
         for c in range(n):
-            grad_weight[c] = <real>(product[c] * reciprocal[c])
+            grad_weight[first + c] = <real>(product[c] * reciprocal[c])
     for c in range(n):
         if p.kind == FROZEN_GRADIENTS:
             # grad_output takes the place of x, and nothing but the scale is left.

@@ -7,15 +7,16 @@ import cbn
 from cbn import functional, reference
 
 # Channels first. Sizes lie around those at which the kernels change how they walk: by row or by
-# plane, in rows of 16 or 64, in strips of at most 512 columns, in pieces of about 65536 values.
+# plane, in rows of 16 or 64, in strips of at most 1024 columns, in pieces of
+# 16384 to 65536 values. test_shapes_are_walked_as_their_names_say holds them to it.
 SHAPES = [
     pytest.param("BatchNorm1d", (5, 1), id="one_channel"),
     pytest.param("BatchNorm1d", (2, 3), id="two_values"),
-    pytest.param("BatchNorm1d", (9, 511), id="width_511"),
-    pytest.param("BatchNorm1d", (9, 512), id="width_512"),
-    pytest.param("BatchNorm1d", (9, 513), id="width_513"),
-    pytest.param("BatchNorm1d", (3, 1201), id="three_strips"),
-    pytest.param("BatchNorm1d", (300, 257), id="tall_strips"),
+    pytest.param("BatchNorm1d", (9, 1023), id="width_1023"),
+    pytest.param("BatchNorm1d", (9, 1024), id="width_1024"),
+    pytest.param("BatchNorm1d", (9, 1025), id="width_1025"),
+    pytest.param("BatchNorm1d", (3, 2049), id="three_strips"),
+    pytest.param("BatchNorm1d", (500, 1100), id="strips_in_pieces"),
     pytest.param("BatchNorm1d", (1029, 64), id="repeated_rows_in_pieces"),
     pytest.param("BatchNorm1d", (70001, 1), id="one_channel_in_pieces"),
     pytest.param("BatchNorm1d", (6, 5, 1), id="run_1"),
@@ -28,17 +29,20 @@ SHAPES = [
     pytest.param("BatchNorm1d", (3, 5, 63), id="run_63"),
     pytest.param("BatchNorm1d", (3, 5, 64), id="run_64"),
     pytest.param("BatchNorm1d", (3, 5, 65), id="run_65"),
-    pytest.param("BatchNorm1d", (3, 5, 127), id="run_127"),
-    pytest.param("BatchNorm1d", (3, 5, 128), id="run_128"),
-    pytest.param("BatchNorm1d", (3, 5, 129), id="run_129"),
+    pytest.param("BatchNorm1d", (7, 5, 255), id="seven_samples_run_255"),
+    pytest.param("BatchNorm1d", (7, 5, 256), id="seven_samples_run_256"),
+    pytest.param("BatchNorm1d", (7, 5, 257), id="seven_samples_run_257"),
     pytest.param("BatchNorm1d", (1, 2, 191), id="one_sample_run_191"),
     pytest.param("BatchNorm1d", (4, 2, 255), id="run_255"),
     pytest.param("BatchNorm1d", (4, 2, 257), id="run_257"),
     pytest.param("BatchNorm1d", (2, 1, 6209), id="run_longer_than_a_block"),
-    pytest.param("BatchNorm1d", (2, 2, 65536), id="run_of_one_piece"),
-    pytest.param("BatchNorm1d", (3, 2, 65537), id="run_of_two_pieces"),
-    pytest.param("BatchNorm1d", (2, 1, 131135), id="run_of_three_pieces"),
-    pytest.param("BatchNorm1d", (401, 2, 200), id="runs_in_pieces"),
+    pytest.param("BatchNorm1d", (2, 2, 16384), id="run_of_one_piece"),
+    pytest.param("BatchNorm1d", (3, 2, 65537), id="run_of_pieces"),
+    pytest.param("BatchNorm1d", (2, 1, 131135), id="one_channel_run_of_pieces"),
+    pytest.param("BatchNorm1d", (401, 2, 600), id="runs_in_pieces"),
+    pytest.param("BatchNorm1d", (9, 3, 511), id="nine_samples_run_511"),
+    pytest.param("BatchNorm1d", (9, 3, 512), id="nine_samples_run_512"),
+    pytest.param("BatchNorm1d", (9, 3, 513), id="nine_samples_run_513"),
     pytest.param("BatchNorm2d", (4, 7, 1, 1), id="plane_1x1"),
     pytest.param("BatchNorm2d", (5, 65, 7, 7), id="plane_7x7"),
     pytest.param("BatchNorm2d", (2, 3, 17, 19), id="plane_17x19"),
@@ -48,13 +52,32 @@ SHAPES = [
     pytest.param("BatchNorm3d", (3, 4, 5, 6, 7), id="volume_5x6x7"),
     pytest.param("BatchNorm3d", (3, 5, 6, 7), id="unbatched_volume"),
 ]
+# (N, C, S) as in SHAPES and WALKS, with the way, the strips and the pieces that are meant.
+MEANT = [
+    ((9, 1024, 1), ("by row", 1, 1)),
+    ((9, 1025, 1), ("by row", 2, 1)),
+    ((3, 2049, 1), ("by row", 3, 1)),
+    ((500, 1100, 1), ("by row", 2, 2)),
+    ((1029, 64, 1), ("by row", 1, 2)),
+    ((70001, 1, 1), ("by row", 1, 2)),
+    ((3, 5, 65), ("few values", 1, 1)),
+    ((7, 5, 255), ("by plane", 2, 1)),
+    ((2, 1, 6209), ("by plane", 1, 1)),
+    ((3, 2, 65537), ("by plane", 2, 6)),
+    ((401, 2, 600), ("by plane", 2, 4)),
+    ((9, 3, 511), ("by row", 2, 1)),
+    ((9, 3, 512), ("by plane", 3, 1)),
+    ((1400, 3, 50), ("by row", 1, 7)),
+    ((110, 3, 700), ("by plane", 3, 3)),
+    ((1, 3, 230), ("few values", 1, 1)),
+]
 LAYERS = [
     pytest.param("BatchNorm1d", (11, 6), id="BatchNorm1d_NC"),
     pytest.param("BatchNorm1d", (4, 6, 131), id="BatchNorm1d_NCL"),
     pytest.param("BatchNorm2d", (3, 6, 5, 7), id="BatchNorm2d"),
     pytest.param("BatchNorm3d", (2, 6, 5, 6, 7), id="BatchNorm3d"),
 ]
-# One walked by row and one by plane, both in pieces and with tails.
+# By row and by plane, both in pieces and with tails, and by plane with few values.
 WALKS = [
     pytest.param((1400, 3, 50), id="by_row"),
     pytest.param((110, 3, 700), id="by_plane"),
@@ -354,6 +377,11 @@ def test_first_value_is_an_outlier(
     assert_step_agrees(layer, x, grad_output, channel_axis)
 
 
+@pytest.mark.parametrize(("shape", "walk"), MEANT, ids=str)
+def test_shapes_are_walked_as_their_names_say(shape, walk):
+    assert functional.kernels.walk(*shape) == walk
+
+
 @DTYPE
 @pytest.mark.parametrize("rows", range(2, 120))
 def test_any_number_of_equal_values_has_their_mean(rows, dtype):
@@ -396,10 +424,11 @@ def test_squares_leave_the_range_of_float32(rng, assert_step_agrees, shape, chan
 @DTYPE
 @LAYOUT
 @pytest.mark.parametrize("shape", WALKS)
-def test_what_is_not_finite_stays_in_its_channel(rng, shape, channel_axis, dtype, value):
+@pytest.mark.parametrize("sample", [0, -1])
+def test_what_is_not_finite_stays_in_its_channel(rng, sample, shape, channel_axis, dtype, value):
     x, grad_output = draw(rng, shape, channel_axis, dtype=dtype)
     bad_x = x.copy()
-    np.moveaxis(bad_x, channel_axis, 0)[1, -1, 3] = value
+    np.moveaxis(bad_x, channel_axis, 0)[1, sample, 3] = value
     clean = make_layer(rng, "BatchNorm1d", 3, dtype=dtype, channel_axis=channel_axis)
     layer = cbn.BatchNorm1d(3, dtype=dtype, channel_axis=channel_axis)
     layer.load_state_dict(clean.state_dict())

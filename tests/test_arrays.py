@@ -314,3 +314,19 @@ def test_out_of_functions(layout, training, rng):
         assert actual[0] is out
         for one, other in zip(actual, gradients, strict=True):
             assert_bits(one, other)
+
+
+@pytest.mark.parametrize("shape", [(300, 40), (50, 7, 3), (2, 5, 700), (1, 9, 49)], ids=str)
+@pytest.mark.parametrize("offset", [0, 1, 7, 15])
+def test_out_anywhere_within_a_cache_line(rng, offset, shape):
+    x = rng.normal(size=shape).astype(np.float32)
+    layer = cbn.BatchNorm1d(shape[1])
+    expected = layer(x), layer.backward(x)
+    memory = np.empty(x.size + 64, np.float32)
+    first = -(memory.ctypes.data // 4) % 16 + offset
+    out = memory[first : first + x.size].reshape(shape)
+    for call, y in zip((layer, layer.backward), expected, strict=True):
+        memory[...] = 7
+        assert call(x, out=out).tobytes() == y.tobytes()
+        assert (memory[:first] == 7).all()
+        assert (memory[first + x.size :] == 7).all()

@@ -14,6 +14,8 @@ SHAPES = [
     (4, 3),
     (1000, 3),
     (33, 600),
+    (33, 2100),
+    (700, 30),
     (2, 5, 3, 3),
     (1, 64, 7, 7),
     (1, 7, 15, 15),
@@ -51,6 +53,26 @@ def test_same_bits_as_the_baseline(isa, dtype, channel_axis, shape, monkeypatch)
     actual = results(isa, monkeypatch, shape, dtype, channel_axis)
     for name, array in expected.items():
         assert actual[name].tobytes() == array.tobytes(), name
+
+
+@pytest.mark.parametrize("channel_axis", [1, -1])
+@pytest.mark.parametrize("shape", [(9, 1001, 31, 31), (30, 31, 97, 97)], ids=str)
+def test_same_bits_when_written_past_the_cache(channel_axis, shape, monkeypatch):
+    rng = np.random.default_rng(8)
+    C = shape[1]
+    shape = shape if channel_axis == 1 else (shape[0], *shape[2:], C)
+    x = np.resize(rng.normal(size=10_007).astype(np.float32), shape)
+    assert x.nbytes >= 1 << 25
+    mean, var = np.linspace(-1, 1, C), np.linspace(1, 2, C)
+    found = {}
+    for isa in _dispatch.supported():
+        monkeypatch.setattr(functional, "kernels", _dispatch.load(isa))
+        for offset in (0, 3):
+            memory = np.empty(x.size + 16, np.float32)
+            out = memory[offset : offset + x.size].reshape(shape)
+            functional.batch_norm(x, mean, var, channel_axis=channel_axis, out=out)
+            found[isa, offset] = hash(out.tobytes())
+    assert len(set(found.values())) == 1, found
 
 
 @pytest.mark.parametrize("isa", _dispatch.supported())

@@ -16,18 +16,36 @@ from cbn._threads import SERIAL_BELOW
 
 # (N, C, S): fewer and more strips than threads, one piece and many, with tails.
 SHAPES = [
-    pytest.param((3001, 3, 7), id="by_row_one_strip"),
+    pytest.param((12001, 3, 7), id="by_row_one_strip"),
     pytest.param((70001, 1, 1), id="by_row_one_channel"),
-    pytest.param((40, 1201, 1), id="by_row_three_strips"),
-    pytest.param((5, 70, 127), id="by_row_many_strips"),
-    pytest.param((7, 701, 17), id="by_plane_short_runs"),
-    pytest.param((600, 5, 129), id="by_plane_in_pieces"),
+    pytest.param((40, 2049, 1), id="by_row_three_strips"),
+    pytest.param((400, 67, 49), id="by_row_strips_in_pieces"),
+    pytest.param((5, 70, 127), id="few_values"),
+    pytest.param((7, 701, 17), id="few_values_short_runs"),
+    pytest.param((300, 5, 600), id="by_plane_in_pieces"),
     pytest.param((3, 33, 400), id="by_plane_many_channels"),
     pytest.param((2, 1, 131135), id="by_plane_one_channel"),
     pytest.param((2, 3, 65537), id="by_plane_long_runs"),
 ]
+MEANT = [
+    ((12001, 3, 7), ("by row", 1, 7)),
+    ((70001, 1, 1), ("by row", 1, 2)),
+    ((40, 2049, 1), ("by row", 3, 1)),
+    ((400, 67, 49), ("by row", 4, 2)),
+    ((5, 70, 127), ("few values", 6, 1)),
+    ((7, 701, 17), ("few values", 11, 1)),
+    ((300, 5, 600), ("by plane", 5, 3)),
+    ((3, 33, 400), ("by plane", 6, 1)),
+    ((2, 1, 131135), ("by plane", 1, 10)),
+    ((2, 3, 65537), ("by plane", 3, 4)),
+]
 LAYOUT = pytest.mark.parametrize("channel_axis", [1, -1], ids=["first", "last"])
 DTYPE = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+
+@pytest.mark.parametrize(("shape", "walk"), MEANT, ids=str)
+def test_shapes_are_walked_as_their_names_say(shape, walk):
+    assert functional.kernels.walk(*shape) == walk
 
 
 @pytest.fixture(autouse=True)
