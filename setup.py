@@ -41,6 +41,11 @@ int main(void) { return omp_get_max_threads() < 1; }
 class BuildExtensions(build_ext):
     """Add OpenMP to every extension, if a program that needs it compiles and links."""
 
+    def finalize_options(self) -> None:
+        """Build side by side: an extension takes half a minute."""
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
     def build_extensions(self) -> None:
         """Build, with OpenMP or after one warning without."""
         if self.has_openmp():

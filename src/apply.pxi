@@ -82,11 +82,10 @@ cdef inline void apply_rows(const real* x, const real* grad_output, Py_ssize_t r
             grad_output += row_stride
 
 
-cdef inline void apply_few(const real* x, const real* grad_output, Py_ssize_t rows,
-                           Py_ssize_t row_stride, const real* coefficients, Py_ssize_t stride,
-                           Py_ssize_t n, const Py_ssize_t step,
-                           real* out) noexcept nogil:  # OUT
-    """Write n < 16 columns: what is left over beside whole vectors."""
+cdef inline void apply_powers(const real* x, const real* grad_output, Py_ssize_t rows,
+                              Py_ssize_t row_stride, const real* coefficients,
+                              Py_ssize_t stride, Py_ssize_t n, const Py_ssize_t step,
+                              real* out) noexcept nogil:  # OUT
     cdef Py_ssize_t k = 0
     if n & 8:
         apply_rows(x, grad_output, rows, row_stride, coefficients, stride, 8, step, False, out)
@@ -104,6 +103,21 @@ cdef inline void apply_few(const real* x, const real* grad_output, Py_ssize_t ro
                    coefficients + k * step, stride, 1, step, False, out + k)
 
 
+cdef void apply_few(const real* x, const real* grad_output, Py_ssize_t rows, Py_ssize_t row_stride,
+                    const real* coefficients, Py_ssize_t stride, Py_ssize_t n, Py_ssize_t step,
+                    real* out) noexcept nogil:  # OUT
+    """Write n < 16 columns: what is left over beside whole vectors."""
+    # Not inline: there would be dozens of copies, for few values beside many.
+    if grad_output and step:
+        apply_powers(x, grad_output, rows, row_stride, coefficients, stride, n, 1, out)
+    elif grad_output:
+        apply_powers(x, grad_output, rows, row_stride, coefficients, stride, n, 0, out)
+    elif step:
+        apply_powers(x, <const real*>NULL, rows, row_stride, coefficients, stride, n, 1, out)
+    else:
+        apply_powers(x, <const real*>NULL, rows, row_stride, coefficients, stride, n, 0, out)
+
+
 cdef inline void apply_band(const real* x, const real* grad_output, Py_ssize_t rows,
                             Py_ssize_t row_stride, const real* coefficients, Py_ssize_t stride,
                             Py_ssize_t n, const Py_ssize_t step, const bint stream,
@@ -117,7 +131,8 @@ cdef inline void apply_band(const real* x, const real* grad_output, Py_ssize_t r
         # Up to the next cache line of out; arrays from one allocator are aligned alike, so the
         # loads of x gain as much as the stores.
         k = values_to_line(out, n)
-        apply_few(x, grad_output, rows, row_stride, coefficients, stride, k, step, out)
+        if k:
+            apply_few(x, grad_output, rows, row_stride, coefficients, stride, k, step, out)
     if step == 0:
         j = (n - k) // wide
         apply_rows(x + k, moved(grad_output, k), j, wide, coefficients, stride, wide, 0, stream,
@@ -132,8 +147,11 @@ cdef inline void apply_band(const real* x, const real* grad_output, Py_ssize_t r
         apply_rows(x + k, moved(grad_output, k), rows, row_stride,
                    coefficients + k * step, stride, vector, step, False, out + k)
         k += vector
-    apply_few(x + k, moved(grad_output, k), rows, row_stride, coefficients + k * step, stride,
-              n - k, step, out + k)
+    if step == 0:   # planes may be short
+        apply_powers(x + k, moved(grad_output, k), 1, 0, coefficients, stride, n - k, 0, out + k)
+    elif k < n:
+        apply_few(x + k, moved(grad_output, k), rows, row_stride, coefficients + k, stride, n - k,
+                  1, out + k)
 
 
 cdef inline void apply_planes(const real* x, const real* grad_output, const Sheet* sheet,
