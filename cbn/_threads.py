@@ -22,8 +22,8 @@ def _default() -> tuple[int, str]:
     return int(kernels.max_threads()), origin
 
 
-# Values read, below which a call keeps to one thread. On two AVX-512 cores whose threads are awake, a
-# team costs about 5 us; one core normalises 16,384 values in 7 us. A pool that sleeps costs more.
+# Values read, below which a call keeps to one thread. On two AVX-512 cores whose threads are awake,
+# a team costs about 5 us; one core normalises 16,384 values in 7 us. A pool that sleeps costs more.
 SERIAL_BELOW = 32_768
 
 _process_wide, _origin = _default()
