@@ -1,9 +1,10 @@
 """Batch normalisation as formulas, in NumPy float64: the specification of :mod:`cbn.functional`.
 
 Nothing here is fast and nothing is clever. Every function computes in float64 whatever it is
-given, returns float64, and reads as the equations of Ioffe and Szegedy, "Batch Normalization:
-Accelerating Deep Network Training by Reducing Internal Covariate Shift" (2015): algorithm 1 for
-the forward pass, section 3 for the gradients. The tests hold the kernels to it.
+given (in long double if it is given that), returns what it computed in, and reads as the equations
+of Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
+Covariate Shift" (2015): algorithm 1 for the forward pass, section 3 for the gradients. The tests
+hold the kernels to it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Float64Array = NDArray[np.float64]
+Float64Array = NDArray[np.float64 | np.longdouble]
 
 
 def batch_norm_stats(
@@ -40,7 +41,7 @@ def batch_norm_stats(
     >>> mean.tolist(), var.tolist(), count
     ([2.0, 5.0], [1.0, 0.0], 2)
     """
-    x = np.asarray(x, dtype=np.float64)
+    x = _wide(x)
     axes, count = _other_axes(x, channel_axis)
     if count == 0:
         channels = x.shape[channel_axis]
@@ -100,9 +101,9 @@ def batch_norm(
     >>> y.tolist(), mean.tolist(), var.tolist()
     ([[-1.0], [1.0]], [0.2], [1.1])
     """
-    x = np.asarray(x, dtype=np.float64)
-    running_mean = None if running_mean is None else np.array(running_mean, dtype=np.float64)
-    running_var = None if running_var is None else np.array(running_var, dtype=np.float64)
+    x = _wide(x)
+    running_mean = None if running_mean is None else _wide(running_mean)
+    running_var = None if running_var is None else _wide(running_var)
     if training:
         mean, var, count = batch_norm_stats(x, channel_axis=channel_axis)
         if running_mean is not None and running_var is not None and count:
@@ -164,10 +165,10 @@ def batch_norm_backward(
     >>> [gradient.shape for gradient in gradients]
     [(2, 1), (1,), (1,)]
     """
-    grad_output = np.asarray(grad_output, dtype=np.float64)
-    x = np.asarray(x, dtype=np.float64)
-    mean = np.asarray(mean, dtype=np.float64)
-    var = np.asarray(var, dtype=np.float64)
+    grad_output = _wide(grad_output)
+    x = _wide(x)
+    mean = _wide(mean)
+    var = _wide(var)
     axes, count = _other_axes(x, channel_axis)
     x_hat = _normalise(x, mean, var, eps, channel_axis)
     grad_bias = grad_output.sum(axis=axes)
@@ -206,4 +207,9 @@ def _column(value: Float64Array, x: Float64Array, channel_axis: int) -> Float64A
 
 
 def _or(value: ArrayLike | None, default: float, like: Float64Array) -> Float64Array:
-    return np.full_like(like, default) if value is None else np.asarray(value, dtype=np.float64)
+    return np.full_like(like, default) if value is None else _wide(value)
+
+
+def _wide(value: ArrayLike) -> Float64Array:
+    array = np.array(value)
+    return array.astype(np.result_type(array, np.float64))

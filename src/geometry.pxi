@@ -33,6 +33,7 @@ cdef enum:
     # more merging in float64.
     TALLEST = 96
     BAND = 8             # rows read side by side, so that a column's sums are fetched once for all
+    SLIM_BAND = 32       # ... or so many where they are at most LANES columns
     PIECE = 65536        # most values in a piece: far more work than to hand it to a thread, ...
     SMALL_PIECE = 16384  # ... and where an array has few of them
     SMALL_STRIP = 8192   # values that channels of few values are gathered to

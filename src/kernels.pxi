@@ -7,8 +7,8 @@
 # variance of a batch: float64 of shape (3, C).
 
 from cpython.tuple cimport PyTuple_GET_ITEM
-from cython.parallel cimport prange
-from libc.math cimport INFINITY, sqrt
+from cython.parallel cimport parallel, prange
+from libc.math cimport INFINITY, fabs, frexp, ldexp, sqrt
 from libc.stdlib cimport free, malloc
 from numpy cimport (
     NPY_DOUBLE, NPY_FLOAT, NPY_INT64, PyArray_CheckExact, PyArray_DATA, PyArray_DESCR,
@@ -21,6 +21,11 @@ cdef extern from "threads.h":
     int omp_get_max_threads() nogil
     const char* openmp_library()
     int openmp_version()
+
+cdef extern from "floating_point.h" nogil:
+    ctypedef unsigned long long floating_point_modes
+    floating_point_modes current_modes()
+    floating_point_modes change_modes(floating_point_modes modes)
 
 cdef extern from "vector.h":
     enum:
@@ -89,6 +94,12 @@ cdef Pass new_pass(Kind kind, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarray 
     return p
 
 
+cdef void use_statistics(Pass* p, ndarray statistics):
+    p.mean.double_ = <const double*>data_of(statistics)
+    p.mean_low.double_ = p.mean.double_ + p.geometry.C
+    p.var.double_ = p.mean.double_ + 2 * p.geometry.C
+
+
 cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, int num_threads):
     cdef void* x_data = data_of(x)
     cdef void* grad_data = data_of(grad_output)
@@ -146,10 +157,18 @@ cpdef normalise_batch(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarr
                       ndarray statistics, ndarray out,   # OUT
                       int num_threads):
     cdef Pass p = new_pass(BATCH, N, C, S, weight, bias, None, None, eps)
+    use_statistics(&p, statistics)
     p.statistics = <double*>data_of(statistics)
-    p.mean.double_ = p.statistics
-    p.mean_low.double_ = p.statistics + C
-    p.var.double_ = p.statistics + 2 * C
+    run_pass(&p, x, None, out, num_threads)
+
+
+cpdef normalise_by(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarray statistics,
+                   ndarray weight, ndarray bias, double eps,
+                   ndarray out,   # OUT
+                   int num_threads):
+    """Normalise by statistics of a batch: the same bits as normalise_batch."""
+    cdef Pass p = new_pass(GIVEN, N, C, S, weight, bias, None, None, eps)
+    use_statistics(&p, statistics)
     run_pass(&p, x, None, out, num_threads)
 
 
@@ -167,9 +186,7 @@ cpdef gradients(ndarray grad_output, ndarray x, Py_ssize_t N, Py_ssize_t C, Py_s
                 int num_threads):
     cdef Pass p = new_pass(FROZEN_GRADIENTS if frozen else GRADIENTS, N, C, S, weight, None,
                            None, None, eps)
-    p.mean.double_ = <const double*>data_of(statistics)
-    p.mean_low.double_ = p.mean.double_ + C
-    p.var.double_ = p.mean.double_ + 2 * C
+    use_statistics(&p, statistics)
     p.grad_weight = data_of(grad_weight)
     p.grad_bias = data_of(grad_bias)
     run_pass(&p, x, grad_output, grad_input, num_threads)
@@ -180,6 +197,24 @@ cdef void blend(real* running, const double* batch, Py_ssize_t C, double momentu
     cdef Py_ssize_t c
     for c in range(C):
         running[c] = <real>((1 - momentum) * running[c] + momentum * (batch[c] * factor))
+
+
+cdef inline bint fits(double value, ndarray kept):
+    """Whether a value is finite, also in the array where it is to be kept, if there is one."""
+    if kept is not None and PyArray_TYPE(kept) == NPY_FLOAT:
+        value = <float>value
+    return -INFINITY < value < INFINITY
+
+
+cpdef list not_finite(ndarray statistics, ndarray running_mean, ndarray running_var, double count,
+                      double correction):
+    """The channels with statistics that running statistics should not learn."""
+    cdef Py_ssize_t C = PyArray_DIM(statistics, 1), c
+    cdef const double* mean = <const double*>data_of(statistics)
+    cdef const double* var = mean + 2 * C
+    cdef double unbiased = 1 if running_var is None else count / (count - correction)
+    return [c for c in range(C)
+            if not (fits(mean[c], running_mean) and fits(var[c] * unbiased, running_var))]
 
 
 cpdef update_running(ndarray running_mean, ndarray running_var,   # IN, OUT

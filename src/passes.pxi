@@ -173,6 +173,9 @@ cdef void run(const real* x, const real* grad_output, real* out, const Pass* p,
     cdef Py_ssize_t tiles = strips * pieces
     cdef Py_ssize_t strip_values = p.geometry.strip_channels * p.geometry.S * p.geometry.N
     cdef Py_ssize_t strip, tile, chunk
+    # A thread computes in the modes of the caller: another library may have switched subnormal
+    # numbers off, in the calling thread or in those of the pool. It gets its own back.
+    cdef floating_point_modes modes = current_modes(), own = modes
 
     if num_threads > tiles:
         num_threads = <int>tiles
@@ -184,14 +187,20 @@ cdef void run(const real* x, const real* grad_output, real* out, const Pass* p,
         # Strip by strip, so that it is still in the cache when it is read again; several at a
         # time where they are small.
         chunk = max(1, min(strips // num_threads, PIECE // strip_values))
-        for strip in prange(strips, schedule="dynamic", chunksize=chunk, num_threads=num_threads):
-            run_strip(x, grad_output, out, p, strip)
+        with parallel(num_threads=num_threads):
+            own = change_modes(modes)
+            for strip in prange(strips, schedule="dynamic", chunksize=chunk):
+                run_strip(x, grad_output, out, p, strip)
+            change_modes(own)
     else:
         # Too few strips to keep all threads busy to the end, or parts of rows that would be
         # fetched a second time anyway: tile by tile in the order of the memory, in three rounds.
-        for tile in prange(tiles, schedule="dynamic", num_threads=num_threads):
-            reduce_tile(x, grad_output, p, tile % strips, tile // strips)
-        for strip in prange(strips, num_threads=num_threads):
-            finish_strip(x, p, strip)
-        for tile in prange(tiles, schedule="dynamic", num_threads=num_threads):
-            write_tile(x, grad_output, out, p, tile % strips, (tiles - 1 - tile) // strips)
+        with parallel(num_threads=num_threads):
+            own = change_modes(modes)
+            for tile in prange(tiles, schedule="dynamic"):
+                reduce_tile(x, grad_output, p, tile % strips, tile // strips)
+            for strip in prange(strips):
+                finish_strip(x, p, strip)
+            for tile in prange(tiles, schedule="dynamic"):
+                write_tile(x, grad_output, out, p, tile % strips, (tiles - 1 - tile) // strips)
+            change_modes(own)

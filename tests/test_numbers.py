@@ -1,0 +1,121 @@
+"""The promises of docs/numerics.md: how far from the exact result, on data that is hard."""
+
+import numpy as np
+import pytest
+from hard import MIXED, OUTLIERS, RATIOS, SCALES, Hard, draw, errors, exact
+
+import cbn
+from cbn import functional, reference
+
+# Relative errors, as measured by hard.errors. Some rounding to float32 is in the output itself, and
+# every operation of the formula adds some: 1e-6 is eight times the largest error of one rounding.
+LARGEST_ERROR = {"float32": 1e-6, "float64": 1e-14}
+LONG_DOUBLE = np.finfo(np.longdouble).nmant > np.finfo(np.float64).nmant
+DTYPE = pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        pytest.param(
+            "float64",
+            marks=pytest.mark.skipif(not LONG_DOUBLE, reason="nothing wider to compare with"),
+        ),
+    ],
+)
+# By row, by plane and by plane with few values, in one piece and in several.
+SHAPES = [
+    pytest.param((4096, 16), 1, id="NC"),
+    pytest.param((5, 9), 1, id="NC_small"),
+    pytest.param((8, 8, 28, 28), 1, id="NCHW"),
+    pytest.param((1, 8, 150, 150), 1, id="NCHW_one_sample"),
+    pytest.param((1, 8, 9, 9), 1, id="NCHW_small"),
+    pytest.param((8, 28, 28, 8), -1, id="NHWC"),
+]
+
+
+def train(x, grad_output, channel_axis, **options):
+    layer = {2: cbn.BatchNorm1d, 4: cbn.BatchNorm2d}[x.ndim](
+        x.shape[channel_axis], dtype=x.dtype, channel_axis=channel_axis, **options
+    )
+    rng = np.random.default_rng(1)
+    layer.weight[...] = rng.uniform(0.5, 1.5, layer.num_features)
+    layer.bias[...] = rng.standard_normal(layer.num_features)
+    y = layer(x)
+    return layer, y, layer.backward(grad_output)
+
+
+@DTYPE
+@pytest.mark.parametrize(("shape", "channel_axis"), SHAPES)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_training_is_as_exact_as_promised(ratio, scale, shape, channel_axis, dtype):
+    for outlier in OUTLIERS:
+        for first in (True, False):
+            kind = Hard(ratio, outlier, first, scale)
+            x, grad_output = draw(kind, shape, channel_axis, dtype)
+            layer, y, grad_input = train(x, grad_output, channel_axis, track_running_stats=False)
+            right = exact(x, grad_output, layer.weight, layer.bias, channel_axis)
+            for error in errors(right, y, grad_input):
+                assert error <= LARGEST_ERROR[dtype], kind
+
+
+@pytest.mark.parametrize(("shape", "channel_axis"), SHAPES)
+def test_constant_channels_give_exactly_the_bias(shape, channel_axis):
+    x, grad_output = draw(Hard(1e4, 0, True, MIXED), shape, channel_axis, np.float32)
+    by_channel = np.moveaxis(x, channel_axis, -1)
+    by_channel[...] = by_channel[(0,) * (x.ndim - 1)].copy()
+    layer, y, grad_input = train(x, grad_output, channel_axis)
+    assert (np.moveaxis(y, channel_axis, -1) == layer.bias).all()
+    assert np.isfinite(grad_input).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("shape", "channel_axis"), SHAPES)
+@pytest.mark.parametrize("value", [0.1, -1e4 / 3, 1e-40, 7e30])
+def test_the_variance_of_equal_values_is_zero(value, shape, channel_axis, dtype):
+    x = np.full(shape, value, dtype)
+    x.flat[0] = np.nextafter(x.flat[0], x.dtype.type(np.inf))  # and of nearly equal ones, tiny
+    _, var, count = functional.batch_norm_stats(x, channel_axis=channel_axis)
+    assert (var[1:] == 0).all()
+    largest = float(x.flat[0]) - float(x.flat[1])
+    assert 0 <= var[0] <= largest**2 / count * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-30, 0.0])
+@pytest.mark.parametrize(("shape", "channel_axis"), SHAPES)
+def test_subnormal_inputs(assert_close, shape, channel_axis, eps):
+    rng = np.random.default_rng(2)
+    x = (rng.standard_normal(shape) * 1e-39).astype(np.float32)
+    mean, var, _ = functional.batch_norm_stats(x, channel_axis=channel_axis)
+    right = reference.batch_norm_stats(x, channel_axis=channel_axis)
+    np.testing.assert_allclose(mean, right[0], rtol=1e-6, atol=1e-46)
+    np.testing.assert_allclose(var, right[1], rtol=1e-6)
+    # In eval mode the statistics are given; 1 / sqrt(1e-76) is within the range of float32.
+    y = functional.batch_norm(x, np.zeros_like(mean), var * 100, eps=eps, channel_axis=channel_axis)
+    expected = reference.batch_norm(x, np.zeros_like(mean), var * 100, eps=eps,
+                                    channel_axis=channel_axis)[0]  # fmt: skip
+    assert_close("y", y, expected, np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("eps", [1e-5, 1e-12, 1e-300, 0.0])
+def test_tiny_eps(assert_close, eps, dtype):
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal((300, 5)) * np.array([1e-6, 1e-3, 1, 1e3, 1e6])).astype(dtype)
+    mean, var = x.mean(0), x.var(0)
+    for training in (True, False):
+        y = functional.batch_norm(x, mean.copy(), var.copy(), training=training, eps=eps)
+        right, _, _ = reference.batch_norm(x, mean, var, training=training, eps=eps)
+        assert_close("y", y, right, dtype)
+
+
+@pytest.mark.parametrize("channel_axis", [1, -1])
+def test_a_sample_does_not_depend_on_its_batch_in_inference(channel_axis):
+    for shape in ((9, 70, 7, 7), (40, 3, 33, 31), (2, 5, 200, 200)):
+        shape = shape if channel_axis == 1 else (shape[0], *shape[2:], shape[1])
+        x, _ = draw(Hard(1e2, 0, True, MIXED), shape, channel_axis, np.float32)
+        bn = cbn.BatchNorm2d(x.shape[channel_axis], channel_axis=channel_axis)
+        bn(x)
+        bn.eval()
+        together = bn(x)
+        for index in range(len(x)):
+            assert bn(x[index : index + 1]).tobytes() == together[index].tobytes()
