@@ -31,6 +31,7 @@ class Axes(NamedTuple):
 BOOLS = (bool, np.bool)
 INTEGERS = (int, np.integer)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+NONFINITE = ("propagate", "raise", "skip")
 # For numpy.shares_memory: an exact answer for any pair of slices, a bound on the time for the rest.
 OVERLAP_WORK = 10_000
 # OpenMP ends the process when it cannot start a thread; no machine has more cores than this.
@@ -125,6 +126,23 @@ def momentum(value: Any, or_none: str = "") -> float:
 
 def momentum_or_none(value: Any) -> float | None:
     return None if value is None else momentum(value, ", or None for the cumulative average")
+
+
+def nonfinite(value: Any) -> str:
+    if not isinstance(value, str) or value not in NONFINITE:
+        raise ValueError(f"nonfinite: expected one of {NONFINITE}, got {value!r}")
+    return value
+
+
+def finite_statistics(channels: list[int]) -> None:
+    """Refuse a batch some of whose channels, named here, have statistics that are not finite."""
+    if channels:
+        shown = ", ".join(map(str, channels[:8])) + (", ..." if len(channels) > 8 else "")
+        raise FloatingPointError(
+            f"x: expected a finite mean and variance of every channel, got NaN or infinity in "
+            f"{len(channels)} of them ({shown}); nothing has been changed. nonfinite='skip' keeps "
+            "the running statistics of such channels as they are"
+        )
 
 
 def device(value: Any) -> None:

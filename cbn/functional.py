@@ -128,6 +128,7 @@ def batch_norm(
             momentum,
             eps,
             correction,
+            "propagate",
             out,
         )
     else:
@@ -302,11 +303,13 @@ def forward_training(
     momentum: float | None,
     eps: float,
     correction: float,
+    nonfinite: str,
     out: Array | None,
 ) -> tuple[Array, Forward]:
     """Normalise by the statistics of x, and learn them.
 
-    With a counter of batches, momentum may be None: the average over all of them.
+    With a counter of batches, momentum may be None: the average over all of them. nonfinite is a
+    layer's.
     """
     done: tuple[Array, Forward] | None = kernels.express_training(
         x,
@@ -320,6 +323,7 @@ def forward_training(
         momentum,
         eps,
         correction,
+        nonfinite,
         out,
         _threads.threads_for,
     )
@@ -341,6 +345,7 @@ def forward_training(
     momentum = _checks.momentum(momentum)
     eps = _checks.non_negative("eps", eps)
     correction = _checks.non_negative("correction", correction)
+    nonfinite = _checks.nonfinite(nonfinite)
     _checks.enough_values("x", array.shape, count, 0 if running_mean is None else correction)
     overwrites_x = _overwrites(
         out,
@@ -357,11 +362,23 @@ def forward_training(
     statistics = np.zeros((3, C))
     if array.size:
         threads = _threads.threads_for(2 * array.size)
-        kernels.normalise_batch(array, *view, weight, bias, eps, statistics, buffer, threads)
-        if running_mean is not None:
+        if nonfinite == "raise":
+            # Nothing is written before the statistics have been looked at.
+            kernels.batch_statistics(array, *view, statistics, threads)
+            _checks.finite_statistics(
+                kernels.not_finite(statistics, running_mean, running_var, count, correction)
+            )
+            kernels.normalise_by(array, *view, statistics, weight, bias, eps, buffer, threads)
+        else:
+            kernels.normalise_batch(array, *view, weight, bias, eps, statistics, buffer, threads)
+        if running_mean is not None and running_var is not None:
+            learnt = statistics, running_mean, running_var
+            skipped = kernels.not_finite(*learnt, count, correction) if nonfinite == "skip" else []
+            before = running_mean[skipped], running_var[skipped]
             kernels.update_running(
                 running_mean, running_var, statistics, momentum, count, correction
             )
+            running_mean[skipped], running_var[skipped] = before
         if num_batches_tracked is not None:
             num_batches_tracked += 1
     if y is not buffer:

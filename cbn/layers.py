@@ -66,6 +66,11 @@ class _BatchNorm:
         The running variance is divided by n - correction (1: PyTorch; 0: Keras, Flax, ONNX).
     running_mean, running_var : float or array_like of shape (C,), optional
         Statistics to start with instead of 0 and 1.
+    nonfinite : {"propagate", "raise", "skip"}
+        What training does with a batch that gives a channel a mean or a variance that is NaN,
+        infinite, or beyond the dtype of the running statistics: let it into them, as in PyTorch;
+        refuse it with a FloatingPointError that names the channels; or leave the running
+        statistics of these channels as they were and count the batch.
 
     Attributes
     ----------
@@ -79,7 +84,7 @@ class _BatchNorm:
         Gradients of the last ``backward``.
     training : bool
         The mode; set by ``train`` and ``eval``.
-    eps, momentum, correction, track_running_stats
+    eps, momentum, correction, track_running_stats, nonfinite
         As above.
 
     Raises
@@ -110,6 +115,7 @@ class _BatchNorm:
         correction: float = 1,
         running_mean: ArrayLike | None = None,
         running_var: ArrayLike | None = None,
+        nonfinite: str = "propagate",
     ) -> None:
         self.num_features = _checks.positive_integer("num_features", num_features)
         self.eps = _checks.non_negative("eps", eps)
@@ -120,6 +126,7 @@ class _BatchNorm:
         self._channel_axis = _checks.channel_axis(channel_axis)
         self._axes = self._axes_of(self.num_features, self._channel_axis)
         self.correction = _checks.non_negative("correction", correction)
+        self.nonfinite = _checks.nonfinite(nonfinite)
         self.training = True
 
         shift = _checks.flag("bias", bias) and self.affine
@@ -199,6 +206,8 @@ class _BatchNorm:
         ValueError
             If a shape is wrong, there are too few values per channel to train on, or ``out`` is
             not writable or overlaps ``x`` in part. A refused call changes nothing.
+        FloatingPointError
+            In training with ``nonfinite="raise"``.
 
         Notes
         -----
@@ -235,6 +244,7 @@ class _BatchNorm:
             self.momentum if updates else 0.0,
             self.eps,
             self.correction,
+            self.nonfinite if self.training else "propagate",
             out,
         )
         return y
@@ -440,6 +450,7 @@ class _BatchNorm:
             "bias": self.bias is not None,
             "channel_axis": self.channel_axis,
             "correction": _checks.non_negative("correction", self.correction),
+            "nonfinite": _checks.nonfinite(self.nonfinite),
             "training": _checks.flag("training", self.training),
             # Tracking may have been switched off on a layer that has them.
             "has_running_stats": self.running_mean is not None,
@@ -447,7 +458,8 @@ class _BatchNorm:
 
     @classmethod
     def _from_config(cls, config: _state.Config, num_features: int) -> Self:
-        names = ("eps", "momentum", "affine", "dtype", "bias", "channel_axis", "correction")
+        names = ("eps", "momentum", "affine", "dtype", "bias", "channel_axis", "correction",
+                 "nonfinite")  # fmt: skip
         layer = cls(
             num_features,
             track_running_stats=config["has_running_stats"],
@@ -486,6 +498,8 @@ class _BatchNorm:
             text += f", channel_axis={self.channel_axis}"
         if self.correction != 1:
             text += f", correction={self.correction:g}"
+        if self.nonfinite != "propagate":
+            text += f", nonfinite={self.nonfinite!r}"
         return f"{type(self).__name__}({text})"
 
 

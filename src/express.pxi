@@ -122,10 +122,13 @@ def express_inference(x, axes, dtype, mean, var, weight, bias, eps, out, threads
 
 
 def express_training(x, axes, dtype, running_mean, running_var, num_batches_tracked, weight,
-                     bias, momentum, eps, correction, out, threads_for):
+                     bias, momentum, eps, correction, nonfinite, out, threads_for):
     """Return the output and what makes a Forward (cbn/functional.py), or None."""
     cdef Py_ssize_t N, C, S
     cdef ndarray statistics
+    cdef bint propagates = nonfinite == "propagate"
+    if not propagates and (nonfinite not in ("raise", "skip") or out is not None):
+        return None   # what is written to out could not be taken back
     if num_batches_tracked is not None:
         if not is_counter(num_batches_tracked):
             return None
@@ -148,6 +151,8 @@ def express_training(x, axes, dtype, running_mean, running_var, num_batches_trac
         out = new_like(x)
     statistics = new_statistics(C)
     normalise_batch(x, N, C, S, weight, bias, eps, statistics, out, threads_for(2 * N * C * S))
+    if not propagates and not_finite(statistics, running_mean, running_var, N * S, correction):
+        return None
     if running_mean is not None:
         update_running(running_mean, running_var, statistics, momentum, N * S, correction)
     if num_batches_tracked is not None:
@@ -166,7 +171,7 @@ def express_batch_norm(x, running_mean, running_var, weight, bias, training, mom
     axes = axes_of[channel_axis]
     if training is True:
         done = express_training(x, axes, None, running_mean, running_var, None, weight, bias,
-                                momentum, eps, correction, out, threads_for)
+                                momentum, eps, correction, "propagate", out, threads_for)
         return None if done is None else done[0]
     if training is False and is_finite(momentum) and is_non_negative(correction):
         return infer(x, axes, None, running_mean, running_var, weight, bias, eps, out,

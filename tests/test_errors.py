@@ -75,6 +75,7 @@ POSITIVE = "num_features: expected a positive integer, got "
 NON_NEGATIVE = "eps: expected a finite number >= 0, got "
 MOMENTUM = "momentum: expected a finite number, or None for the cumulative average, got "
 FLOAT = "dtype: expected NumPy's float32 or float64, got "
+POLICY = "nonfinite: expected one of ('propagate', 'raise', 'skip'), got "
 AXIS = "channel_axis: expected 1 (channels first) or -1 (channels last), got "
 UNTRACKED = "expected None with track_running_stats=False, got a value that nothing would use"
 
@@ -123,6 +124,8 @@ UNTRACKED = "expected None with track_running_stats=False, got a value that noth
             ({"channel_axis": "last"}, ValueError, AXIS + "'last'"),
             ({"correction": -1}, ValueError, "correction: expected a finite number >= 0, got -1"),
             ({"correction": "1"}, TypeError, "correction: expected a finite number >= 0, got '1'"),
+            ({"nonfinite": "stop"}, ValueError, POLICY + "'stop'"),
+            ({"nonfinite": None}, ValueError, POLICY + "None"),
             (
                 {"running_mean": [1.0, 2.0]},
                 ValueError,

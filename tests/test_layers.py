@@ -388,6 +388,7 @@ def test_repr_is_that_of_torch(layer, arguments, torch):
         ({"channel_axis": -1}, ", channel_axis=-1"),
         ({"correction": 0}, ", correction=0"),
         ({"correction": 1.5}, ", correction=1.5"),
+        ({"nonfinite": "skip"}, ", nonfinite='skip'"),
         (
             {"correction": 0, "channel_axis": -1, "dtype": "float64"},
             ", dtype=float64, channel_axis=-1, correction=0",

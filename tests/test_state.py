@@ -34,7 +34,7 @@ def assert_same_layer(actual, expected):
     assert repr(actual) == repr(expected)
     for name in ("num_features", "eps", "momentum", "affine", "dtype", "channel_axis"):
         assert getattr(actual, name) == getattr(expected, name), name
-    for name in ("correction", "track_running_stats", "training"):
+    for name in ("correction", "nonfinite", "track_running_stats", "training"):
         assert getattr(actual, name) == getattr(expected, name), name
     assert_same_state(actual, expected.state_dict())
 
@@ -157,6 +157,7 @@ OPTIONS = [
     {"channel_axis": -1},
     {"correction": 0},
     {"correction": 1.5},
+    {"nonfinite": "skip"},
 ]
 
 
@@ -570,6 +571,7 @@ def test_config_member(kind, path):
         "bias",
         "channel_axis",
         "correction",
+        "nonfinite",
         "training",
         "has_running_stats",
     ],
@@ -612,6 +614,8 @@ def test_another_class(layer, path):
         ("momentum", float("nan"), "momentum: expected a finite number, or None"),
         ("momentum", {}, "momentum: expected a finite number, or None"),
         ("correction", None, "correction: expected a finite number >= 0, got None"),
+        ("nonfinite", "stop", "nonfinite: expected one of ('propagate', 'raise', 'skip'), got"),
+        ("nonfinite", [], "nonfinite: expected one of ('propagate', 'raise', 'skip'), got []"),
         ("dtype", "int32", "dtype: expected NumPy's float32 or float64, got int32"),
         ("dtype", "O", "dtype: expected NumPy's float32 or float64, got object"),
         ("dtype", "float64", "weight: expected float64 of shape (2,), got float32 of shape (2,)"),

@@ -1,0 +1,171 @@
+"""The policy of a layer towards NaN and infinity in training."""
+
+import numpy as np
+import pytest
+
+import cbn
+from cbn import functional
+
+# By row, by plane, and by plane with few values; each with five channels.
+SHAPES = [(40, 5), (3, 5, 700), (1, 5, 9, 9)]
+POISONED = [1, 3]
+POISON = pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf], ids=["nan", "inf", "-inf"])
+WAYS = pytest.mark.parametrize("way", ["fresh", "in place", "out", "strided"])
+
+
+@pytest.fixture(params=[1, -1], ids=["first", "last"])
+def channel_axis(request):
+    return request.param
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def x(request, rng, channel_axis):
+    x = rng.normal(3, 2, request.param).astype(np.float32)
+    return np.ascontiguousarray(np.moveaxis(x, 1, channel_axis))
+
+
+def poisoned(x, channel_axis, poison, channels=POISONED):
+    x = x.copy()
+    for channel in channels:
+        np.moveaxis(x, channel_axis, 0)[channel].flat[-1] = poison
+    return x
+
+
+def make(x, channel_axis, **options):
+    layer = cbn.BatchNorm2d if x.ndim == 4 else cbn.BatchNorm1d
+    return layer(5, channel_axis=channel_axis, **options)
+
+
+def arguments(x, way):
+    """A copy of the input, and an output."""
+    if way == "strided":
+        wide = np.zeros((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)
+        wide[..., ::2] = x
+        return wide[..., ::2], None
+    x = x.copy()
+    return x, {"fresh": None, "in place": x, "out": np.full_like(x, 7)}[way]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[key].tobytes() == b[key].tobytes() for key in a)
+
+
+@POISON
+@WAYS
+def test_propagate_lets_it_into_the_running_statistics(x, channel_axis, poison, way):
+    bn = make(x, channel_axis)
+    bn(*arguments(poisoned(x, channel_axis, poison), way))
+    finite = np.isfinite(bn.running_mean) & np.isfinite(bn.running_var)
+    assert np.flatnonzero(~finite).tolist() == POISONED
+    assert bn.num_batches_tracked == 1
+
+
+@POISON
+@WAYS
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_skip_keeps_the_statistics_of_these_channels(x, channel_axis, poison, way, momentum):
+    bn, clean = (make(x, channel_axis, nonfinite="skip", momentum=momentum) for _ in range(2))
+    bn(x)
+    clean(x)
+    before = bn.state_dict()
+    y = bn(*arguments(poisoned(x, channel_axis, poison), way))
+    expected = clean(x)
+    others = [channel for channel in range(5) if channel not in POISONED]
+    for name in ("running_mean", "running_var"):
+        after = getattr(bn, name)
+        assert after[POISONED].tolist() == before[name][POISONED].tolist()
+        assert after[others].tolist() == getattr(clean, name)[others].tolist()
+    assert bn.num_batches_tracked == 2
+    y, expected = (np.moveaxis(array, channel_axis, 0) for array in (y, expected))
+    assert y[others].tolist() == expected[others].tolist()
+    assert not np.isfinite(y[POISONED]).any()
+
+
+@POISON
+@WAYS
+@pytest.mark.parametrize("tracks", [True, False])
+def test_raise_refuses_and_changes_nothing(x, channel_axis, poison, way, tracks):
+    bn = make(x, channel_axis, nonfinite="raise", track_running_stats=tracks)
+    bn(x)
+    gradient = bn.backward(x)
+    before = bn.state_dict()
+    given, out = arguments(poisoned(x, channel_axis, poison), way)
+    given_before, out_before = given.tobytes(), None if out is None else out.tobytes()
+    with pytest.raises(FloatingPointError, match=r"NaN or infinity in 2 of them \(1, 3\)"):
+        bn(given, out)
+    assert same(bn.state_dict(), before)
+    assert given.tobytes() == given_before
+    assert out is None or out.tobytes() == out_before
+    assert bn.backward(x).tobytes() == gradient.tobytes()
+
+
+@WAYS
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_finite_batches_give_the_same_bits(x, channel_axis, way, nonfinite, dtype):
+    x = x.astype(dtype)
+    plain = make(x, channel_axis, dtype=dtype)
+    careful = make(x, channel_axis, dtype=dtype, nonfinite=nonfinite)
+    y, expected = careful(*arguments(x, way)), plain(*arguments(x, way))
+    assert y.tobytes() == expected.tobytes()
+    assert same(careful.state_dict(), plain.state_dict())
+    if way != "in place":
+        assert careful.backward(x).tobytes() == plain.backward(x).tobytes()
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_a_variance_beyond_the_dtype_of_the_statistics_counts(nonfinite):
+    x = np.array([[1e25, 1], [-1e25, 2]], np.float32)
+    bn = cbn.BatchNorm1d(2, nonfinite=nonfinite)
+    if nonfinite == "raise":
+        with pytest.raises(FloatingPointError, match=r"1 of them \(0\)"):
+            bn(x)
+    else:
+        np.testing.assert_allclose(bn(x)[:, 0], [1, -1], rtol=1e-6)
+        assert bn.running_var[0] == 1
+        assert bn.running_var[1] != 1
+    # Nothing is kept, nothing is beyond it.
+    cbn.BatchNorm1d(2, nonfinite=nonfinite, track_running_stats=False)(x)
+
+
+def test_the_policy_is_for_training(x, channel_axis):
+    bn = make(x, channel_axis, nonfinite="raise").eval()
+    assert np.isnan(bn(poisoned(x, channel_axis, np.nan))).sum() == len(POISONED)
+    bn = make(x, channel_axis, nonfinite="raise", track_running_stats=False).eval()
+    y = bn(poisoned(x, channel_axis, np.nan))
+    assert np.isnan(y).sum() == len(POISONED) * y.size // 5
+
+
+def test_it_can_be_changed_and_a_wrong_one_is_refused_by_name(x, channel_axis):
+    bn = make(x, channel_axis)
+    bn.nonfinite = "raise"
+    with pytest.raises(FloatingPointError):
+        bn(poisoned(x, channel_axis, np.nan))
+    bn.nonfinite = "ignore"
+    with pytest.raises(ValueError, match="nonfinite: expected one of"):
+        bn(x)
+    assert bn.num_batches_tracked == 0
+
+
+def test_many_channels_are_not_all_listed():
+    x = np.full((4, 100), np.nan, np.float32)
+    with pytest.raises(
+        FloatingPointError, match=r"in 100 of them \(0, 1, 2, 3, 4, 5, 6, 7, \.\.\.\)"
+    ):
+        cbn.BatchNorm1d(100, nonfinite="raise")(x)
+
+
+@POISON
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("where", ["x", "grad_output"])
+def test_gradients_of_other_channels_keep_their_bits(x, channel_axis, poison, training, where):
+    mean, var, _ = functional.batch_norm_stats(x, channel_axis=channel_axis)
+    options = {"training": training, "channel_axis": channel_axis}
+    clean = functional.batch_norm_backward(x, x, mean, var, **options)
+    bad = poisoned(x, channel_axis, poison)
+    inputs = (x, bad) if where == "x" else (bad, x)
+    grads = functional.batch_norm_backward(*inputs, mean, var, **options)
+    others = [channel for channel in range(5) if channel not in POISONED]
+    for grad, expected in zip(grads, clean, strict=True):
+        axis = channel_axis if grad.ndim > 1 else 0
+        assert grad.take(others, axis).tobytes() == expected.take(others, axis).tobytes()
