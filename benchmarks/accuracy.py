@@ -1,0 +1,148 @@
+"""The largest errors of cbn, NumPy, PyTorch, oneDNN and JAX in training, on data that is hard.
+
+    python benchmarks/accuracy.py
+    python benchmarks/accuracy.py --quick
+
+Whatever is installed takes part. The data are those of hard.py: combinations of mean, outlier and
+scale. An error is that of a float32 result against the formulas in float64 on the same inputs,
+relative to max(1, |y|) for the output y, and to 3 max(1, |y|) / std for the input gradient. The
+largest over all values and shapes is printed, in the form of Markdown. cbn is measured in float64
+too, against the formulas in long double, and with 10^7 values in each channel.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from hard import MIXED, RATIOS, SCALES, Hard, all_kinds, draw, errors, exact
+from peer import Peer
+from peers import Cbn, Jax, NumPy, OneDNN, PyTorch
+from shapes import Array, Case, Data
+from tqdm import tqdm
+
+import cbn
+
+Shapes = list[tuple[str, tuple[int, ...]]]
+SHAPES: Shapes = [
+    ("NCHW", (8, 8, 28, 28)),
+    ("NCHW", (1, 8, 9, 9)),
+    ("NCHW", (3, 8, 150, 150)),
+    ("NHWC", (8, 28, 28, 8)),
+    ("NC", (4096, 16)),
+]
+LARGE: Shapes = [
+    ("NCHW", (10, 2, 1000, 1000)),
+    ("NHWC", (10, 1000, 1000, 2)),
+    ("NC", (10_000_000, 2)),
+]
+PLAIN = Hard(0, 0, True, "1")
+# What is in a column of the tables.
+COLUMNS: dict[str, Callable[[Hard], bool]] = {
+    **{f"mean / std {r:g}": PLAIN._replace(ratio=r).__eq__ for r in RATIOS},
+    "outlier 3e3 std": lambda kind: kind._replace(first=True) == PLAIN._replace(outlier=3e3),
+    "outlier 1e5 std": lambda kind: kind._replace(first=True) == PLAIN._replace(outlier=1e5),
+    "near 1e25": PLAIN._replace(scale="1e25").__eq__,
+    "channels from 1e-6 to 1e6": PLAIN._replace(scale=MIXED).__eq__,
+    "all combinations": lambda _: True,
+}
+Row = tuple[str, float, float]  # a library and a layout, and the largest errors of two results
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="two scales, no large arrays")
+    arguments = parser.parse_args()
+    peers = [peer() for peer in (Cbn, NumPy, PyTorch, OneDNN, Jax) if not peer.missing()]
+    kinds = list(all_kinds(("1", MIXED) if arguments.quick else SCALES))
+
+    worst: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)  # by row and column
+    work = [(SHAPES, kinds, lambda *what: of_peers(peers, *what)), (SHAPES, kinds, of_float64)]
+    if not arguments.quick:
+        large = [kind for kind in kinds if kind.first and kind.scale in ("1", "1e25")]
+        work.append((LARGE, large, of_large))
+    with tqdm(total=sum(len(shapes) * len(kinds) for shapes, kinds, _ in work)) as progress:
+        for shapes, kinds, measure in work:
+            for layout, shape in shapes:
+                for kind in kinds:
+                    for row, *largest in measure(layout, shape, kind):
+                        note(worst, row, kind, largest)
+                    progress.update()
+    print_tables(worst)
+    print("\n" + ", ".join(f"{peer.name} {peer.version}" for peer in peers))
+
+
+def of_peers(peers: list[Peer], layout: str, shape: tuple[int, ...], kind: Hard) -> Iterator[Row]:
+    """The errors of each library that has the layout, in float32."""
+    training, backward = (Case("hard", pass_, layout, shape) for pass_ in ("training", "backward"))
+    axis = training.channel_axis
+    x, grad_output = draw(kind, shape, axis, np.float32)
+    weight, bias = parameters(shape[axis], np.float32)
+    data = Data(x, grad_output, weight, bias, np.zeros_like(bias), np.ones_like(bias))
+    right = exact(x, grad_output, weight, bias, axis)
+    for peer in peers:
+        forward_call, backward_call = peer.call(training, data), peer.call(backward, data)
+        if forward_call and backward_call:
+            y = forward_call.results(forward_call.run())["y"]
+            grad_input = backward_call.results(backward_call.run())["grad_input"]
+            yield f"{peer.name}, {layout}", *errors(right, y, grad_input)
+
+
+def of_large(layout: str, shape: tuple[int, ...], kind: Hard) -> Iterator[Row]:
+    """The errors of a layer of cbn in float32."""
+    yield f"cbn, {layout}, 1e7 values", *of_layer(layout, shape, kind, np.float32)
+
+
+def of_float64(layout: str, shape: tuple[int, ...], kind: Hard) -> Iterator[Row]:
+    """The errors of a layer of cbn in float64."""
+    yield f"cbn, {layout}, float64", *of_layer(layout, shape, kind, np.float64)
+
+
+def of_layer(
+    layout: str, shape: tuple[int, ...], kind: Hard, dtype: type[np.floating]
+) -> tuple[float, float]:
+    """The errors of a layer of cbn."""
+    axis = -1 if layout == "NHWC" else 1
+    x, grad_output = draw(kind, shape, axis, dtype)
+    layer = cbn.BatchNorm1d if x.ndim == 2 else cbn.BatchNorm2d
+    bn = layer(shape[axis], dtype=dtype, channel_axis=axis, track_running_stats=False)
+    bn.weight[...], bn.bias[...] = parameters(shape[axis], dtype)
+    y = bn(x)
+    return errors(exact(x, grad_output, bn.weight, bn.bias, axis), y, bn.backward(grad_output))
+
+
+def parameters(channels: int, dtype: type[np.floating]) -> tuple[Array, Array]:
+    """A weight and a bias."""
+    rng = np.random.default_rng(1)
+    weight, bias = rng.uniform(0.5, 1.5, channels), rng.standard_normal(channels)
+    return weight.astype(dtype), bias.astype(dtype)
+
+
+def note(
+    worst: dict[tuple[str, str], dict[str, float]], row: str, kind: Hard, largest: list[float]
+) -> None:
+    """Keep the largest."""
+    for column, belongs in COLUMNS.items():
+        if belongs(kind):
+            for result, error in zip(("y", "grad_input"), largest, strict=True):
+                rows = worst[result, column]
+                rows[row] = max(rows.get(row, 0), error)
+
+
+def print_tables(worst: dict[tuple[str, str], dict[str, float]]) -> None:
+    """Print a table for each result."""
+    for result in ("y", "grad_input"):
+        columns = [column for column in COLUMNS if worst[result, column]]
+        print(f"\n| {result} | " + " | ".join(columns) + " |\n|---" + "|---:" * len(columns) + "|")
+        for row in worst[result, columns[-1]]:
+            cells = (worst[result, column].get(row) for column in columns)
+            print(f"| {row} | " + " | ".join("" if c is None else f"{c:.0e}" for c in cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Count the different results of every pass over instruction sets, thread counts and repeats.
+
+    python benchmarks/same_bits.py
+    python benchmarks/same_bits.py --threads 1 3 --repeats 1
+
+There must be one of each. The last line is a fingerprint of all results; it is the same wherever
+the results are, on another processor too. The data are made by operations that are exact or
+rounded alike everywhere. All are finite: the sign and the payload of a NaN are promised nowhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterator
+from hashlib import sha256
+from itertools import product
+
+import numpy as np
+from shapes import Array
+from tqdm import tqdm
+
+import cbn
+from cbn import _dispatch, functional
+
+# (N, C, H, W), walked in every way and in one piece and many; the last two are written past the
+# cache in channels first and last.
+SHAPES = [
+    (2, 3, 1, 1),
+    (4096, 16, 1, 1),
+    (500, 1100, 1, 1),
+    (30001, 3, 1, 1),
+    (1, 64, 7, 7),
+    (1, 7, 15, 15),
+    (5, 65, 7, 7),
+    (32, 33, 14, 14),
+    (9, 5, 23, 23),
+    (3, 2, 57, 57),
+    (2, 1, 300, 300),
+    (16, 64, 28, 28),
+    (9, 62, 127, 127),
+]
+DTYPES = ("float32", "float64")
+
+
+def draw(shape: tuple[int, ...], seed: int, dtype: str) -> Array:
+    """Uniform values whose channels differ in mean and size, with an outlier."""
+    rng = np.random.default_rng(seed)
+    channel = rng.random((shape[1], 1, 1))
+    x = (rng.random(shape) - channel) * (0.001 + 8 * channel)
+    x.flat[0] = 1000
+    return x.astype(dtype)
+
+
+def results(x: Array, grad_output: Array, channel_axis: int) -> Iterator[tuple[str, Array]]:
+    """Every result of every pass."""
+    C, dtype = x.shape[channel_axis], x.dtype
+    bn = cbn.BatchNorm2d(C, dtype=dtype, channel_axis=channel_axis)
+    bn.weight[...] = 0.5 + np.arange(C) / C
+    bn.bias[...] = np.arange(C) / C - 0.5
+    for mode in ("training", "eval"):
+        yield f"{mode} y", bn.train(mode == "training")(x)
+        yield f"{mode} grad_input", bn.backward(grad_output)
+        yield f"{mode} weight_grad", bn.weight_grad
+        yield f"{mode} bias_grad", bn.bias_grad
+    yield "running_mean", bn.running_mean
+    yield "running_var", bn.running_var
+    mean, var, _ = functional.batch_norm_stats(x, channel_axis=channel_axis)
+    yield "mean", mean
+    yield "var", var
+
+
+def main() -> None:
+    """Count, and exit with an error where there is more than one result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2, 3, 4, 7], metavar="N")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--largest", type=int, default=1 << 24, help="values in an array")
+    arguments = parser.parse_args()
+    sets = _dispatch.supported()
+    shapes = [shape for shape in SHAPES if np.prod(shape) <= arguments.largest]
+    kinds = list(product(shapes, (1, -1), DTYPES))
+    everything = sha256()
+    most = 0
+    for shape, channel_axis, dtype in tqdm(kinds, unit="case", leave=False):
+        x, grad_output = (
+            np.ascontiguousarray(np.moveaxis(draw(shape, seed, dtype), 1, channel_axis))
+            for seed in (1, 2)
+        )
+        seen: dict[str, set[bytes]] = defaultdict(set)
+        for isa, threads, _ in product(sets, arguments.threads, range(arguments.repeats)):
+            functional.kernels = _dispatch.load(isa)
+            with cbn.num_threads(threads):
+                for name, array in results(x, grad_output, channel_axis):
+                    seen[name].add(sha256(array.tobytes()).digest())
+        for name, digests in seen.items():
+            everything.update(b"".join(sorted(digests)))
+            most = max(most, len(digests))
+            if len(digests) > 1:
+                print(f"{len(digests)} different {name}: {shape}, {channel_axis=}, {dtype}")
+    print(
+        f"{len(kinds)} cases of {len(seen)} results each; instruction sets {', '.join(sets)}; "
+        f"threads {arguments.threads}; {arguments.repeats} repeats"
+    )
+    print(f"most distinct results of one kind: {most}")
+    print(f"fingerprint: {everything.hexdigest()[:16]}")
+    raise SystemExit(most != 1)
+
+
+if __name__ == "__main__":
+    main()
