@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 from hard import MIXED, RATIOS, SCALES, Hard, all_kinds, draw, errors, exact
@@ -62,7 +63,7 @@ def main() -> None:
     kinds = list(all_kinds(("1", MIXED) if arguments.quick else SCALES))
 
     worst: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)  # by row and column
-    work = [(SHAPES, kinds, lambda *what: of_peers(peers, *what)), (SHAPES, kinds, of_float64)]
+    work = [(SHAPES, kinds, partial(of_peers, peers)), (SHAPES, kinds, of_float64)]
     if not arguments.quick:
         large = [kind for kind in kinds if kind.first and kind.scale in ("1", "1e25")]
         work.append((LARGE, large, of_large))

@@ -131,17 +131,18 @@ def momentum_or_none(value: Any) -> float | None:
 def nonfinite(value: Any) -> str:
     if not isinstance(value, str) or value not in NONFINITE:
         raise ValueError(f"nonfinite: expected one of {NONFINITE}, got {value!r}")
-    return value
+    return str(value)
 
 
 def finite_statistics(channels: list[int]) -> None:
-    """Refuse a batch some of whose channels, named here, have statistics that are not finite."""
+    """Refuse a batch whose statistics are not finite, or too large to keep, in these channels."""
     if channels:
         shown = ", ".join(map(str, channels[:8])) + (", ..." if len(channels) > 8 else "")
         raise FloatingPointError(
-            f"x: expected a finite mean and variance of every channel, got NaN or infinity in "
-            f"{len(channels)} of them ({shown}); nothing has been changed. nonfinite='skip' keeps "
-            "the running statistics of such channels as they are"
+            f"x: expected a finite mean and variance of every channel, got NaN, infinity or more "
+            f"than the running statistics can hold in {len(channels)} of them ({shown}); nothing "
+            "has been changed. nonfinite='skip' keeps the running statistics of such channels as "
+            "they are; those of dtype float64 can hold more"
         )
 
 

@@ -24,10 +24,15 @@ def built() -> list[str]:
     return [isa for isa in LEVELS if find_spec(f"cbn._kernels_{isa}")]
 
 
-def supported() -> list[str]:
-    """Those of them that run on this CPU and operating system."""
+def supported_by_cpu() -> list[str]:
+    """Those that this CPU and operating system run, newest first."""
     level = _cpu.x86_64_level()
-    return [isa for isa in built() if LEVELS[isa] <= level]
+    return [isa for isa in LEVELS if LEVELS[isa] <= level]
+
+
+def supported() -> list[str]:
+    """Those of them that were built."""
+    return [isa for isa in supported_by_cpu() if isa in built()]
 
 
 def load(isa: str) -> ModuleType:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from cbn import _checks
+from cbn import _checks, _cpus
 from cbn._dispatch import kernels
 
 
@@ -16,10 +17,13 @@ def _default() -> tuple[int, str]:
     own = os.environ.get("CBN_NUM_THREADS")
     if own is not None:
         return _checks.thread_variable("CBN_NUM_THREADS", own), f"CBN_NUM_THREADS={own}"
-    # OpenMP's own count follows OMP_NUM_THREADS and, in most runtimes, the CPU affinity.
-    general = os.environ.get("OMP_NUM_THREADS")
-    origin = "OpenMP's default" if general is None else f"OMP_NUM_THREADS={general}"
-    return int(kernels.max_threads()), origin
+    most = int(kernels.max_threads())
+    general = os.environ.get("OMP_NUM_THREADS", "")
+    # A number for each level of nesting. Anything else is ignored by OpenMP, and so here.
+    if re.fullmatch(r"\s*0*[1-9]\d*\s*(,[\s\d,]*)?", general):
+        return most, f"OMP_NUM_THREADS={general}"
+    cpus, why = _cpus.available()
+    return (cpus, why) if cpus <= most else (most, "OpenMP's maximum")
 
 
 # Values read, below which a call keeps to one thread. On two AVX-512 cores whose threads are awake,
@@ -37,7 +41,9 @@ def get_num_threads() -> int:
     -------
     int
         The innermost ``with num_threads(n)`` of this thread, else the last
-        :func:`set_num_threads`, else ``CBN_NUM_THREADS``, else OpenMP's default.
+        :func:`set_num_threads`, else ``CBN_NUM_THREADS``, else ``OMP_NUM_THREADS``, else the
+        CPUs of this process: by affinity, by the quota of its control group (rounded up), and by
+        OpenMP's maximum. A call uses fewer where it is small or others are in flight.
 
     Examples
     --------

@@ -12,12 +12,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Float64Array = NDArray[np.float64 | np.longdouble]
+WideArray = NDArray[np.float64 | np.longdouble]
 
 
-def batch_norm_stats(
-    x: ArrayLike, *, channel_axis: int = 1
-) -> tuple[Float64Array, Float64Array, int]:
+def batch_norm_stats(x: ArrayLike, *, channel_axis: int = 1) -> tuple[WideArray, WideArray, int]:
     """Return the mean, the biased variance and the number of values of each channel.
 
     Parameters
@@ -63,7 +61,7 @@ def batch_norm(
     *,
     channel_axis: int = 1,
     correction: float = 1,
-) -> tuple[Float64Array, Float64Array | None, Float64Array | None]:
+) -> tuple[WideArray, WideArray | None, WideArray | None]:
     """Return the normalised data and the new running statistics.
 
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with the statistics of the batch in
@@ -130,7 +128,7 @@ def batch_norm_backward(
     eps: float = 1e-5,
     *,
     channel_axis: int = 1,
-) -> tuple[Float64Array, Float64Array, Float64Array]:
+) -> tuple[WideArray, WideArray, WideArray]:
     """Return the gradients with respect to the input, the weight and the bias.
 
     With frozen statistics (``training=False``) the mean and the variance are constants, and two
@@ -187,29 +185,29 @@ def batch_norm_backward(
 
 
 def _normalise(
-    x: Float64Array, mean: Float64Array, var: Float64Array, eps: float, channel_axis: int
-) -> Float64Array:
+    x: WideArray, mean: WideArray, var: WideArray, eps: float, channel_axis: int
+) -> WideArray:
     centred = x - _column(mean, x, channel_axis)
-    normalised: Float64Array = centred / np.sqrt(_column(var, x, channel_axis) + eps)
+    normalised: WideArray = centred / np.sqrt(_column(var, x, channel_axis) + eps)
     return normalised
 
 
-def _other_axes(x: Float64Array, channel_axis: int) -> tuple[tuple[int, ...], int]:
+def _other_axes(x: WideArray, channel_axis: int) -> tuple[tuple[int, ...], int]:
     axes = tuple(axis for axis in range(x.ndim) if axis != channel_axis % x.ndim)
     return axes, int(np.prod([x.shape[axis] for axis in axes], dtype=np.int64))
 
 
-def _column(value: Float64Array, x: Float64Array, channel_axis: int) -> Float64Array:
+def _column(value: WideArray, x: WideArray, channel_axis: int) -> WideArray:
     """One value per channel, shaped to broadcast against x."""
     shape = [1] * x.ndim
     shape[channel_axis] = -1
     return value.reshape(shape)
 
 
-def _or(value: ArrayLike | None, default: float, like: Float64Array) -> Float64Array:
+def _or(value: ArrayLike | None, default: float, like: WideArray) -> WideArray:
     return np.full_like(like, default) if value is None else _wide(value)
 
 
-def _wide(value: ArrayLike) -> Float64Array:
-    array = np.array(value)
-    return array.astype(np.result_type(array, np.float64))
+def _wide(value: ArrayLike) -> WideArray:
+    array = np.asarray(value)
+    return array.astype(np.longdouble if array.dtype == np.longdouble else np.float64)

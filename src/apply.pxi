@@ -24,11 +24,6 @@ cdef enum:
     ALIGNED_LINE = 256   # values from which a line is worth a short start up to alignment
 
 
-cdef inline const real* moved(const real* array, Py_ssize_t by) noexcept nogil:
-    """A place further on in an array, if there is one."""
-    return array + by if array else NULL
-
-
 cdef inline Py_ssize_t values_to_line(const real* at, Py_ssize_t n) noexcept nogil:
     """How many of n values lie before the first that begins a cache line."""
     return min(n, <Py_ssize_t>(-(<size_t>at // sizeof(real)) % (64 // sizeof(real))))

@@ -126,16 +126,18 @@ def express_training(x, axes, dtype, running_mean, running_var, num_batches_trac
     """Return the output and what makes a Forward (cbn/functional.py), or None."""
     cdef Py_ssize_t N, C, S
     cdef ndarray statistics
-    cdef bint propagates = nonfinite == "propagate"
-    if not propagates and (nonfinite not in ("raise", "skip") or out is not None):
-        return None   # what is written to out could not be taken back
-    if num_batches_tracked is not None:
-        if not is_counter(num_batches_tracked):
-            return None
-        if momentum is None:
-            momentum = 1.0 / ((<npy_int64*>PyArray_DATA(<ndarray>num_batches_tracked))[0] + 1)
+    if type(nonfinite) is not str:
+        return None
+    cdef bint raises = nonfinite == "raise", skips = nonfinite == "skip"
+    if not (raises or skips or nonfinite == "propagate"):
+        return None
+    if raises and out is not None:   # what is written to it could not be taken back
+        return None
+    if not (num_batches_tracked is None or is_counter(num_batches_tracked)):
+        return None
     if not (view_of(x, axes, dtype, &N, &C, &S)
-            and is_finite(momentum) and is_non_negative(eps) and is_non_negative(correction)
+            and (is_finite(momentum) or (momentum is None and num_batches_tracked is not None))
+            and is_non_negative(eps) and is_non_negative(correction)
             and is_running_or_none(running_mean, C) and is_running_or_none(running_var, C)
             and (running_mean is None) == (running_var is None)
             and (running_mean is None
@@ -151,12 +153,10 @@ def express_training(x, axes, dtype, running_mean, running_var, num_batches_trac
         out = new_like(x)
     statistics = new_statistics(C)
     normalise_batch(x, N, C, S, weight, bias, eps, statistics, out, threads_for(2 * N * C * S))
-    if not propagates and not_finite(statistics, running_mean, running_var, N * S, correction):
+    if raises and not_finite(statistics, running_mean, running_var, N * S, correction):
         return None
-    if running_mean is not None:
-        update_running(running_mean, running_var, statistics, momentum, N * S, correction)
-    if num_batches_tracked is not None:
-        (<npy_int64*>PyArray_DATA(<ndarray>num_batches_tracked))[0] += 1
+    learn(running_mean, running_var, num_batches_tracked, statistics, momentum, N * S, correction,
+          skips)
     return out, (None if out is x else x, x.shape, <object>PyArray_DESCR(x), (N, C, S), statistics,
                  eps, False)
 

@@ -19,6 +19,8 @@ from numpy cimport (
 
 cdef extern from "threads.h":
     int omp_get_max_threads() nogil
+    int omp_get_thread_limit() nogil
+    void wait_for_team() nogil
     const char* openmp_library()
     int openmp_version()
 
@@ -26,6 +28,11 @@ cdef extern from "floating_point.h" nogil:
     ctypedef unsigned long long floating_point_modes
     floating_point_modes current_modes()
     floating_point_modes change_modes(floating_point_modes modes)
+
+cdef extern from "teams.h":
+    int begin_call(int num_threads, Py_ssize_t values)
+    void end_call()
+    void watch_forks_and_threads()
 
 cdef extern from "vector.h":
     enum:
@@ -50,6 +57,7 @@ include "apply.pxi"
 include "passes.pxi"
 
 import_array()
+watch_forks_and_threads()
 
 cdef enum:
     STREAM_BYTES = 1 << 25   # outputs from this size are written past the cache
@@ -63,8 +71,8 @@ def walk(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S):
 
 
 def max_threads():
-    """The threads OpenMP would use by itself; 1 in a build without OpenMP."""
-    return omp_get_max_threads()
+    """The threads OpenMP would use by itself, and its limit; 1 in a build without OpenMP."""
+    return min(omp_get_max_threads(), omp_get_thread_limit())
 
 
 def openmp():
@@ -116,12 +124,14 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, int num_thre
     if p.coefficients == NULL:
         raise MemoryError
     p.partial = <char*>p.coefficients + table
+    num_threads = begin_call(num_threads, PyArray_SIZE(x))
     with nogil:
         if single:
             run(<const float*>x_data, <const float*>grad_data, <float*>out_data, p, num_threads)
         else:
             run(<const double*>x_data, <const double*>grad_data, <double*>out_data, p,
                 num_threads)
+    end_call()
     free(p.coefficients)
 
 
@@ -145,9 +155,10 @@ cpdef ndarray given_statistics(ndarray mean, ndarray var):
 
 
 cpdef batch_statistics(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
+                       double eps,           # that will be added to the variance
                        ndarray statistics,   # OUT
                        int num_threads):
-    cdef Pass p = new_pass(STATISTICS, N, C, S, None, None, None, None, 0)
+    cdef Pass p = new_pass(STATISTICS, N, C, S, None, None, None, None, eps)
     p.statistics = <double*>data_of(statistics)
     run_pass(&p, x, None, None, num_threads)
 
@@ -217,13 +228,33 @@ cpdef list not_finite(ndarray statistics, ndarray running_mean, ndarray running_
             if not (fits(mean[c], running_mean) and fits(var[c] * unbiased, running_var))]
 
 
-cpdef update_running(ndarray running_mean, ndarray running_var,   # IN, OUT
-                     ndarray statistics, double momentum, double count, double correction):
+cpdef learn(ndarray running_mean, ndarray running_var, num_batches_tracked,   # IN, OUT, or None
+            ndarray statistics, momentum, double count, double correction,
+            bint skips):   # channels whose statistics are not finite
     """Let the running statistics learn those of a batch of count values per channel."""
+    # The GIL is held throughout: calls from several threads lose nothing that one has learnt.
+    cdef list kept = []
+    if momentum is None:
+        momentum = 1.0 / (<object>num_batches_tracked.item() + 1)
+    if running_mean is not None:
+        if skips:
+            kept = [(c, running_mean[c], running_var[c]) for c in
+                    not_finite(statistics, running_mean, running_var, count, correction)]
+        blend_both(running_mean, running_var, statistics, momentum, count / (count - correction))
+        for c, mean, var in kept:
+            running_mean[c], running_var[c] = mean, var
+    if num_batches_tracked is not None:
+        if is_counter(num_batches_tracked):   # a microsecond less than the addition of arrays
+            (<npy_int64*>PyArray_DATA(<ndarray>num_batches_tracked))[0] += 1
+        else:
+            num_batches_tracked += 1
+
+
+cdef blend_both(ndarray running_mean, ndarray running_var, ndarray statistics, double momentum,
+                double unbiased):
     cdef Py_ssize_t C = PyArray_DIM(statistics, 1)
     cdef const double* mean = <const double*>data_of(statistics)
     cdef const double* var = mean + 2 * C
-    cdef double unbiased = count / (count - correction)
     if PyArray_TYPE(running_mean) == NPY_FLOAT:
         blend(<float*>data_of(running_mean), mean, C, momentum, 1)
     else:

@@ -28,42 +28,46 @@ cdef inline double rows_of(Rows rows, Py_ssize_t tail, Py_ssize_t k) noexcept no
 
 
 cdef inline void add_columns(const real* shift, const real* total, const real* square,
-                             const double unit,   # that they are measured in
+                             const bint scaled, const double* unit,   # that they are in, or NULL
                              const Py_ssize_t width, Py_ssize_t tail, Rows rows, Rows before,
                              Columns* columns) noexcept nogil:  # IN, OUT
     """Merge the sums of so many rows into columns of so many rows before."""
     # Divided, not multiplied by a reciprocal: then the mean of equal values is that value.
     cdef Rows share, cross
-    cdef double mean, delta
+    cdef double mean, delta, u = 1
     cdef Py_ssize_t k
     if before.rest == 0:
         for k in range(width):
+            u = unit[k] if scaled else 1
             mean = total[k] / rows_of(rows, tail, k)
-            columns.shift[k] = shift[k] * unit
-            columns.mean[k] = mean * unit
-            columns.m2[k] = (square[k] - total[k] * mean) * (unit * unit)
+            columns.shift[k] = shift[k] * u
+            columns.mean[k] = mean * u
+            columns.m2[k] = (square[k] - total[k] * mean) * (u * u)
         return
     share.tail = rows.tail / (before.tail + rows.tail)
     share.rest = rows.rest / (before.rest + rows.rest)
     cross.tail = before.tail * share.tail
     cross.rest = before.rest * share.rest
     for k in range(width):
+        u = unit[k] if scaled else 1
         mean = total[k] / rows_of(rows, tail, k)
-        delta = (shift[k] * unit - columns.shift[k]) + (mean * unit - columns.mean[k])
+        delta = (shift[k] * u - columns.shift[k]) + (mean * u - columns.mean[k])
         columns.mean[k] += delta * rows_of(share, tail, k)
-        columns.m2[k] += (square[k] - total[k] * mean) * (unit * unit) \
+        columns.m2[k] += (square[k] - total[k] * mean) * (u * u) \
             + delta * delta * rows_of(cross, tail, k)
 
 
 cdef inline void sum_row(const real* x, const Py_ssize_t width,
                          const bint centred,   # False: sum x; True: x - shift and its square
-                         const sum_t factor,   # of x
+                         const sum_t* factor,   # of x, or NULL
                          const sum_t* shift,
                          sum_t* total, sum_t* square) noexcept nogil:  # IN, OUT
     cdef sum_t d
     cdef Py_ssize_t k
     for k in range(width):
-        d = x[k] * factor
+        d = x[k]
+        if factor:
+            d = d * factor[k]
         if centred:
             d = d - shift[k]
             square[k] += d * d
@@ -71,13 +75,14 @@ cdef inline void sum_row(const real* x, const Py_ssize_t width,
 
 
 cdef inline void sum_rows(const real* x, Py_ssize_t rows, Py_ssize_t row_stride,
-                          const Py_ssize_t width, const bint centred, const sum_t factor,
+                          const Py_ssize_t width, const bint centred, const sum_t* factor,
                           const sum_t* shift,
                           sum_t* total, sum_t* square) noexcept nogil:  # IN, OUT
     # In arrays of its own, of a literal width, which the compiler keeps in registers: from memory
     # and back to it, each addition to a sum would wait five cycles longer for the one before.
     # They start at zero, because a sum of sums of a few rows is rounded less often than one sum:
     # beside an outlier of 3000 standard deviations, a variance was off by 1e-6 of its value.
+    cdef sum_t[LANES] factors
     cdef sum_t[LANES] shifts
     cdef sum_t[LANES] totals
     cdef sum_t[LANES] squares
@@ -88,8 +93,11 @@ cdef inline void sum_rows(const real* x, Py_ssize_t rows, Py_ssize_t row_stride,
         for k in range(width):
             shifts[k] = shift[k]
             squares[k] = 0
+    if factor:
+        for k in range(width):
+            factors[k] = factor[k]
     for j in range(rows):
-        sum_row(x, width, centred, factor, shifts, totals, squares)
+        sum_row(x, width, centred, factors if factor else NULL, shifts, totals, squares)
         x += row_stride
     for k in range(width):
         total[k] += totals[k]
@@ -98,7 +106,7 @@ cdef inline void sum_rows(const real* x, Py_ssize_t rows, Py_ssize_t row_stride,
             square[k] += squares[k]
 
 
-cdef inline void sum_few(const real* x, Py_ssize_t n, const bint centred, const sum_t factor,
+cdef inline void sum_few(const real* x, Py_ssize_t n, const bint centred, const sum_t* factor,
                          const sum_t* shift,
                          sum_t* total, sum_t* square) noexcept nogil:  # IN, OUT
     """Sum n < 16 columns of a row: what is left over beside whole vectors."""
@@ -107,17 +115,17 @@ cdef inline void sum_few(const real* x, Py_ssize_t n, const bint centred, const 
         sum_row(x, 8, centred, factor, shift, total, square)
         k += 8
     if n & 4:
-        sum_row(x + k, 4, centred, factor, shift + k, total + k, square + k)
+        sum_row(x + k, 4, centred, moved(factor, k), shift + k, total + k, square + k)
         k += 4
     if n & 2:
-        sum_row(x + k, 2, centred, factor, shift + k, total + k, square + k)
+        sum_row(x + k, 2, centred, moved(factor, k), shift + k, total + k, square + k)
         k += 2
     if n & 1:
-        sum_row(x + k, 1, centred, factor, shift + k, total + k, square + k)
+        sum_row(x + k, 1, centred, moved(factor, k), shift + k, total + k, square + k)
 
 
 cdef inline void sum_few_rows(const real* x, Py_ssize_t rows, Py_ssize_t row_stride, Py_ssize_t n,
-                              const bint centred, const real factor, const real* shift,
+                              const bint centred, const real* factor, const real* shift,
                               real* total, real* square) noexcept nogil:  # IN, OUT
     cdef real[16] totals
     cdef real[16] squares
@@ -133,26 +141,27 @@ cdef inline void sum_few_rows(const real* x, Py_ssize_t rows, Py_ssize_t row_str
 
 
 cdef inline void sum_band(const real* x, Py_ssize_t rows, Py_ssize_t row_stride, Py_ssize_t width,
-                          const bint centred, const real factor, const real* shift,
+                          const bint centred, const real* factor, const real* shift,
                           real* total, real* square) noexcept nogil:  # IN, OUT
     """Sum the columns of a few rows, as many columns at a time as registers hold."""
     cdef Py_ssize_t lanes = 4 * VECTOR_BYTES // sizeof(real)
     cdef Py_ssize_t vector = VECTOR_BYTES // sizeof(real)
     cdef Py_ssize_t k = 0
     while width - k >= lanes:
-        sum_rows(x + k, rows, row_stride, lanes, centred, factor, shift + k, total + k, square + k)
+        sum_rows(x + k, rows, row_stride, lanes, centred, moved(factor, k), shift + k, total + k,
+                 square + k)
         k += lanes
     while width - k >= vector:
-        sum_rows(x + k, rows, row_stride, vector, centred, factor, shift + k, total + k,
+        sum_rows(x + k, rows, row_stride, vector, centred, moved(factor, k), shift + k, total + k,
                  square + k)
         k += vector
     if k < width:
-        sum_few_rows(x + k, rows, row_stride, width - k, centred, factor, shift + k, total + k,
-                     square + k)
+        sum_few_rows(x + k, rows, row_stride, width - k, centred, moved(factor, k), shift + k,
+                     total + k, square + k)
 
 
 cdef inline void sum_sheet(const real* x, const Sheet* sheet, Py_ssize_t width, Py_ssize_t tail,
-                           const bint centred, const real factor, const real* shift,
+                           const bint centred, const real* factor, const real* shift,
                            real* total, real* square) noexcept nogil:  # IN, OUT
     """Sum the columns of a sheet."""
     cdef const real* row
@@ -170,92 +179,91 @@ cdef inline void sum_sheet(const real* x, const Sheet* sheet, Py_ssize_t width, 
             sum_band(row, 1, 0, tail, centred, factor, shift, total, square)
 
 
-cdef inline bint add_block(const real* x, const Sheet* block,
-                           const real factor,   # a power of two that x is multiplied by
-                           real smallest,       # smaller sums of squares count as underflow
-                           bint ends,           # whether the block holds the tail of its runs
-                           Rows before,
-                           Columns* columns) noexcept nogil:  # IN, OUT
-    """Merge a block into columns, or return False when its squares left the range of real."""
-    cdef real[WIDTH] shift
-    cdef real[WIDTH] total
-    cdef real[WIDTH] square
-    cdef real reciprocal
-    cdef Rows rows
-    cdef Py_ssize_t width = block.width
+cdef inline int is_outside(real square, real smallest) noexcept nogil:
+    """Whether a sum of squares is beyond the range of float32, or a NaN."""
+    # NaN fails every comparison, so it is found by what does not hold. No "or", which would look
+    # at one column at a time.
+    if sizeof(real) == sizeof(double):
+        return 0
+    return <int>(not square < <real>1e38) | <int>(square < smallest)
+
+
+cdef inline bint sum_block(const real* x, const Sheet* block,
+                           const real* factor,   # of each column, or NULL
+                           real smallest,        # smaller sums of squares count as underflow
+                           bint ends,            # whether the block holds the tail of its runs
+                           real* shift, real* total, real* square) noexcept nogil:  # OUT
+    """The sums of a block around its column means; return whether all are in range."""
     cdef Py_ssize_t tail = block.tail if ends else 0
+    cdef real reciprocal
     cdef int outside = 0
     cdef Py_ssize_t k
 
-    rows.rest = block.runs * block.rows
-    rows.tail = rows.rest + block.runs if ends else rows.rest
-    for k in range(width):
+    for k in range(block.width):
         total[k] = 0
         square[k] = 0
-    sum_sheet(x, block, width, tail, False, factor, shift, total, square)
-    reciprocal = 1 / <real>rows.rest
-    for k in range(width):
+    sum_sheet(x, block, block.width, tail, False, factor, shift, total, square)
+    reciprocal = 1 / <real>(block.runs * block.rows)
+    for k in range(block.width):
         shift[k] = total[k] * reciprocal
-    reciprocal = 1 / <real>rows.tail
+    reciprocal = 1 / <real>(block.runs * (block.rows + 1))
     for k in range(tail):
         shift[k] = total[k] * reciprocal
-    for k in range(width):
+    for k in range(block.width):
         total[k] = 0
-    sum_sheet(x, block, width, tail, True, factor, shift, total, square)
-
-    if sizeof(real) < sizeof(double) and smallest >= 0:
-        for k in range(width):
-            # NaN fails every comparison, so it is found by what does not hold.
-            outside |= not square[k] < <real>1e38
-            outside |= square[k] < smallest
-        if outside:
-            return False
-    # Within a run too, the columns of its tail have had more rows before, in earlier runs.
-    add_columns(shift, total, square, 1 / <double>factor, width, block.tail, rows, before, columns)
-    return True
+    sum_sheet(x, block, block.width, tail, True, factor, shift, total, square)
+    for k in range(block.width):
+        outside |= is_outside(square[k], smallest)
+    return not outside
 
 
-cdef real largest_of(const real* x, const Sheet* block, bint ends) noexcept nogil:
-    """The largest magnitude of a block."""
-    cdef real largest = 0
+cdef void scale_columns(const real* x, const Sheet* block, real smallest, bint ends,
+                        const real* square,
+                        real* factor, double* unit) noexcept nogil:  # OUT
+    """Powers of two that bring the columns whose squares are out of range into it."""
+    cdef real[WIDTH] largest
+    cdef const real* row
+    cdef int exponent
     cdef Py_ssize_t i, j, k
+    for k in range(block.width):
+        largest[k] = 0
     for i in range(block.runs):
+        row = x + block.offset + i * block.run_stride
         for j in range(block.rows + (1 if ends and block.tail else 0)):
             for k in range(block.width if j < block.rows else block.tail):
-                largest = max(largest, fabs(x[block.offset + i * block.run_stride
-                                              + j * block.row_stride + k]))
-    return largest
-
-
-cdef void add_scaled_block(const real* x, const Sheet* block, bint ends, Rows before,
-                           Columns* columns) noexcept nogil:  # IN, OUT
-    """Merge a block whose squares leave the range of real, in a unit near its largest value."""
-    # A power of two changes no digit: the result is what a real of unlimited range would give.
-    cdef int exponent
-    frexp(largest_of(x, block, ends), &exponent)
-    add_block(x, block, <real>ldexp(1, -min(max(exponent, -100), 100)), -1, ends, before, columns)
-
-
-cdef void add_block_in_range(const real* x, const Sheet* block, real smallest, bint ends,
-                             Rows before, Columns* columns) noexcept nogil:  # IN, OUT
-    cdef Columns one = columns[0]
-    cdef Sheet column = block[0]
-    cdef Py_ssize_t k
-    if add_block(x, block, 1, smallest, ends, before, columns):
-        return
-    if block.channels == 1:
-        add_scaled_block(x, block, ends, before, columns)
-        return
-    # One by one, so that the other channels keep the very bits they would have had.
-    column.width = 1
+                largest[k] = max(largest[k], <real>fabs(row[k]))
+            row += block.row_stride
     for k in range(block.width):
-        column.tail = 1 if k < block.tail else 0
-        if not add_block(x, &column, 1, smallest, ends, before, &one):
-            add_scaled_block(x, &column, ends, before, &one)
-        column.offset += 1
-        one.shift += 1
-        one.mean += 1
-        one.m2 += 1
+        # The others keep the very bits they would have had.
+        exponent = 0
+        if is_outside(square[k], smallest) and largest[k] < INFINITY:
+            frexp(largest[k], &exponent)
+            exponent = min(max(exponent, -100), 100)
+        factor[k] = <real>ldexp(1, -exponent)
+        unit[k] = ldexp(1, exponent)
+
+
+cdef void add_block(const real* x, const Sheet* block, real smallest, bint ends, Rows before,
+                    Columns* columns) noexcept nogil:  # IN, OUT
+    """Merge a block into columns."""
+    cdef real[WIDTH] shift
+    cdef real[WIDTH] total
+    cdef real[WIDTH] square
+    cdef real[WIDTH] factor
+    cdef double[WIDTH] unit
+    cdef Rows rows
+    rows.rest = block.runs * block.rows
+    rows.tail = rows.rest + block.runs if ends else rows.rest
+    # Within a run too, the columns of its tail have had more rows before, in earlier runs.
+    if sum_block(x, block, NULL, smallest, ends, shift, total, square):
+        add_columns(shift, total, square, False, NULL, block.width, block.tail, rows, before,
+                    columns)
+        return
+    # In a unit near the largest value of the column, the digits are those that float32 without
+    # limits would give: so they do not depend on the unit of x.
+    scale_columns(x, block, smallest, ends, square, factor, unit)
+    sum_block(x, block, factor, smallest, ends, shift, total, square)
+    add_columns(shift, total, square, True, unit, block.width, block.tail, rows, before, columns)
 
 
 cdef void column_moments(const real* x, const Sheet* sheet, real smallest,
@@ -267,7 +275,7 @@ cdef void column_moments(const real* x, const Sheet* sheet, real smallest,
 
     before.tail = before.rest = 0
     if sheet.runs * sheet.rows <= TALLEST:
-        add_block_in_range(x, &block, smallest, True, before, columns)
+        add_block(x, &block, smallest, True, before, columns)
     elif sheet.rows <= TALLEST:
         # Several runs in a block.
         height = TALLEST // sheet.rows
@@ -277,7 +285,7 @@ cdef void column_moments(const real* x, const Sheet* sheet, real smallest,
             block.runs = min(height, sheet.runs - i)
             before.rest = i * sheet.rows
             before.tail = before.rest + i
-            add_block_in_range(x, &block, smallest, True, before, columns)
+            add_block(x, &block, smallest, True, before, columns)
     else:
         # Several blocks in a run.
         height = ceil_div(sheet.rows, ceil_div(sheet.rows, TALLEST))
@@ -289,7 +297,7 @@ cdef void column_moments(const real* x, const Sheet* sheet, real smallest,
                 block.rows = min(height, sheet.rows - b * height)
                 before.rest = i * sheet.rows + b * height
                 before.tail = before.rest + i
-                add_block_in_range(x, &block, smallest, b == parts - 1, before, columns)
+                add_block(x, &block, smallest, b == parts - 1, before, columns)
 
 
 cdef inline void merge_repeats(const Sheet* sheet, Columns* columns) noexcept nogil:  # IN, OUT
@@ -346,8 +354,8 @@ cdef inline void sum_runs(const real* x, const Sheet* sheet, const bint centred,
         square[k] = 0
     for i in range(sheet.runs):
         run = x + sheet.offset + i * sheet.run_stride
-        sum_rows(run, sheet.rows, FEW_LANES, FEW_LANES, centred, 1, shift, total, square)
-        sum_few(run + sheet.rows * FEW_LANES, sheet.tail, centred, 1, shift, total, square)
+        sum_rows(run, sheet.rows, FEW_LANES, FEW_LANES, centred, NULL, shift, total, square)
+        sum_few(run + sheet.rows * FEW_LANES, sheet.tail, centred, NULL, shift, total, square)
 
 
 cdef inline void moments_of_few(const real* x, Sheet sheet, Py_ssize_t S,

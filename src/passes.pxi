@@ -175,7 +175,8 @@ cdef void run(const real* x, const real* grad_output, real* out, const Pass* p,
     cdef Py_ssize_t strip, tile, chunk
     # A thread computes in the modes of the caller: another library may have switched subnormal
     # numbers off, in the calling thread or in those of the pool. It gets its own back.
-    cdef floating_point_modes modes = current_modes(), own = modes
+    cdef floating_point_modes modes = current_modes()
+    cdef floating_point_modes own = modes   # set, because private variables begin as copies
 
     if num_threads > tiles:
         num_threads = <int>tiles
@@ -199,8 +200,10 @@ cdef void run(const real* x, const real* grad_output, real* out, const Pass* p,
             own = change_modes(modes)
             for tile in prange(tiles, schedule="dynamic"):
                 reduce_tile(x, grad_output, p, tile % strips, tile // strips)
+            wait_for_team()   # Cython's loops in a parallel block do not
             for strip in prange(strips):
                 finish_strip(x, p, strip)
+            wait_for_team()
             for tile in prange(tiles, schedule="dynamic"):
                 write_tile(x, grad_output, out, p, tile % strips, (tiles - 1 - tile) // strips)
             change_modes(own)

@@ -20,9 +20,16 @@ static inline const char *openmp_library(void) {
     return "unknown";
 }
 
+/* Until all threads of the team are here. */
+static inline void wait_for_team(void) {
+#pragma omp barrier
+}
+
 #else
 
+static inline void wait_for_team(void) {}
 static inline int omp_get_max_threads(void) { return 1; }
+static inline int omp_get_thread_limit(void) { return 1; }
 static inline int openmp_version(void) { return 0; }
 static inline const char *openmp_library(void) { return ""; }
 

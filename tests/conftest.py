@@ -2,6 +2,9 @@
 
 import importlib
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +34,17 @@ def assert_close():
         np.testing.assert_allclose(actual, expected, err_msg=quantity, **tolerance)
 
     return assert_close
+
+
+@pytest.fixture(scope="session")
+def other_library(tmp_path_factory):
+    """The path of other_library.c, compiled."""
+    if shutil.which("cc") is None:
+        pytest.skip("compiles a library in C")
+    target = tmp_path_factory.mktemp("other") / "library"
+    source = Path(__file__).with_name("other_library.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-fopenmp", source, "-o", target], check=True)
+    return str(target)
 
 
 @pytest.fixture(scope="session")

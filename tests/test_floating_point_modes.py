@@ -2,7 +2,6 @@
 
 import ctypes
 import platform
-import shutil
 import subprocess
 import sys
 
@@ -24,20 +23,12 @@ TEAM = 3
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="sets MXCSR"),
-    pytest.mark.skipif(shutil.which("cc") is None, reason="compiles a library that sets it"),
 ]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory, request):
-    source, target = request.path.with_name("modes.c"), tmp_path_factory.mktemp("modes") / "modes"
-    subprocess.run(["cc", "-shared", "-fPIC", "-fopenmp", source, "-o", target], check=True)
-    return target
-
-
 @pytest.fixture
-def other(library):
-    other = ctypes.CDLL(str(library))
+def other(other_library):
+    other = ctypes.CDLL(other_library)
     yield other
     other.set_modes(NEAREST)
     other.set_modes_of_team(TEAM, NEAREST)
@@ -93,10 +84,10 @@ def test_the_modes_of_the_pool_do_not_matter_and_are_given_back(other, shape, mo
 
 
 @pytest.mark.parametrize("modes", [NEAREST, MODES["subnormals_off"] | 0x4000])
-def test_import_and_calls_leave_the_modes_of_the_caller(library, modes):
+def test_import_and_calls_leave_the_modes_of_the_caller(other_library, modes):
     code = f"""
 import ctypes, numpy
-other = ctypes.CDLL({str(library)!r})
+other = ctypes.CDLL({other_library!r})
 other.set_modes({modes})
 import cbn
 assert other.get_modes() & {CONTROL} == {modes}, "import"

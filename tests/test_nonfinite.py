@@ -91,7 +91,7 @@ def test_raise_refuses_and_changes_nothing(x, channel_axis, poison, way, tracks)
     before = bn.state_dict()
     given, out = arguments(poisoned(x, channel_axis, poison), way)
     given_before, out_before = given.tobytes(), None if out is None else out.tobytes()
-    with pytest.raises(FloatingPointError, match=r"NaN or infinity in 2 of them \(1, 3\)"):
+    with pytest.raises(FloatingPointError, match=r" in 2 of them \(1, 3\); nothing"):
         bn(given, out)
     assert same(bn.state_dict(), before)
     assert given.tobytes() == given_before
@@ -124,8 +124,42 @@ def test_a_variance_beyond_the_dtype_of_the_statistics_counts(nonfinite):
         np.testing.assert_allclose(bn(x)[:, 0], [1, -1], rtol=1e-6)
         assert bn.running_var[0] == 1
         assert bn.running_var[1] != 1
-    # Nothing is kept, nothing is beyond it.
+    # Where nothing is kept, nothing is beyond it.
     cbn.BatchNorm1d(2, nonfinite=nonfinite, track_running_stats=False)(x)
+
+
+@pytest.mark.parametrize(
+    ("x", "dtype", "options"),
+    [
+        # The unbiased variance, twice the variance of two values, is beyond float32.
+        (np.array([[2e19], [-2e19]]) * 0.7, "float32", {}),
+        (np.array([[1e19], [-1e19]]), "float32", {"correction": 1.9}),
+        # The mean is, and the variance is zero.
+        (np.full((4, 1), 1e300), "float64", {}),
+    ],
+    ids=["unbiased", "correction", "mean"],
+)
+def test_what_counts_is_what_would_be_kept(x, dtype, options):
+    bn = cbn.BatchNorm1d(1, dtype=dtype, nonfinite="skip", **options)
+    bn.running_mean, bn.running_var = np.zeros(1, np.float32), np.ones(1, np.float32)
+    bn(x.astype(dtype))
+    assert (bn.running_mean, bn.running_var, bn.num_batches_tracked) == (0, 1, 1)
+    bn.nonfinite = "raise"
+    with pytest.raises(FloatingPointError):
+        bn(x.astype(dtype))
+
+
+@WAYS
+@pytest.mark.parametrize("scale", [1e-20, 1e-40, 0.0])
+def test_tiny_batches_give_the_same_bits(x, channel_axis, way, scale):
+    x = x * np.float32(scale)
+    layers = [make(x, channel_axis, nonfinite=policy) for policy in ("propagate", "skip", "raise")]
+    for layer in layers:
+        layer.running_mean, layer.running_var = np.zeros(5), np.zeros(5)  # float64 shows more
+    y = [layer(*arguments(x, way)).tobytes() for layer in layers]
+    assert y[0] == y[1] == y[2]
+    for layer in layers[1:]:
+        assert same(layer.state_dict(), layers[0].state_dict())
 
 
 def test_the_policy_is_for_training(x, channel_axis):
@@ -150,7 +184,7 @@ def test_it_can_be_changed_and_a_wrong_one_is_refused_by_name(x, channel_axis):
 def test_many_channels_are_not_all_listed():
     x = np.full((4, 100), np.nan, np.float32)
     with pytest.raises(
-        FloatingPointError, match=r"in 100 of them \(0, 1, 2, 3, 4, 5, 6, 7, \.\.\.\)"
+        FloatingPointError, match=r" in 100 of them \(0, 1, 2, 3, 4, 5, 6, 7, \.\.\.\)"
     ):
         cbn.BatchNorm1d(100, nonfinite="raise")(x)
 

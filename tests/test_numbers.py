@@ -7,8 +7,8 @@ from hard import MIXED, OUTLIERS, RATIOS, SCALES, Hard, draw, errors, exact
 import cbn
 from cbn import functional, reference
 
-# Relative errors, as measured by hard.errors. Some rounding to float32 is in the output itself, and
-# every operation of the formula adds some: 1e-6 is eight times the largest error of one rounding.
+# Relative errors, as measured by hard.errors. One rounding to float32 is 6e-8 at most, to float64
+# 1.1e-16, and the formulas make several.
 LARGEST_ERROR = {"float32": 1e-6, "float64": 1e-14}
 LONG_DOUBLE = np.finfo(np.longdouble).nmant > np.finfo(np.float64).nmant
 DTYPE = pytest.mark.parametrize(
@@ -58,16 +58,6 @@ def test_training_is_as_exact_as_promised(ratio, scale, shape, channel_axis, dty
                 assert error <= LARGEST_ERROR[dtype], kind
 
 
-@pytest.mark.parametrize(("shape", "channel_axis"), SHAPES)
-def test_constant_channels_give_exactly_the_bias(shape, channel_axis):
-    x, grad_output = draw(Hard(1e4, 0, True, MIXED), shape, channel_axis, np.float32)
-    by_channel = np.moveaxis(x, channel_axis, -1)
-    by_channel[...] = by_channel[(0,) * (x.ndim - 1)].copy()
-    layer, y, grad_input = train(x, grad_output, channel_axis)
-    assert (np.moveaxis(y, channel_axis, -1) == layer.bias).all()
-    assert np.isfinite(grad_input).all()
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("shape", "channel_axis"), SHAPES)
 @pytest.mark.parametrize("value", [0.1, -1e4 / 3, 1e-40, 7e30])
@@ -80,20 +70,36 @@ def test_the_variance_of_equal_values_is_zero(value, shape, channel_axis, dtype)
     assert 0 <= var[0] <= largest**2 / count * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("eps", [1e-5, 1e-30, 0.0])
 @pytest.mark.parametrize(("shape", "channel_axis"), SHAPES)
-def test_subnormal_inputs(assert_close, shape, channel_axis, eps):
+def test_subnormal_inputs(shape, channel_axis):
     rng = np.random.default_rng(2)
     x = (rng.standard_normal(shape) * 1e-39).astype(np.float32)
     mean, var, _ = functional.batch_norm_stats(x, channel_axis=channel_axis)
     right = reference.batch_norm_stats(x, channel_axis=channel_axis)
     np.testing.assert_allclose(mean, right[0], rtol=1e-6, atol=1e-46)
     np.testing.assert_allclose(var, right[1], rtol=1e-6)
-    # In eval mode the statistics are given; 1 / sqrt(1e-76) is within the range of float32.
-    y = functional.batch_norm(x, np.zeros_like(mean), var * 100, eps=eps, channel_axis=channel_axis)
-    expected = reference.batch_norm(x, np.zeros_like(mean), var * 100, eps=eps,
-                                    channel_axis=channel_axis)[0]  # fmt: skip
-    assert_close("y", y, expected, np.float32)
+    # By statistics whose scale, 1e38, float32 can hold.
+    statistics = (np.zeros_like(mean), np.full_like(mean, 1e-76))
+    y = functional.batch_norm(x, *statistics, eps=0.0, channel_axis=channel_axis)
+    expected, _, _ = reference.batch_norm(x, *statistics, eps=0.0, channel_axis=channel_axis)
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+    assert np.abs(y).max() > 0.1
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+@pytest.mark.parametrize("shape", [(1, 5, 700), (3, 5, 700), (1, 5, 150), (9, 5, 70), (200, 5, 3)])
+def test_one_huge_value_anywhere_in_a_channel(shape, where):
+    """Its square is beyond float32; the others, and the other channels, are as they would be."""
+    x = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+    x[:, 1] *= np.float32(1e-12)
+    before = functional.batch_norm_stats(x)
+    x[(0, 2, 0) if where == "first" else (-1, 2, -1)] = 1e25
+    found = functional.batch_norm_stats(x)
+    expected = reference.batch_norm_stats(x)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-6)
+    for others, unchanged in zip(found[:2], before[:2], strict=True):
+        assert np.delete(others, 2).tobytes() == np.delete(unchanged, 2).tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -1,0 +1,86 @@
+"""``python -m cbn``: what runs here, what is wrong with it, and a self-test.
+
+Names of packages given as arguments are imported first, for trouble that only they bring: a second
+OpenMP runtime, or subnormal numbers switched off. The exit status is 1 where there is trouble.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+from cbn import _cpus, _dispatch, _self_test, _threads, show_config
+
+
+def main() -> None:
+    """Print, and exit."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cbn",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("packages", nargs="*", help="to import first, such as torch")
+    parser.add_argument("--no-self-test", action="store_true", help="look only")
+    arguments = parser.parse_args()
+    for package in arguments.packages:
+        import_module(package)
+
+    show_config()
+    found = list(troubles())
+    if not arguments.no_self_test:
+        print("self-test")
+        for isa, faults in _self_test.self_test():
+            print(f"  {isa:<16}{'wrong' if faults else 'right'}")
+            found += [f"{isa} computes wrong results: {fault}" for fault in faults]
+    print("trouble")
+    for trouble in found or ["none found"]:
+        print(f"  {trouble}")
+    raise SystemExit(bool(found))
+
+
+def troubles() -> Iterator[str]:
+    """What is likely to make cbn slow or wrong in this process, and the remedy."""
+    threads, because = _threads.process_wide()
+    quota = _cpus.quota()
+    if quota is not None and threads > math.ceil(quota):
+        yield (
+            f"{threads} threads ({because}) share a quota of {quota:g} CPUs and will be paused "
+            f"together: set CBN_NUM_THREADS={math.ceil(quota)}"
+        )
+    if threads > _cpus.affinity():
+        yield (
+            f"{threads} threads ({because}) on {_cpus.affinity()} CPUs wait for each other: "
+            f"set CBN_NUM_THREADS={_cpus.affinity()}"
+        )
+    runtimes = openmp_runtimes()
+    if len(runtimes) > 1:
+        yield (
+            f"{len(runtimes)} OpenMP runtimes in one process, whose threads compete: "
+            f"{', '.join(runtimes)}; give each fewer threads"
+        )
+    if np.float32(1e-39) * np.ones(1, np.float32) == 0:
+        yield (
+            "subnormal numbers are switched off in this thread, by a package built with "
+            "-ffast-math or by torch.set_flush_denormal: results near 1e-38 differ from elsewhere"
+        )
+    if _dispatch.kernels.openmp() is None:
+        yield "built without OpenMP, one thread only: build again with a compiler that has it"
+    if missing := [isa for isa in _dispatch.supported_by_cpu() if isa not in _dispatch.built()]:
+        yield f"not built for {missing[0]}, which this CPU has: build again from source"
+
+
+def openmp_runtimes() -> list[str]:
+    """The files of OpenMP runtimes in this process."""
+    maps = Path("/proc/self/maps")
+    words = (line.split()[-1] for line in maps.read_text().splitlines()) if maps.exists() else ()
+    return sorted({path for path in words if re.search(r"/lib(gomp|omp|iomp5)[-.\d]", path)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""How many threads by default: CPUs, quotas and the environment."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cbn import _cpus
+
+V2 = "31 23 0:28 / {mount} rw,relatime shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
+V1 = "32 31 0:29 {root} {mount} rw,relatime - cgroup cgroup rw,cpu,cpuacct\n"
+OTHER = "22 1 0:20 / /proc rw,relatime - proc proc rw\n33 1 0:3 / / rw - ext4 /dev/vda rw\n"
+
+
+@pytest.fixture
+def host(tmp_path):
+    """A function that makes what a process sees of its control group, and returns its /proc."""
+
+    def host(cgroup, mountinfo, **files):
+        mount, proc = tmp_path / "mount", tmp_path / "proc"
+        proc.mkdir()
+        (proc / "cgroup").write_text(cgroup)
+        (proc / "mountinfo").write_text(OTHER + mountinfo.format(mount=mount, root="/docker/a"))
+        for name, text in files.items():
+            file = mount / name.replace("__", "/").replace("_DOT_", ".")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        return proc
+
+    return host
+
+
+@pytest.mark.parametrize(
+    ("text", "quota"),
+    [
+        ("150000 100000\n", 1.5),
+        ("max 100000\n", None),
+        ("50000 100000\n", 0.5),
+        ("nonsense\n", None),
+        ("", None),
+        ("1 0\n", None),
+    ],
+)
+def test_version_2(host, text, quota):
+    assert _cpus.quota(host("0::/\n", V2, cpu_DOT_max=text)) == quota
+
+
+def test_the_least_of_a_group_and_those_it_is_in(host):
+    proc = host(
+        "0::/a/b\n", V2, a__b__cpu_DOT_max="400000 100000", a__cpu_DOT_max="250000 100000",
+        cpu_DOT_max="max 100000",
+    )  # fmt: skip
+    assert _cpus.quota(proc) == 2.5
+
+
+@pytest.mark.parametrize("group", ["/docker/a", "/docker/a/b", "/elsewhere"])
+def test_version_1_in_a_container(host, group):
+    files = {"cpu.cfs_quota_us": "300000\n", "cpu.cfs_period_us": "200000\n"}
+    files = {name.replace(".", "_DOT_"): text for name, text in files.items()}
+    assert _cpus.quota(host(f"5:memory:/x\n4:cpu,cpuacct:{group}\n0::/\n", V1, **files)) == 1.5
+
+
+def test_version_1_without_a_limit(host):
+    files = {"cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"}
+    files = {name.replace(".", "_DOT_"): text for name, text in files.items()}
+    assert _cpus.quota(host("4:cpu,cpuacct:/docker/a\n", V1, **files)) is None
+
+
+def test_no_control_groups(tmp_path):
+    assert _cpus.quota(tmp_path) is None
+
+
+def test_a_quota_is_rounded_up(monkeypatch):
+    monkeypatch.setattr(_cpus, "affinity", lambda: 8)
+    monkeypatch.setattr(_cpus, "quota", lambda: 1.5)
+    assert _cpus.available() == (2, "quota of 1.5 CPUs")
+    monkeypatch.setattr(_cpus, "quota", lambda: 7.5)
+    assert _cpus.available() == (8, "CPU affinity")
+
+
+def threads_of(variables, cpus=None):
+    """The number of threads, and why, in a process with these variables on so many CPUs."""
+    code = "import cbn; c = cbn.show_config('dicts')['threads']; print(c['number'], c['because'])"
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("OMP_NUM_THREADS", "CBN_NUM_THREADS")
+    }
+    if cpus is not None:
+        some = set(sorted(os.sched_getaffinity(0))[:cpus])
+        code = f"import os; os.sched_setaffinity(0, {some}); {code}"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment | variables, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    return run.stdout.strip() or run.stderr
+
+
+def test_the_environment():
+    assert threads_of({"OMP_NUM_THREADS": "5"}) == "5 OMP_NUM_THREADS=5"
+    assert threads_of({"OMP_NUM_THREADS": "5,2"}) == "5 OMP_NUM_THREADS=5,2"
+    assert threads_of({"OMP_NUM_THREADS": "5", "CBN_NUM_THREADS": "6"}) == "6 CBN_NUM_THREADS=6"
+    assert threads_of({"OMP_NUM_THREADS": "many"}) == threads_of({})
+    assert threads_of({"OMP_THREAD_LIMIT": "1"}, 2).startswith("1 ")
+    assert "CBN_NUM_THREADS: expected" in threads_of({"CBN_NUM_THREADS": "many"})
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity here")
+def test_the_affinity():
+    assert threads_of({}, cpus=1) == "1 CPU affinity"

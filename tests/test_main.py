@@ -1,0 +1,80 @@
+"""python -m cbn."""
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+
+import cbn
+from cbn import _cpus, _dispatch, _self_test, functional
+from cbn.__main__ import openmp_runtimes, troubles
+
+
+def test_it_prints_and_finds_nothing_wrong():
+    environment = {
+        name: value for name, value in os.environ.items() if not name.endswith("NUM_THREADS")
+    }
+    run = subprocess.run(
+        [sys.executable, "-m", "cbn"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    for isa in _dispatch.supported():
+        assert f"  {isa:<16}right\n" in run.stdout
+    assert run.stdout.endswith("trouble\n  none found\n")
+
+
+def test_trouble_is_an_exit_status():
+    environment = {**os.environ, "CBN_NUM_THREADS": "4000"}
+    command = [sys.executable, "-m", "cbn", "--no-self-test", "json"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "  4000 threads (CBN_NUM_THREADS=4000) on " in run.stdout
+
+
+def test_the_self_test_finds_wrong_results(monkeypatch):
+    right = functional.batch_norm_backward
+
+    def wrong(*args, **kwargs):
+        grad_input, grad_weight, grad_bias = right(*args, **kwargs)
+        return grad_input, grad_weight * 1.0001, grad_bias
+
+    monkeypatch.setattr(functional, "batch_norm_backward", wrong)
+    kernels = functional.kernels
+    for _, faults in _self_test.self_test():
+        assert len(faults) == len(_self_test.SHAPES) * 16
+        assert faults[0].startswith("grad_weight of (9, 5, 1), axis=1, float32, threads=1")
+    assert functional.kernels is kernels
+
+
+def test_a_quota_below_the_threads(monkeypatch):
+    monkeypatch.setattr(_cpus, "quota", lambda: 0.5)
+    old = cbn.set_num_threads(2)
+    assert any("share a quota of 0.5 CPUs" in trouble for trouble in troubles())
+    cbn.set_num_threads(1)
+    assert not any("quota" in trouble for trouble in troubles())
+    cbn.set_num_threads(old)
+
+
+def test_subnormals_switched_off(other_library):
+    other = ctypes.CDLL(other_library)
+    if not hasattr(other, "set_modes"):
+        pytest.skip("sets MXCSR")
+    assert not any("subnormal" in trouble for trouble in troubles())
+    usual = other.get_modes()
+    other.set_modes(usual | 0x8040)
+    found = list(troubles())
+    other.set_modes(usual)
+    assert any("subnormal numbers are switched off" in trouble for trouble in found)
+
+
+def test_several_openmp_runtimes(monkeypatch):
+    monkeypatch.setattr("cbn.__main__.openmp_runtimes", lambda: ["/a/libgomp.so.1", "/b/libomp.so"])
+    assert any(trouble.startswith("2 OpenMP runtimes in one") for trouble in troubles())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_runtime_of_this_process_is_found():
+    path = cbn.show_config("dicts")["threads"]["openmp"].rpartition(" ")[0]
+    assert os.path.realpath(path) in map(os.path.realpath, openmp_runtimes())
