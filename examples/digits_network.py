@@ -69,8 +69,9 @@ class Conv2d(Layer):
 
     def __call__(self, x: Array) -> Array:
         """Convolve (N, C, H, W) to (N, out_channels, H, W)."""
-        self.columns = unfold(x)
-        y = convolve(self.weight, self.columns, x.shape)
+        # Kept for backward, but not read back here: another thread may be in this layer as well.
+        self.columns = columns = unfold(x)
+        y = convolve(self.weight, columns, x.shape)
         return y if self.bias is None else y + self.bias[:, np.newaxis, np.newaxis]
 
     def backward(self, grad_output: Array) -> Array:
