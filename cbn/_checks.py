@@ -514,6 +514,8 @@ def savable(
         seen = "none" if name not in state else f"{state[name].dtype} of shape {state[name].shape}"
         if wanted != seen:
             raise ValueError(f"{name}: expected {wanted} to save, got {seen}")
+    if "num_batches_tracked" in state:
+        batch_count(state["num_batches_tracked"])
 
 
 class StateFileError(ValueError):

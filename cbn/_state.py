@@ -1,7 +1,7 @@
 """State files: one .npz archive of plain arrays, one of which holds the configuration as JSON.
 
 Reading trusts nothing. Names, dtypes and shapes are checked from the headers, and every size
-against the size of the file, before any data is read: memory stays within the size of the file.
+against the size of the file, before any data is read: memory stays within a few times that size.
 Writing is whole or not at all, also when the power fails: a temporary file in the same folder is
 written, flushed to the disk and renamed.
 """
@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import IO, Any
+from typing import Any
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
@@ -25,6 +25,8 @@ from cbn._checks import Array, Shape
 Path = str | os.PathLike[str]
 Config = dict[str, Any]
 Expected = Mapping[str, tuple[np.dtype[Any], Shape]]
+# The dtype and the shape of a member, and where its data starts.
+Header = tuple[np.dtype[Any], Shape, int]
 
 CONFIG = "config"
 LONGEST_CONFIG = 16_384  # characters; a layer needs about 300
@@ -37,6 +39,9 @@ def save(path: Path, config: Config, arrays: Mapping[str, Array]) -> None:
     temporary = os.path.join(folder, f".{os.urandom(8).hex()}.tmp")
     try:
         with open(temporary, "xb") as file:
+            # Before the content, which whoever may not read the old file must never see.
+            with suppress(FileNotFoundError):
+                shutil.copymode(target, temporary)
             with ZipFile(file, "w", ZIP_STORED) as archive:
                 for name, array in {CONFIG: np.array(json.dumps(config)), **arrays}.items():
                     # ZipInfo's fixed date: equal states make equal files.
@@ -44,8 +49,6 @@ def save(path: Path, config: Config, arrays: Mapping[str, Array]) -> None:
                         np.lib.format.write_array(member, array, (1, 0), allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())
-        with suppress(FileNotFoundError):
-            shutil.copymode(target, temporary)
         os.replace(temporary, target)
     except BaseException:
         with suppress(FileNotFoundError):
@@ -86,10 +89,10 @@ def load(path: Path, expected: Callable[[Config], Expected]) -> tuple[Config, di
         if CONFIG not in members:
             raise ValueError(f"expected a member {CONFIG}.npy, got {sorted(members)[:8]}")
         headers = {name: _header(archive, info, size) for name, info in members.items()}
-        dtype, shape = headers[CONFIG]
+        dtype, shape, _ = headers[CONFIG]
         if dtype.kind != "U" or shape != () or dtype.itemsize > 4 * LONGEST_CONFIG:
             raise ValueError(f"{CONFIG}: expected a short string, got {dtype} of shape {shape}")
-        config = json.loads(str(_array(archive, members[CONFIG], dtype, shape)))
+        config = json.loads(str(_array(archive, members[CONFIG], *headers[CONFIG])))
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG}: expected a JSON object, got {type(config).__name__}")
 
@@ -99,7 +102,7 @@ def load(path: Path, expected: Callable[[Config], Expected]) -> tuple[Config, di
                 f"expected the arrays {sorted(wanted)}, got {sorted(members.keys() - {CONFIG})[:8]}"
             )
         for name, (dtype, shape) in wanted.items():
-            seen_dtype, seen_shape = headers[name]
+            seen_dtype, seen_shape, _ = headers[name]
             if seen_shape != shape or seen_dtype.newbyteorder("=") != dtype:
                 raise ValueError(
                     f"{name}: expected {dtype} of shape {shape}, "
@@ -124,8 +127,8 @@ def damage_named(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _header(archive: ZipFile, info: ZipInfo, size: int) -> tuple[np.dtype[Any], Shape]:
-    """The dtype and shape that a member promises, if it has the bytes to keep the promise."""
+def _header(archive: ZipFile, info: ZipInfo, size: int) -> Header:
+    """What a member promises, if it has the bytes to keep the promise."""
     name = info.filename
     if not name.endswith(".npy"):
         raise ValueError(f"expected members named *.npy, got {name!r}")
@@ -136,26 +139,21 @@ def _header(archive: ZipFile, info: ZipInfo, size: int) -> tuple[np.dtype[Any], 
             f"{name}: expected at most {size} bytes, the size of the file, got {info.file_size}"
         )
     with archive.open(info) as member:
-        dtype, shape = _read_header(member)
-        length = info.file_size - member.tell()
-    needed = dtype.itemsize * int(np.prod(shape, dtype=object))
-    if needed != length:
-        raise ValueError(f"{name}: expected {needed} bytes of {dtype} {shape}, got {length}")
-    return dtype, shape
-
-
-def _read_header(member: IO[bytes]) -> tuple[np.dtype[Any], Shape]:
-    version = np.lib.format.read_magic(member)
-    if version != (1, 0):
-        raise ValueError(f"expected version 1.0 of the .npy format, got {version}")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        version = np.lib.format.read_magic(member)
+        if version != (1, 0):
+            raise ValueError(f"expected version 1.0 of the .npy format, got {version}")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        start = member.tell()
     if dtype.hasobject:
         raise ValueError("expected plain numbers, got pickled objects")
-    return dtype, shape
+    needed, length = dtype.itemsize * int(np.prod(shape, dtype=object)), info.file_size - start
+    if needed != length:
+        raise ValueError(f"{name}: expected {needed} bytes of {dtype} {shape}, got {length}")
+    return dtype, shape, start
 
 
-def _array(archive: ZipFile, info: ZipInfo, dtype: np.dtype[Any], shape: Shape) -> Array:
-    with archive.open(info) as member:
-        _read_header(member)
-        # To the end, where the archive compares its checksum.
-        return np.frombuffer(member.read(), dtype).reshape(shape)
+def _array(
+    archive: ZipFile, info: ZipInfo, dtype: np.dtype[Any], shape: Shape, start: int
+) -> Array:
+    # All of it, because the archive compares its checksum at the end.
+    return np.frombuffer(archive.read(info), dtype, offset=start).reshape(shape)

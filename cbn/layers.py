@@ -435,7 +435,8 @@ class _BatchNorm:
 
         config, state = _state.load(path, cls._expected_state)
         layer = cls._from_config(config, config["num_features"])
-        layer.load_state_dict(state)
+        with _state.damage_named(path):  # a counter below 0
+            layer.load_state_dict(state)
         return layer
 
     def _config(self) -> _state.Config:

@@ -248,6 +248,22 @@ def test_mode_of_a_file_is_kept(mode, path):
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
+def test_the_mode_of_a_file_is_there_before_its_content(path, monkeypatch):
+    """Who may not read the old file must not read the new one on its way either."""
+    path.write_text("old")
+    path.chmod(0o640)
+    modes, write_array = set(), np.lib.format.write_array
+
+    def write(*arguments, **keywords):
+        [temporary] = path.parent.glob(".*.tmp")
+        modes.add(stat.S_IMODE(temporary.stat().st_mode))
+        write_array(*arguments, **keywords)
+
+    monkeypatch.setattr(np.lib.format, "write_array", write)
+    trained().save(path)
+    assert modes == {0o640}
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("old", [b"what was there", None], ids=["over-a-file", "anew"])
@@ -370,9 +386,9 @@ def header_of(shape, descr="'<f4'"):
     return f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}"
 
 
-def rewrite(path, change, compression=zipfile.ZIP_STORED, extra=()):
+def rewrite(path, change, compression=zipfile.ZIP_STORED, extra=(), bn=None):
     """Write a valid file, with some members changed, dropped (None) or added."""
-    trained().save(path)
+    (bn or trained()).save(path)
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     members.update(change)
@@ -420,6 +436,10 @@ MEMBERS = {
     "counter-shape": (
         {"num_batches_tracked.npy": npy(np.array([1]))},
         "num_batches_tracked: expected int64 of shape (), got int64 of shape (1,)",
+    ),
+    "counter-below-0": (
+        {"num_batches_tracked.npy": npy(np.array(-1))},
+        "state['num_batches_tracked']: expected an integer from 0 to 2**63 - 1, got -1",
     ),
     "too-few-bytes": (
         {"bias.npy": npy_header(header_of((3,)))},
@@ -507,6 +527,16 @@ def test_size_in_the_directory(path):
     assert_damaged(path, reason + f"the size of the file, got {2**32 - 2}")
 
 
+def peak_of(call, *arguments):
+    """The most memory that a call has at a time."""
+    tracemalloc.start()
+    try:
+        call(*arguments)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("kind", ["header", "directory", "compressed"])
 def test_memory_is_bounded_by_the_size_of_the_file(kind, path):
     if kind == "header":
@@ -516,13 +546,7 @@ def test_memory_is_bounded_by_the_size_of_the_file(kind, path):
         size_in_directory(path, 2**32 - 2)
     else:
         rewrite(path, {"bias.npy": npy(np.zeros(2**22))}, compression=zipfile.ZIP_DEFLATED)
-    tracemalloc.start()
-    try:
-        assert_damaged(path)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 2**21
+    assert peak_of(assert_damaged, path) < 2**21
 
 
 # -------------------------------------------------------------------------- hostile configurations
@@ -646,6 +670,26 @@ def test_huge_number_of_channels_without_arrays(tracking, path):
         assert cbn.BatchNorm1d.load(path).num_features == 10**18
 
 
+MANY = 2**18  # channels: a file of 4 MiB
+
+
+def test_memory_of_loading(path):
+    cbn.BatchNorm1d(MANY).save(path)
+    assert peak_of(cbn.BatchNorm1d.load, path) < 4 * path.stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["header", "overflow", "config"])
+def test_what_promises_terabytes_is_refused_before_any_data_is_read(kind, path):
+    bn = cbn.BatchNorm1d(MANY)
+    bn.save(path)
+    shape = (2**62, 2**62) if kind == "overflow" else (2**40,)
+    change = {"weight.npy": npy_header(header_of(shape))}
+    if kind == "config":
+        change = text(json.dumps({**config_of(path), "num_features": 10**12}))
+    rewrite(path, change, bn=bn)
+    assert peak_of(assert_damaged, path, "weight") < path.stat().st_size / 8
+
+
 @pytest.mark.parametrize(
     ("attributes", "text"),
     [
@@ -653,13 +697,17 @@ def test_huge_number_of_channels_without_arrays(tracking, path):
             {"weight": np.ones(3)},
             "weight: expected float32 of shape (3,) to save, got float64 of shape (3,)",
         ),
+        (
+            {"num_batches_tracked": np.array(-1)},
+            "num_batches_tracked: expected a writable array of shape () with an integer >= 0",
+        ),
         ({"running_var": None}, "running_var: expected float32 of shape (3,) to save, got none"),
         (
             {"momentum": np.nan},
             "momentum: expected a finite number, or None for the cumulative average, got nan",
         ),
     ],
-    ids=["dtype", "missing", "momentum"],
+    ids=["dtype", "counter", "missing", "momentum"],
 )
 def test_save_refuses_what_load_would(attributes, text, tmp_path):
     bn = cbn.BatchNorm1d(3)
