@@ -3,9 +3,12 @@
 import io
 import json
 import os
+import pathlib
 import re
 import stat
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
 import zipfile
@@ -688,6 +691,15 @@ def test_what_promises_terabytes_is_refused_before_any_data_is_read(kind, path):
         change = text(json.dumps({**config_of(path), "num_features": 10**12}))
     rewrite(path, change, bn=bn)
     assert peak_of(assert_damaged, path, "weight") < path.stat().st_size / 8
+
+
+def test_mutated_files():
+    """A million take a quarter of an hour: see CONTRIBUTING.md."""
+    script = pathlib.Path(__file__).with_name("fuzz_state.py")
+    command = [sys.executable, script, "--count", "1000", "--workers", "1"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"^ +\d+  LOADED$", run.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

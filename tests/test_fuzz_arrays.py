@@ -1,0 +1,252 @@
+"""Arrays of any kind, layout and shape: the reference's results, or a refusal and nothing changed.
+
+CBN_FUZZ_EXAMPLES=100000 draws as many examples for each test.
+"""
+
+import os
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cbn
+from cbn import functional, reference
+
+EXAMPLES = int(os.environ.get("CBN_FUZZ_EXAMPLES", "250"))
+fuzz = settings(derandomize=True, deadline=None, max_examples=EXAMPLES, database=None)
+
+# The axis of the channels, channels first, for each number of axes that a layer takes.
+LAYERS = {
+    cbn.BatchNorm1d: {2: 1, 3: 1},
+    cbn.BatchNorm2d: {3: 0, 4: 1},
+    cbn.BatchNorm3d: {4: 0, 5: 1},
+}
+OPTIONS = st.fixed_dictionaries(
+    {
+        "eps": st.sampled_from([1e-3, 0.5]),
+        "momentum": st.sampled_from([0.1, 1.0, None]),
+        "affine": st.booleans(),
+        "track_running_stats": st.booleans(),
+        "bias": st.booleans(),
+        "channel_axis": st.sampled_from([1, -1]),
+        "correction": st.sampled_from([1, 0, 2.5]),
+        "nonfinite": st.sampled_from(["propagate", "raise", "skip"]),
+    }
+)
+DTYPES = st.sampled_from([np.dtype("f4"), np.dtype("f8")])
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def shapes(rank):
+    lengths = [st.sampled_from([2, 3, 5, 1, 4, 2, 3, 17, 0])] * rank
+    return st.tuples(*lengths).filter(lambda shape: prod(shape) <= 1500)
+
+
+class Layout(NamedTuple):
+    """Where the elements of an array lie in a memory, in bytes."""
+
+    offset: int
+    strides: tuple[int, ...]
+    end: int
+
+    def view(self, memory, shape, dtype):
+        return np.ndarray(shape, dtype, memory, self.offset, self.strides)
+
+
+@st.composite
+def layouts(draw, shape, itemsize):
+    """The axes in any order, with any step (0: broadcast), the start aligned or not."""
+    order, steps, offset = range(len(shape)), st.just(1), 0
+    if draw(st.booleans()):
+        order = draw(st.permutations(order))
+        steps = st.sampled_from([1, 1, 1, 2, -1, -2, 0])
+        offset = draw(st.sampled_from([0, 0, itemsize, 1, itemsize - 1]))
+    strides, reach = [0] * len(shape), itemsize
+    for axis in reversed(order):
+        step = draw(steps)
+        strides[axis] = step * reach
+        offset -= min(strides[axis], 0) * max(shape[axis] - 1, 0)
+        reach *= max(1, abs(step) * shape[axis])
+    return Layout(offset, tuple(strides), offset + reach)
+
+
+@st.composite
+def inputs_and_outs(draw, shape, dtype):
+    """An input of any kind, and an out of any kind: over the input, over a part of it, or apart."""
+    here, there = draw(layouts(shape, dtype.itemsize)), draw(layouts(shape, dtype.itemsize))
+    memory = np.full(2 * max(here.end, there.end), 7, np.uint8)
+    swapped = dtype.newbyteorder()
+
+    kind = draw(st.sampled_from([*["plain"] * 4, "read-only", "byte-swapped", "list", "half"]))
+    x = here.view(memory, shape, {"byte-swapped": swapped, "half": np.float16}.get(kind, dtype))
+    x[...] = np.random.default_rng(draw(SEEDS)).normal(draw(st.sampled_from([0, 3])), 1, shape)
+    x.flags.writeable = kind != "read-only"
+    if kind == "list" and x.size:  # an empty list would have lost its shape
+        x = x.tolist()
+
+    apart = there.view(np.full_like(memory, 7), shape, dtype)
+    shift = draw(st.sampled_from([0, dtype.itemsize, *map(abs, here.strides), here.end]))
+    outs = {
+        "none": None,
+        "input": x,
+        "shifted": here._replace(offset=here.offset + shift).view(memory, shape, dtype),
+        "criss-cross": there.view(memory, shape, dtype),
+        "apart": apart,
+        "byte-swapped": apart.view(swapped),
+        "read-only": np.broadcast_to(apart, shape),
+        "half": np.ones(shape, np.float16),
+        "other float": np.ones(shape, np.float32 if dtype == np.float64 else np.float64),
+        "longer": np.ones((*shape[:-1], shape[-1] + 1), dtype),
+        "list": apart.tolist(),
+    }
+    # Most of outs are refused; often one that may pass, so that the backward pass is reached.
+    return x, outs[draw(st.sampled_from(["none", "input", "shifted", "apart"] * 4 + list(outs)))]
+
+
+def lies_over_itself(array):
+    steps = [np.arange(n) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
+    return np.unique(sum(np.ix_(*steps))).size < array.size
+
+
+def shares_memory(array, out):
+    arrays = isinstance(array, np.ndarray) and isinstance(out, np.ndarray)
+    return arrays and (out is array or np.shares_memory(out, array))
+
+
+def place(array):
+    """Where an array begins and what leads from one element to the next."""
+    pairs = zip(array.shape, array.strides, strict=True)
+    return array.ctypes.data, [stride for length, stride in pairs if length > 1]
+
+
+def refusals(array, out, shape, dtype):
+    """The errors that the documentation promises for an input with this out."""
+    errors = []
+    if isinstance(array, np.ndarray) and array.dtype.newbyteorder("=") != dtype:
+        errors.append(TypeError)
+    if out is None:
+        return errors
+    if not isinstance(out, np.ndarray):
+        return [*errors, TypeError]
+    if out.dtype != dtype:
+        errors.append(TypeError)
+    in_part = shares_memory(array, out) and place(array) != place(out)
+    if out.shape != shape or not out.flags.writeable or lies_over_itself(out) or in_part:
+        errors.append(ValueError)
+    return errors
+
+
+def memory_of(array):
+    return array if array.base is None else memory_of(array.base)
+
+
+def attempt(errors, call, out, inputs, learns=()):
+    """Call: with an error it changes nothing, without one nothing but out and what it learns."""
+    arrays = [array for array in (*inputs, out, *learns) if isinstance(array, np.ndarray)]
+    expected = [memory_of(array).copy() for array in arrays]
+    result = None
+    if errors:
+        with pytest.raises(tuple(errors), match=r"expected .* got"):
+            call(out)
+    else:
+        result = call(out)
+        for written in arrays[len(arrays) - len(learns) - (out is not None) :]:
+            for array, copy in zip(arrays, expected, strict=True):
+                if memory_of(array) is memory_of(written):
+                    start = written.ctypes.data - memory_of(written).ctypes.data
+                    like = written.shape, written.dtype, copy, start, written.strides
+                    np.ndarray(*like)[...] = written
+    for array, copy in zip(arrays, expected, strict=True):
+        assert memory_of(array).tobytes() == copy.tobytes()
+    return result
+
+
+@fuzz
+@given(st.data(), st.sampled_from(list(LAYERS)), OPTIONS, DTYPES, st.booleans(), st.booleans())
+def test_any_call(assert_close, data, layer, options, dtype, training, functions):
+    """Forward and backward, by a layer or by the functions on the arrays of that layer."""
+    shape = data.draw(st.sampled_from(list(LAYERS[layer])).flatmap(shapes))
+    axis = options["channel_axis"]
+    if axis == 1 and not functions:
+        axis = LAYERS[layer][len(shape)]
+    x, out = data.draw(inputs_and_outs(shape, dtype))
+    if functions and isinstance(x, list):
+        dtype = np.dtype(float)
+    kept = data.draw(DTYPES) if functions else dtype
+    bn = layer(max(shape[axis], 1), dtype=kept, **options).train(training)
+    state = [array for array in vars(bn).values() if isinstance(array, np.ndarray)]
+    for array in state:
+        array[...] = np.random.default_rng(data.draw(SEEDS)).uniform(1, 3, array.shape)
+    old = bn.state_dict()
+    learns = training and bn.track_running_stats
+    by_batch = learns or not bn.track_running_stats
+    seen = old.get("num_batches_tracked", 0)
+    momentum = 1 / (seen + 1) if bn.momentum is None else bn.momentum
+    rest = bn.weight, bn.bias, by_batch, momentum, bn.eps
+    keywords = {"channel_axis": axis, "correction": bn.correction}
+
+    def forward(out):
+        if functions:
+            return functional.batch_norm(
+                x, bn.running_mean, bn.running_var, *rest, out=out, **keywords
+            )
+        return bn(x, out=out)
+
+    values, count = np.array(x, dtype), prod(shape) // max(shape[axis], 1)
+    errors = refusals(x, out, shape, dtype)
+    if by_batch and 0 < count <= max(1, bn.correction * learns):
+        errors.append(ValueError)
+    if shape[axis] == 0 and (state or not functions):  # they have one channel
+        errors.append(ValueError)
+    attributes = dict(vars(bn))
+    learnt = state[-3:] if learns else []
+    y = attempt(errors, forward, out, [x, *state], learnt)
+    if errors:
+        assert vars(bn) == attributes
+        return
+    assert y.dtype == dtype
+    assert out is None or y is out
+    expected, *running = reference.batch_norm(
+        values, old.get("running_mean"), old.get("running_var"), *rest, **keywords
+    )
+    assert_close("y", y, expected, dtype)
+    assert_close("running_mean", bn.running_mean, running[0], kept)
+    assert_close("running_var", bn.running_var, running[1], kept)
+    if learns:
+        assert bn.num_batches_tracked == seen + (count > 0 and not functions)
+
+    if functions and shares_memory(x, out):  # then x is no longer what was normalised
+        return
+    grad, grad_out = data.draw(inputs_and_outs(shape, dtype))
+    grad_out = data.draw(st.sampled_from([grad_out, grad_out, x, out]))
+    grads = np.array(grad, dtype)
+    errors = refusals(grad, grad_out, shape, dtype)
+    if functions:  # a layer may have kept a copy of x, here the original is used
+        errors += refusals(x, grad_out, shape, dtype)
+    elif shares_memory(x, out) and (by_batch or bn.affine):
+        errors.append(RuntimeError)
+    if by_batch:
+        running = reference.batch_norm_stats(values, channel_axis=axis)[:2]
+
+    def backward(out):
+        if functions:
+            return functional.batch_norm_backward(
+                grad, x, *running, bn.weight, by_batch, bn.eps, channel_axis=axis, out=out
+            )
+        return bn.backward(grad, out), bn.weight_grad, bn.bias_grad
+
+    attributes = dict(vars(bn))
+    actual = attempt(errors, backward, grad_out, [grad, x, *state])
+    if errors:
+        assert vars(bn) == attributes
+        return
+    assert grad_out is None or actual[0] is grad_out
+    expected = reference.batch_norm_backward(
+        grads, values, *running, bn.weight, by_batch, bn.eps, channel_axis=axis
+    )
+    has = True, functions or bn.affine, functions or bn.bias is not None
+    for quantity, array, other, there in zip("xwb", actual, expected, has, strict=True):
+        assert_close(f"gradient of {quantity}", array, other if there else None, dtype)
