@@ -30,6 +30,7 @@ Header = tuple[np.dtype[Any], Shape, int]
 
 CONFIG = "config"
 LONGEST_CONFIG = 16_384  # characters; a layer needs about 300
+LONGEST_HEADER = 1_000  # characters; an array needs 118. Parsing takes 400 bytes for each.
 
 
 def save(path: Path, config: Config, arrays: Mapping[str, Array]) -> None:
@@ -142,7 +143,7 @@ def _header(archive: ZipFile, info: ZipInfo, size: int) -> Header:
         version = np.lib.format.read_magic(member)
         if version != (1, 0):
             raise ValueError(f"expected version 1.0 of the .npy format, got {version}")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member, LONGEST_HEADER)
         start = member.tell()
     if dtype.hasobject:
         raise ValueError("expected plain numbers, got pickled objects")

@@ -195,7 +195,7 @@ def test_any_call(assert_close, data, layer, options, dtype, training, functions
             )
         return bn(x, out=out)
 
-    values, count = np.array(x, dtype), prod(shape) // max(shape[axis], 1)
+    values, count = np.array(x, dtype), int(np.delete(shape, axis).prod())
     errors = refusals(x, out, shape, dtype)
     if by_batch and 0 < count <= max(1, bn.correction * learns):
         errors.append(ValueError)

@@ -471,6 +471,10 @@ MEMBERS = {
     "call-in-header": ({"bias.npy": npy_header(header_of("__import__('os').getpid()"))}, ""),
     "nested-header": ({"bias.npy": npy_header(header_of("(" * 3000 + ")" * 3000))}, ""),
     "minus-header": ({"bias.npy": npy_header(header_of("-" * 8000 + "1"))}, ""),
+    "padded-header": (
+        {"bias.npy": npy_header(header_of((C,)) + " " * 1000)},
+        "Header info length (10",
+    ),
     "long-header": ({"bias.npy": npy_header(header_of((C,)) + " " * 30_000)}, ""),
 }
 
