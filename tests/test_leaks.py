@@ -1,0 +1,152 @@
+"""Memory and threads stay as they are: over 10^5 calls, threads that end, and forks."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Each in a process of its own, whose memory no other test has touched.
+PRELUDE = """
+import gc, os, sys, tempfile, threading
+import numpy as np
+import cbn
+from cbn.functional import batch_norm, batch_norm_backward, batch_norm_stats
+
+rng = np.random.default_rng(0)
+large = rng.random((8, 64, 32, 32), np.float32)
+bn = cbn.BatchNorm2d(64)
+cbn.set_num_threads(2)
+
+
+def count_threads():
+    return len(os.listdir("/proc/self/task"))
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def growth(function, times):
+    # Of memory, and of Python's blocks, in so many calls after some whose caches are there to stay.
+    for _ in range(times // 10):
+        function()
+    gc.collect()
+    memory, blocks = resident(), sys.getallocatedblocks()
+    for _ in range(times):
+        function()
+    gc.collect()
+    memory, blocks = resident() - memory, sys.getallocatedblocks() - blocks
+    print(memory, "bytes", blocks, "blocks", count_threads(), "threads")
+    return memory, blocks
+
+
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
+def run(code):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PRELUDE + code],
+        # One heap: which thread uses which of several moves memory by megabytes.
+        env={**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_WAIT_POLICY": "passive"},
+        timeout=300,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+
+
+def test_calls():
+    # A kernel takes 200 bytes and more from malloc, and a Python object is a block. One of either
+    # that is lost in one of the twelve calls makes 1.7 MB, or 8400 blocks.
+    run("""
+C = 4
+x = rng.random((6, C, 5), np.float32)
+rows = rng.random((6, C))
+mean, var, weight = np.ones((3, C))
+training, inference = cbn.BatchNorm1d(C), cbn.BatchNorm1d(C, momentum=None).eval()
+double, careful = cbn.BatchNorm1d(C, dtype="float64"), cbn.BatchNorm1d(C, nonfinite="raise")
+infinite, out, bands = np.full_like(x, np.inf), np.empty_like(x), np.empty((C, 6)).T
+file = os.path.join(tempfile.mkdtemp(), "norm.npz")
+
+
+def refused(function, *arguments, **named):
+    try:
+        function(*arguments, **named)
+    except (TypeError, ValueError, FloatingPointError):
+        return
+    raise AssertionError("not refused")
+
+
+def twelve_calls():
+    y = training(x)
+    training.backward(y)
+    inference(x, out=out)
+    inference.backward(y)
+    batch_norm(x, mean, var, weight, None, training=True)
+    batch_norm(x[::2, :, ::-1], mean, var, weight)   # by way of a copy
+    batch_norm_stats(rows.tolist())
+    batch_norm_backward(y, x, mean, var, weight, training=True)
+    double(rows, out=bands)                          # by way of a temporary
+    refused(training, rows[:, 1:])
+    refused(batch_norm, x, mean, var, training=True, out=out[:1])
+    refused(careful, infinite)
+
+
+def calls():
+    for _ in range(100):
+        twelve_calls()
+    training.save(file)
+    cbn.BatchNorm1d.load(file)
+
+
+memory, blocks = growth(calls, 84)
+os.remove(file)
+os.rmdir(os.path.dirname(file))
+assert memory < 1e6, memory
+assert blocks < 1000, blocks
+""")
+
+
+def test_threads_that_end():
+    # A team that is lost leaves its threads, and the pool of OpenMP that knew them: kilobytes.
+    run("""
+def in_a_thread():
+    thread = threading.Thread(target=bn, args=(large,))
+    thread.start()
+    thread.join()
+
+
+bn(large)
+threads = count_threads()
+memory, blocks = growth(in_a_thread, 1000)
+assert memory < 1e6, memory
+assert blocks < 1000, blocks
+assert count_threads() <= threads + 1, count_threads()   # the last team takes a moment to end
+""")
+
+
+def test_forks():
+    # Each gives up the team, and the parent makes another.
+    run("""
+def fork():
+    pid = os.fork()
+    if pid == 0:
+        bn(large)
+        os._exit(count_threads())
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+    bn(large)
+
+
+fork()   # which ends the threads of NumPy's BLAS
+threads = count_threads()
+memory, blocks = growth(fork, 100)
+assert memory < 1e5, memory
+assert blocks < 100, blocks
+assert count_threads() == threads, count_threads()
+""")
