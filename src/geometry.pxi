@@ -1,11 +1,24 @@
 # How a kernel walks an array.
 #
+#   B  batches, each with statistics of its own: nearly always 1
 #   N  outer: samples (channels first), or every position of every sample (channels last)
 #   C  channels
 #   S  inner: the positions of one sample (channels first), or 1 (channels last)
 #
-# The array is one contiguous (N, C, S) view. It is cut into strips of whole channels and each
-# strip into pieces; (strip, piece) is a tile, the unit of parallel work. The reductions read a tile
+# The array is one contiguous (B, N, C, S) view. A channel is whatever has a mean and a variance of
+# its own, so that the other norms are views too:
+#
+#                      channels first (n, c, s)          channels last (n, s, c)
+#   batch norm         (1, n, c, s)                      (1, n * s, c, 1)
+#   instance norm      (1, 1, n * c, s)                  (n, s, c, 1)
+#   group norm         (1, 1, n * groups, c/groups * s)  (n, s, groups, c/groups)
+#   layer, RMS norm    (1, 1, rows, values)
+#
+# Where they differ is the affine step: a channel has `parts` weights and biases, each for the next
+# S // parts of its values, and after `period` channels they repeat.
+#
+# The array is cut into strips of whole channels of a batch and each strip into pieces; (strip,
+# piece) is a tile, the unit of parallel work. The reductions read a tile
 # as a sheet: rows of `width` contiguous values, with one accumulator per column. Columns never mix
 # inside a loop, which is why the compiler may vectorise it at any width without changing a bit of
 # the result.
@@ -42,16 +55,40 @@ cdef enum:
     SMALL_STRIP = 8192   # values that channels of few values are gathered to
     LONG_RUN = 512       # S from which a channel is walked by plane, ...
     FEW_ROWS = 8         # ... or from FEW_LANES, where N would leave a sheet fewer rows than this
+    # Channels that share parameters and whose gradients a strip gathers: so many that the sums,
+    # 16 bytes a parameter and strip, are few beside the values; in small arrays fewer, so that
+    # there are strips for all threads.
+    GATHERED = 64
+    LEAST_GATHERED = 8
+    GATHERING_STRIPS = 16
 
 
-cdef struct Geometry:
+cdef struct View:
+    Py_ssize_t B
     Py_ssize_t N
     Py_ssize_t C
     Py_ssize_t S
+    Py_ssize_t parts
+    Py_ssize_t period
+
+
+cdef struct Geometry:
+    Py_ssize_t B
+    Py_ssize_t N
+    Py_ssize_t C
+    Py_ssize_t S
+    Py_ssize_t parts
+    Py_ssize_t period
+    Py_ssize_t channels        # of all batches: B * C
+    Py_ssize_t parameters      # weights, and biases: period * parts
     bint by_plane
+    # Whether parameters change from value to value along a run, so that they are read beside x, and
+    # their gradients are gathered down the channels that share them.
+    bint by_value
     Py_ssize_t lanes           # by plane, values in a row: LANES or FEW_LANES
     Py_ssize_t strip_channels
-    Py_ssize_t strips
+    Py_ssize_t batch_strips    # of one batch
+    Py_ssize_t strips          # of all
     Py_ssize_t repeat          # rows of the array in one row of a sheet
     Py_ssize_t outer_pieces    # parts that N is cut into
     Py_ssize_t inner_pieces    # parts that S is cut into
@@ -60,9 +97,10 @@ cdef struct Geometry:
 
 cdef struct Sheet:
     Py_ssize_t offset          # of its first value in the array
+    Py_ssize_t start           # of its first value in the channel's run
     Py_ssize_t runs
     Py_ssize_t run_stride
-    Py_ssize_t rows            # of each run (by plane, of a run of one channel): at least 1
+    Py_ssize_t rows            # of each run (by plane, of a run of one channel); of short ones none
     Py_ssize_t row_stride
     Py_ssize_t width           # columns; they are (repeat, channels, span)
     Py_ssize_t tail            # columns that have one more row, the last of each run
@@ -75,13 +113,28 @@ cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b
 
 
-cdef Geometry cut(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
-                  bint reduces) noexcept nogil:   # False: with given statistics it only writes
-    """The strips and pieces of a non-empty (N, C, S) array."""
+cdef inline View batch_view(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S) noexcept nogil:
+    """That of batch norm: one batch, one weight and bias for each channel."""
+    cdef View view
+    view.B, view.N, view.C, view.S, view.parts, view.period = 1, N, C, S, 1, C
+    return view
+
+
+cdef Geometry cut(View view,
+                  bint reduces,    # False: with given statistics it only writes
+                  bint gathers     # True: a pass that finds gradients of parameters
+                  ) noexcept nogil:
+    """The strips and pieces of a non-empty array."""
     cdef Geometry g
-    cdef Py_ssize_t most = min(PIECE, max(SMALL_PIECE, N * C * S // 8))   # values in a piece
-    g.N, g.C, g.S = N, C, S
-    g.by_plane = S >= LONG_RUN or (S >= FEW_LANES and N < FEW_ROWS)
+    cdef Py_ssize_t N = view.N, C = view.C, S = view.S, B = view.B, sharing, run
+    cdef Py_ssize_t most = min(PIECE, max(SMALL_PIECE, B * N * C * S // 8))   # values in a piece
+    if N == 1:   # nothing lies between the channels of one batch and those of the next
+        B, C = 1, B * C
+    g.B, g.N, g.C, g.S, g.parts, g.period = B, N, C, S, view.parts, view.period
+    g.channels, g.parameters = B * C, view.period * view.parts
+    g.by_plane = S >= LONG_RUN or (N < FEW_ROWS and (S >= FEW_LANES or g.parts > 1))
+    g.by_value = g.by_plane and g.parts > 1 and g.parts == S
+    gathers = gathers and g.by_value
     g.lanes = LANES if N * (S // LANES) >= FEW_LANES else FEW_LANES
     g.repeat = 1
     g.strip_channels = 1
@@ -97,10 +150,16 @@ cdef Geometry cut(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
     elif not reduces:
         # Nothing is summed along a channel, so the array is walked in the order of the memory.
         g.strip_channels = ceil_div(C, ceil_div(C, max(1, most // S)))
+    elif gathers:
+        sharing = C // g.period
+        g.strip_channels = g.period * min(sharing, max(LEAST_GATHERED, min(
+            GATHERED, PIECE // g.parameters, ceil_div(sharing, GATHERING_STRIPS))))
     elif N * S < SMALL_STRIP:
-        g.strip_channels = ceil_div(C, ceil_div(C, SMALL_STRIP // (N * S)))
-    g.strips = ceil_div(C, g.strip_channels)
-    g.inner_pieces = ceil_div(S, most) if g.by_plane else 1
+        g.strip_channels = ceil_div(C, ceil_div(C, min(WIDTH, SMALL_STRIP // (N * S))))
+    g.batch_strips = ceil_div(C, g.strip_channels)
+    g.strips = B * g.batch_strips
+    run = S * g.strip_channels if gathers else S
+    g.inner_pieces = min(ceil_div(run, most), ceil_div(S, LANES)) if g.by_plane else 1
     g.outer_pieces = min(N, ceil_div(N * g.strip_channels * ceil_div(S, g.inner_pieces), most))
     if reduces and not g.by_plane:
         # So many rows that their columns are worth folding.
@@ -109,9 +168,24 @@ cdef Geometry cut(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
     return g
 
 
+cdef inline Py_ssize_t batch_of(const Geometry* g, Py_ssize_t strip) noexcept nogil:
+    return 0 if g.B == 1 else strip // g.batch_strips   # a division costs as much as ten values
+
+
+cdef inline Py_ssize_t first_channel(const Geometry* g, Py_ssize_t strip) noexcept nogil:
+    """The number of a strip's first channel among those of all batches."""
+    cdef Py_ssize_t b = batch_of(g, strip)
+    return b * g.C + (strip - b * g.batch_strips) * g.strip_channels
+
+
+cdef inline Py_ssize_t channels_of(const Geometry* g, Py_ssize_t strip) noexcept nogil:
+    return min(g.strip_channels, (batch_of(g, strip) + 1) * g.C - first_channel(g, strip))
+
+
 cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece) noexcept nogil:
     cdef Sheet sheet
-    cdef Py_ssize_t channels = min(g.strip_channels, g.C - strip * g.strip_channels)
+    cdef Py_ssize_t b = batch_of(g, strip)
+    cdef Py_ssize_t channels = channels_of(g, strip)
     cdef Py_ssize_t line = g.C * g.S
     cdef Py_ssize_t n = 0, s = 0, outer = g.N, inner = g.S, part
 
@@ -124,7 +198,8 @@ cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece
         part = piece % g.inner_pieces
         s = part * g.S // g.inner_pieces
         inner = (part + 1) * g.S // g.inner_pieces - s
-    sheet.offset = n * line + strip * g.strip_channels * g.S + s
+    sheet.offset = (b * (g.N - 1) * g.C + first_channel(g, strip)) * g.S + n * line + s
+    sheet.start = s
     sheet.channels = channels
     sheet.repeat = g.repeat
     if g.by_plane:

@@ -51,6 +51,7 @@ ctypedef fused sum_t:   # the type that a block of it is summed in
 
 include "geometry.pxi"
 include "per_channel.pxi"
+include "pass.pxi"
 include "moments.pxi"
 include "gradients.pxi"
 include "apply.pxi"
@@ -65,7 +66,7 @@ cdef enum:
 
 def walk(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S):
     """How a pass that reduces an array walks it, for tests that mean one way of it."""
-    cdef Geometry g = cut(N, C, S, True)
+    cdef Geometry g = cut(batch_view(N, C, S), True, False)
     way = "by row" if not g.by_plane else "by plane" if g.lanes == LANES else "few values"
     return way, g.strips, g.pieces
 
@@ -86,11 +87,12 @@ cdef inline void* data_of(ndarray array):
     return PyArray_DATA(array) if array is not None else NULL
 
 
-cdef Pass new_pass(Kind kind, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarray weight,
-                   ndarray bias, ndarray mean, ndarray var, double eps):
+cdef Pass new_pass(Kind kind, View view, ndarray weight, ndarray bias, ndarray mean, ndarray var,
+                   double eps):
     cdef Pass p
     p.kind = kind
-    p.geometry = cut(N, C, S, kind != GIVEN)
+    p.geometry = cut(view, kind != GIVEN, kind == GRADIENTS)
+    p.centred = True
     p.weight = per_channel(weight, 1)
     p.bias = per_channel(bias, 0)
     p.mean = per_channel(mean, 0)
@@ -104,26 +106,50 @@ cdef Pass new_pass(Kind kind, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarray 
 
 cdef void use_statistics(Pass* p, ndarray statistics):
     p.mean.double_ = <const double*>data_of(statistics)
-    p.mean_low.double_ = p.mean.double_ + p.geometry.C
-    p.var.double_ = p.mean.double_ + 2 * p.geometry.C
+    p.mean_low.double_ = p.mean.double_ + p.geometry.channels
+    p.var.double_ = p.mean.double_ + 2 * p.geometry.channels
+
+
+cdef void use_parameters(const real* x,   # for its element type only
+                         Pass* p) noexcept nogil:
+    """Take weights and biases of the parts of channels as a table of the element type of x."""
+    cdef Py_ssize_t n = p.geometry.parameters, k
+    cdef real* parameter = <real*>p.parameters
+    for k in range(n):
+        parameter[k] = <real>value_of(&p.weight, k)
+    for k in range(n):
+        parameter[n + k] = <real>value_of(&p.bias, k)
+    p.weight = per_channel_absent(1)
+    p.bias = per_channel_absent(0)
 
 
 cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, int num_threads):
+    cdef const Geometry* g = &p.geometry
     cdef void* x_data = data_of(x)
     cdef void* grad_data = data_of(grad_output)
     cdef void* out_data = data_of(out)
     cdef bint single = PyArray_TYPE(x) == NPY_FLOAT
-    cdef size_t channels = p.geometry.C
-    cdef size_t size = p.geometry.N * p.geometry.S * p.geometry.C * (4 if single else 8)
+    cdef bint gradients = p.kind == GRADIENTS or p.kind == FROZEN_GRADIENTS
+    cdef size_t size = PyArray_NBYTES(x)
     # An output that is also an input is in the cache already, line by line.
     p.stream = size >= STREAM_BYTES and out_data != x_data and out_data != grad_data
-    # The table of coefficients, and what the pieces find; with given statistics, nothing.
-    cdef size_t table = channels * COEFFICIENTS * sizeof(double)
-    cdef size_t found = 0 if p.kind == GIVEN else channels * p.geometry.pieces * sizeof(Moments)
-    p.coefficients = malloc(table + found)
+    # The table of coefficients, what the pieces find (with given statistics, nothing), weights and
+    # biases of parts of channels, and shares in their gradients.
+    cdef size_t table = g.channels * COEFFICIENTS * sizeof(double)
+    cdef size_t kept = g.parts if gradients and keeps_parts(g) else 1
+    cdef size_t found = 0 if p.kind == GIVEN else g.channels * g.pieces * (
+        kept * sizeof(Sums) if gradients else sizeof(Moments))
+    cdef size_t parameters = 0 if g.parts == 1 else 2 * g.parameters * sizeof(double)
+    cdef size_t shares = 0
+    if gradients and shares_parameters(g):
+        p.sharers = sharers_of(g, True)
+        shares = p.sharers * 2 * g.parameters * sizeof(double)
+    p.coefficients = malloc(table + found + parameters + shares)
     if p.coefficients == NULL:
         raise MemoryError
     p.partial = <char*>p.coefficients + table
+    p.parameters = <char*>p.partial + found
+    p.shares = <double*>(<char*>p.parameters + parameters) if shares else NULL
     num_threads = begin_call(num_threads, PyArray_SIZE(x))
     with nogil:
         if single:
@@ -158,7 +184,7 @@ cpdef batch_statistics(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
                        double eps,           # that will be added to the variance
                        ndarray statistics,   # OUT
                        int num_threads):
-    cdef Pass p = new_pass(STATISTICS, N, C, S, None, None, None, None, eps)
+    cdef Pass p = new_pass(STATISTICS, batch_view(N, C, S), None, None, None, None, eps)
     p.statistics = <double*>data_of(statistics)
     run_pass(&p, x, None, None, num_threads)
 
@@ -167,7 +193,7 @@ cpdef normalise_batch(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarr
                       ndarray bias, double eps,
                       ndarray statistics, ndarray out,   # OUT
                       int num_threads):
-    cdef Pass p = new_pass(BATCH, N, C, S, weight, bias, None, None, eps)
+    cdef Pass p = new_pass(BATCH, batch_view(N, C, S), weight, bias, None, None, eps)
     use_statistics(&p, statistics)
     p.statistics = <double*>data_of(statistics)
     run_pass(&p, x, None, out, num_threads)
@@ -178,7 +204,7 @@ cpdef normalise_by(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarray 
                    ndarray out,   # OUT
                    int num_threads):
     """Normalise by statistics of a batch: the same bits as normalise_batch."""
-    cdef Pass p = new_pass(GIVEN, N, C, S, weight, bias, None, None, eps)
+    cdef Pass p = new_pass(GIVEN, batch_view(N, C, S), weight, bias, None, None, eps)
     use_statistics(&p, statistics)
     run_pass(&p, x, None, out, num_threads)
 
@@ -187,7 +213,7 @@ cpdef normalise(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarray mea
                 ndarray weight, ndarray bias, double eps,
                 ndarray out,   # OUT
                 int num_threads):
-    cdef Pass p = new_pass(GIVEN, N, C, S, weight, bias, mean, var, eps)
+    cdef Pass p = new_pass(GIVEN, batch_view(N, C, S), weight, bias, mean, var, eps)
     run_pass(&p, x, None, out, num_threads)
 
 
@@ -195,8 +221,38 @@ cpdef gradients(ndarray grad_output, ndarray x, Py_ssize_t N, Py_ssize_t C, Py_s
                 ndarray statistics, ndarray weight, double eps, bint frozen,
                 ndarray grad_input, ndarray grad_weight, ndarray grad_bias,   # OUT
                 int num_threads):
-    cdef Pass p = new_pass(FROZEN_GRADIENTS if frozen else GRADIENTS, N, C, S, weight, None,
-                           None, None, eps)
+    cdef Pass p = new_pass(FROZEN_GRADIENTS if frozen else GRADIENTS, batch_view(N, C, S), weight,
+                           None, None, None, eps)
+    use_statistics(&p, statistics)
+    p.grad_weight = data_of(grad_weight)
+    p.grad_bias = data_of(grad_bias)
+    run_pass(&p, x, grad_output, grad_input, num_threads)
+
+
+cdef View view_from(tuple view):
+    cdef View v
+    v.B, v.N, v.C, v.S, v.parts, v.period = view
+    return v
+
+
+cpdef normalise_groups(ndarray x, tuple view,   # B, N, C, S, parts, period (geometry.pxi)
+                       ndarray weight, ndarray bias, double eps, bint centred,
+                       ndarray statistics, ndarray out,   # OUT
+                       int num_threads):
+    """Normalise every channel of every batch, with parameters that channels share."""
+    cdef Pass p = new_pass(BATCH, view_from(view), weight, bias, None, None, eps)
+    p.centred = centred
+    use_statistics(&p, statistics)
+    p.statistics = <double*>data_of(statistics)
+    run_pass(&p, x, None, out, num_threads)
+
+
+cpdef group_gradients(ndarray grad_output, ndarray x, tuple view, ndarray statistics,
+                      ndarray weight, double eps, bint centred,
+                      ndarray grad_input, ndarray grad_weight, ndarray grad_bias,   # OUT
+                      int num_threads):
+    cdef Pass p = new_pass(GRADIENTS, view_from(view), weight, None, None, None, eps)
+    p.centred = centred
     use_statistics(&p, statistics)
     p.grad_weight = data_of(grad_weight)
     p.grad_bias = data_of(grad_bias)

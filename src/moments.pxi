@@ -418,7 +418,7 @@ cdef void reduce_moments(const real* x, const Geometry* g, Py_ssize_t strip, Py_
     cdef Columns columns
     cdef Rows rows
     cdef Sheet sheet = sheet_of(g, strip, piece)
-    cdef Moments* into = partial + piece * g.C + strip * g.strip_channels
+    cdef Moments* into = partial + piece * g.channels + first_channel(g, strip)
     cdef Py_ssize_t c
 
     columns.shift, columns.mean, columns.m2 = values[0], values[1], values[2]

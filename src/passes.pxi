@@ -5,31 +5,6 @@ cdef enum:
     CACHED = 1 << 17   # values of a strip of rows that are still in the L2 cache (1 MiB) after
 
 
-cdef enum Kind:
-    STATISTICS        # reduce, finish
-    BATCH             # reduce, finish, apply: normalise by the statistics of the batch
-    GIVEN             # finish, apply: normalise by given statistics
-    GRADIENTS         # reduce, finish, apply: through the statistics of the batch
-    FROZEN_GRADIENTS  # reduce, finish, apply: the statistics do not depend on x
-
-
-cdef struct Pass:
-    Kind kind
-    Geometry geometry
-    PerChannel weight
-    PerChannel bias
-    PerChannel mean         # given statistics; mean_low is what float64 rounds off mean
-    PerChannel mean_low
-    PerChannel var
-    double eps
-    bint stream             # write past the cache
-    double* statistics      # OUT (3, C): mean, mean_low and var of the batch
-    void* grad_weight       # OUT (C,) of the element type of x, or NULL
-    void* grad_bias
-    void* partial           # (pieces, C) Moments or Sums
-    void* coefficients      # (COEFFICIENTS, C) of the element type of x
-
-
 cdef inline bint has_batch_statistics(const Pass* p) noexcept nogil:
     return p.kind == STATISTICS or p.kind == BATCH
 
@@ -45,22 +20,52 @@ cdef void reduce_tile(const real* x, const real* grad_output, const Pass* p, Py_
         smallest = 1e-30 if p.eps < 1e-20 else 0
         reduce_moments(x, &p.geometry, strip, piece, smallest, <Moments*>p.partial)
     else:
-        reduce_gradients(grad_output, x, &p.geometry, strip, piece, &p.mean, &p.mean_low,
-                         <Sums*>p.partial)
+        reduce_gradients(grad_output, x, p, strip, piece)
 
 
 cdef inline void finish_moments(const Pass* p, Py_ssize_t c) noexcept nogil:
     """Merge what the pieces found of a channel, and keep it as the statistics of the batch."""
-    cdef Py_ssize_t C = p.geometry.C
+    cdef Py_ssize_t C = p.geometry.channels
     cdef Moments moments = merge(<const Moments*>p.partial + c, p.geometry.pieces, C)
     # Two-sum (Knuth): mean and mean_low together are the exact sum of the two parts.
     cdef double mean = moments.shift + moments.mean
     cdef double rounded = mean - moments.shift
     cdef double var = moments.m2 / moments.count
-    p.statistics[c] = mean
-    p.statistics[C + c] = (moments.shift - (mean - rounded)) + (moments.mean - rounded)
     # Negative by rounding, where all values are equal; a NaN stays.
-    p.statistics[2 * C + c] = 0 if var < 0 else var
+    var = 0 if var < 0 else var
+    if p.centred:
+        p.statistics[c] = mean
+        p.statistics[C + c] = (moments.shift - (mean - rounded)) + (moments.mean - rounded)
+        p.statistics[2 * C + c] = var
+    else:   # the mean of the squares takes the place of the variance
+        p.statistics[c] = p.statistics[C + c] = 0
+        p.statistics[2 * C + c] = var + mean * mean
+
+
+cdef inline Sums merge_channel(const real* x,   # for its element type only
+                               const Pass* p, Py_ssize_t c, double reciprocal) noexcept nogil:
+    """Merge what the pieces found of a channel, and keep its part in gradients that are shared."""
+    cdef const Geometry* g = &p.geometry
+    cdef Py_ssize_t kept = g.parts if keeps_parts(g) else 1, q
+    cdef const Sums* found = <const Sums*>p.partial + c * kept
+    cdef const real* weight = weights_of(x, p, c)
+    cdef double* grad_bias = p.shares + c // g.period * 2 * g.parameters + c % g.period * g.parts
+    cdef double* grad_weight = grad_bias + g.parameters
+    cdef Sums sums, part
+    if kept == 1:
+        sums = merge_sums(found, g.pieces, g.channels)
+        if g.parts == 1 and p.shares != NULL:
+            grad_bias[0] = sums.grad_output
+            grad_weight[0] = sums.grad_output_centred * reciprocal
+        return sums
+    sums.grad_output = sums.grad_output_centred = 0
+    for q in range(kept):
+        part = merge_sums(found + q, g.pieces, g.channels * kept)
+        grad_bias[q] = part.grad_output
+        grad_weight[q] = part.grad_output_centred * reciprocal
+        sums.grad_output += weight[q] * part.grad_output
+        sums.grad_output_centred += weight[q] * part.grad_output_centred
+    return sums
 
 
 cdef inline void finish_gradients(const Pass* p, Py_ssize_t first, Py_ssize_t n,
@@ -68,6 +73,7 @@ cdef inline void finish_gradients(const Pass* p, Py_ssize_t first, Py_ssize_t n,
                                   real* coefficient) noexcept nogil:  # OUT
     """Merge what the pieces found of some channels, and keep the gradients of the parameters."""
     cdef const Geometry* g = &p.geometry
+    cdef Py_ssize_t C = g.channels
     cdef double count = <double>g.N * g.S
     cdef double[AT_ONCE] total
     cdef double[AT_ONCE] product
@@ -76,36 +82,66 @@ cdef inline void finish_gradients(const Pass* p, Py_ssize_t first, Py_ssize_t n,
     cdef Sums sums
     cdef Py_ssize_t c
     for c in range(n):
-        sums = merge_sums(<const Sums*>p.partial + first + c, g.pieces, g.C)
+        if p.shares == NULL:
+            sums = merge_sums(<const Sums*>p.partial + first + c, g.pieces, C)
+        else:
+            sums = merge_channel(<const real*>coefficient, p, first + c, reciprocal[c])
         total[c], product[c] = sums.grad_output, sums.grad_output_centred
-    if grad_bias:
+    if p.shares == NULL:
         for c in range(n):
             grad_bias[first + c] = <real>total[c]
-    if grad_weight:
         for c in range(n):
             grad_weight[first + c] = <real>(product[c] * reciprocal[c])
     for c in range(n):
         if p.kind == FROZEN_GRADIENTS:
             # grad_output takes the place of x, and nothing but the scale is left.
-            coefficient[MEAN * g.C + c] = coefficient[MEAN_LOW * g.C + c] = 0
-            coefficient[BIAS * g.C + c] = 0
+            coefficient[MEAN * C + c] = coefficient[MEAN_LOW * C + c] = 0
+            coefficient[BIAS * C + c] = 0
         else:
-            coefficient[MEAN_GRAD * g.C + c] = <real>(total[c] / count)
-            coefficient[SLOPE * g.C + c] = <real>(product[c] / count
-                                                  * reciprocal[c] * reciprocal[c])
+            coefficient[MEAN_GRAD * C + c] = <real>(total[c] / count) if p.centred else 0
+            coefficient[SLOPE * C + c] = <real>(product[c] / count
+                                                * reciprocal[c] * reciprocal[c])
+
+
+cdef void finish_parameters(const real* x,   # for its element type only
+                            const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    """Add up the gradients of at most AT_ONCE parameters that several channels share."""
+    cdef Py_ssize_t parameters = p.geometry.parameters, i, k
+    cdef const double* share = p.shares + first
+    cdef double[AT_ONCE] grad_bias
+    cdef double[AT_ONCE] grad_weight
+    for k in range(n):
+        grad_bias[k] = grad_weight[k] = 0
+    for i in range(p.sharers):
+        for k in range(n):
+            grad_bias[k] += share[k]
+        for k in range(n):
+            grad_weight[k] += share[parameters + k]
+        share += 2 * parameters
+    for k in range(n):
+        (<real*>p.grad_bias)[first + k] = <real>grad_bias[k]
+        (<real*>p.grad_weight)[first + k] = <real>grad_weight[k]
+
+
+cdef inline Py_ssize_t parameter_chunks(const Pass* p) noexcept nogil:
+    return ceil_div(p.geometry.parameters, AT_ONCE) if p.shares != NULL else 0
+
+
+cdef inline void finish_chunk(const real* x, const Pass* p, Py_ssize_t chunk) noexcept nogil:
+    finish_parameters(x, p, chunk * AT_ONCE,
+                      min(AT_ONCE, p.geometry.parameters - chunk * AT_ONCE))
 
 
 cdef void finish_channels(const real* x,   # for its element type only
                           const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
     """Finish at most AT_ONCE channels, side by side: a root and a division have a long way."""
-    cdef Py_ssize_t C = p.geometry.C, c
+    cdef Py_ssize_t C = p.geometry.channels, c
     cdef real* coefficient = <real*>p.coefficients + first
     cdef double[AT_ONCE] mean
     cdef double[AT_ONCE] mean_low
     cdef double[AT_ONCE] reciprocal
     cdef double[AT_ONCE] weight
     cdef double[AT_ONCE] bias
-    cdef real low
 
     if has_batch_statistics(p):
         for c in range(first, first + n):
@@ -115,8 +151,8 @@ cdef void finish_channels(const real* x,   # for its element type only
     values_of(&p.mean, first, n, mean)
     values_of(&p.mean_low, first, n, mean_low)
     values_of(&p.var, first, n, reciprocal)
-    values_of(&p.weight, first, n, weight)
-    values_of(&p.bias, first, n, bias)
+    values_in_turn(&p.weight, first, n, p.geometry.period, weight)
+    values_in_turn(&p.bias, first, n, p.geometry.period, bias)
     for c in range(n):
         reciprocal[c] = 1 / sqrt(reciprocal[c] + p.eps)
     for c in range(n):
@@ -124,16 +160,14 @@ cdef void finish_channels(const real* x,   # for its element type only
         coefficient[SCALE * C + c] = <real>(weight[c] * reciprocal[c])
         coefficient[BIAS * C + c] = <real>bias[c]
     for c in range(n):
-        low = <real>((mean[c] - <double><real>mean[c]) + mean_low[c])
-        # It is not finite where the mean is not.
-        coefficient[MEAN_LOW * C + c] = low if -INFINITY < low < INFINITY else 0
+        coefficient[MEAN_LOW * C + c] = low_part(coefficient[MEAN * C + c], mean[c], mean_low[c])
     if p.kind == GRADIENTS or p.kind == FROZEN_GRADIENTS:
         finish_gradients(p, first, n, reciprocal, coefficient)
 
 
 cdef void finish_strip(const real* x, const Pass* p, Py_ssize_t strip) noexcept nogil:
-    cdef Py_ssize_t first = strip * p.geometry.strip_channels
-    cdef Py_ssize_t end = min(first + p.geometry.strip_channels, p.geometry.C)
+    cdef Py_ssize_t first = first_channel(&p.geometry, strip)
+    cdef Py_ssize_t end = first + channels_of(&p.geometry, strip)
     while first < end:
         finish_channels(x, p, first, min(AT_ONCE, end - first))
         first += AT_ONCE
@@ -141,13 +175,12 @@ cdef void finish_strip(const real* x, const Pass* p, Py_ssize_t strip) noexcept 
 
 cdef void write_tile(const real* x, const real* grad_output, real* out, const Pass* p,
                      Py_ssize_t strip, Py_ssize_t piece) noexcept nogil:
-    cdef const real* coefficients = <const real*>p.coefficients
     if p.kind == STATISTICS:
         return
     if p.kind != GRADIENTS:
         x = grad_output if p.kind == FROZEN_GRADIENTS else x
         grad_output = NULL
-    apply_tile(x, grad_output, &p.geometry, strip, piece, coefficients, p.stream, out)
+    apply_tile(x, grad_output, p, strip, piece, out)
 
 
 cdef void run_strip(const real* x, const real* grad_output, real* out, const Pass* p,
@@ -166,32 +199,40 @@ cdef void run_strip(const real* x, const real* grad_output, real* out, const Pas
         write_tile(x, grad_output, out, p, strip, piece)
 
 
-cdef void run(const real* x, const real* grad_output, real* out, const Pass* p,
+cdef void run(const real* x, const real* grad_output, real* out, Pass* p,
               int num_threads) noexcept nogil:
     """Run a pass. The schedule is free: no result depends on it."""
     cdef Py_ssize_t strips = p.geometry.strips, pieces = p.geometry.pieces
     cdef Py_ssize_t tiles = strips * pieces
     cdef Py_ssize_t strip_values = p.geometry.strip_channels * p.geometry.S * p.geometry.N
-    cdef Py_ssize_t strip, tile, chunk
+    cdef Py_ssize_t strip, tile, chunk, at_a_time, chunks = parameter_chunks(p)
     # A thread computes in the modes of the caller: another library may have switched subnormal
     # numbers off, in the calling thread or in those of the pool. It gets its own back.
     cdef floating_point_modes modes = current_modes()
     cdef floating_point_modes own = modes   # set, because private variables begin as copies
 
+    if p.geometry.parts > 1:
+        use_parameters(x, p)
     if num_threads > tiles:
         num_threads = <int>tiles
     if num_threads == 1:
         for strip in range(strips):
             run_strip(x, grad_output, out, p, strip)
+        for chunk in range(chunks):
+            finish_chunk(x, p, chunk)
     elif ((strips % num_threads == 0 or strips >= 4 * num_threads or pieces == 1)
             and (p.geometry.by_plane or strip_values <= CACHED)):
         # Strip by strip, so that it is still in the cache when it is read again; several at a
         # time where they are small.
-        chunk = max(1, min(strips // num_threads, PIECE // strip_values))
+        at_a_time = max(1, min(strips // num_threads, PIECE // strip_values))
         with parallel(num_threads=num_threads):
             own = change_modes(modes)
-            for strip in prange(strips, schedule="dynamic", chunksize=chunk):
+            for strip in prange(strips, schedule="dynamic", chunksize=at_a_time):
                 run_strip(x, grad_output, out, p, strip)
+            if chunks:
+                wait_for_team()   # Cython's loops in a parallel block do not
+                for chunk in prange(chunks):
+                    finish_chunk(x, p, chunk)
             change_modes(own)
     else:
         # Too few strips to keep all threads busy to the end, or parts of rows that would be
@@ -200,10 +241,12 @@ cdef void run(const real* x, const real* grad_output, real* out, const Pass* p,
             own = change_modes(modes)
             for tile in prange(tiles, schedule="dynamic"):
                 reduce_tile(x, grad_output, p, tile % strips, tile // strips)
-            wait_for_team()   # Cython's loops in a parallel block do not
+            wait_for_team()
             for strip in prange(strips):
                 finish_strip(x, p, strip)
             wait_for_team()
+            for chunk in prange(chunks):
+                finish_chunk(x, p, chunk)
             for tile in prange(tiles, schedule="dynamic"):
                 write_tile(x, grad_output, out, p, tile % strips, (tiles - 1 - tile) // strips)
             change_modes(own)

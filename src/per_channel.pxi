@@ -6,11 +6,16 @@ cdef struct PerChannel:
     double absent   # the value of every channel when there is no array
 
 
-cdef PerChannel per_channel(ndarray array, double absent):
+cdef inline PerChannel per_channel_absent(double value) noexcept nogil:
     cdef PerChannel p
     p.single = NULL
     p.double_ = NULL
-    p.absent = absent
+    p.absent = value
+    return p
+
+
+cdef PerChannel per_channel(ndarray array, double absent):
+    cdef PerChannel p = per_channel_absent(absent)
     if array is not None:
         if PyArray_TYPE(array) == NPY_FLOAT:
             p.single = <const float*>PyArray_DATA(array)
@@ -39,3 +44,14 @@ cdef inline void values_of(const PerChannel* p, Py_ssize_t first, Py_ssize_t n,
     else:
         for c in range(n):
             values[c] = p.absent
+
+
+cdef inline void values_in_turn(const PerChannel* p, Py_ssize_t first, Py_ssize_t n,
+                                Py_ssize_t period,   # channels after which the values repeat
+                                double* values) noexcept nogil:  # OUT
+    cdef Py_ssize_t done = 0, c = first % period, step
+    while done < n:
+        step = min(n - done, period - c)
+        values_of(p, c, step, values + done)
+        done += step
+        c = 0
