@@ -1,7 +1,7 @@
 """cbn: fast, accurate, reproducible batch normalisation of NumPy arrays on the CPU."""
 
 from cbn import functional
-from cbn._checks import StateFileError
+from cbn._checks import SmallBatchWarning, StateFileError
 from cbn._config import show_config
 from cbn._threads import get_num_threads, num_threads, set_num_threads
 from cbn._version import __version__ as __version__
@@ -11,6 +11,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "SmallBatchWarning",
     "StateFileError",
     "functional",
     "get_num_threads",

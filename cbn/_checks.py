@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
@@ -250,6 +251,29 @@ def enough_values(name: str, shape: Shape, count: int, correction: float) -> Non
             f"when training, got {count} in shape {shape}; "
             f"use a larger batch, or eval mode with running statistics"
         )
+
+
+# Statistics of fewer values per channel than this say more of the batch than of the data: the
+# normalised values of two are -1 and 1, whatever they were.
+SMALL_BATCH = 4
+
+
+class SmallBatchWarning(UserWarning):
+    """A layer was trained on a batch of fewer than 4 values per channel; given once per layer.
+
+    Statistics of so few values are mostly noise, in the output and in the running statistics.
+    """
+
+
+def warn_of_small_batch(count: int, shape: Shape) -> None:
+    """Warn the line that called a layer, three frames above."""
+    warnings.warn(
+        f"x: expected at least {SMALL_BATCH} values per channel when training, got {count} in "
+        f"shape {shape}; use a larger batch, or GroupNorm or LayerNorm, which do not depend on "
+        f"the batch, or cbn.recalibrate(model, batches, forward) after training",
+        SmallBatchWarning,
+        stacklevel=4,
+    )
 
 
 def same_shape(name: str, shape: Shape, expected: Shape, whose: str) -> None:

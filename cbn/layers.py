@@ -99,6 +99,7 @@ class _BatchNorm:
     """
 
     _layouts: ClassVar[tuple[str, ...]]  # the axes of what it accepts, channels first
+    _warned = False  # of a small batch
 
     def __init__(
         self,
@@ -209,6 +210,12 @@ class _BatchNorm:
         FloatingPointError
             In training with ``nonfinite="raise"``.
 
+        Warns
+        -----
+        SmallBatchWarning
+            In training, once per layer, when there are fewer than 4 values per channel. Where a
+            filter makes it an error, the batch has been learnt all the same.
+
         Notes
         -----
         The layer keeps a reference to ``x`` for :meth:`backward`: do not modify it in between.
@@ -232,7 +239,7 @@ class _BatchNorm:
         updates = self.training and self._track_running_stats
         if updates and self.num_batches_tracked is None:
             _checks.batch_count(None)
-        y, self._forward = functional.forward_training(
+        y, forward = functional.forward_training(
             x,
             self._axes,
             self.dtype,
@@ -247,6 +254,11 @@ class _BatchNorm:
             self.nonfinite if self.training else "propagate",
             out,
         )
+        self._forward = forward
+        N, _, S = forward[3]
+        if 0 < N * S < _checks.SMALL_BATCH and self.training and not self._warned:
+            self._warned = True
+            _checks.warn_of_small_batch(N * S, forward[1])
         return y
 
     forward = __call__
@@ -524,11 +536,13 @@ class BatchNorm1d(_BatchNorm):
     --------
     >>> import numpy as np, cbn
     >>> bn = cbn.BatchNorm1d(2)
-    >>> bn(np.array([[1, 10], [3, 30]], dtype=np.float32)).round(3)
-    array([[-1., -1.],
-           [ 1.,  1.]], dtype=float32)
+    >>> bn(np.array([[1, 10], [2, 20], [3, 30], [4, 40]], dtype=np.float32)).round(3)
+    array([[-1.342, -1.342],
+           [-0.447, -0.447],
+           [ 0.447,  0.447],
+           [ 1.342,  1.342]], dtype=float32)
     >>> bn.running_mean
-    array([0.2, 2. ], dtype=float32)
+    array([0.25, 2.5 ], dtype=float32)
     """
 
     _layouts = ("NC", "NCL")

@@ -161,12 +161,12 @@ def test_per_channel_arguments_in_any_layout(layout, rng):
 
 
 def test_lists_are_of_the_dtype_of_the_layer_or_float64():
-    lists = [[1, 2, 3], [4, 6, 8]]
+    lists = [[1, 2, 3], [4, 6, 8]] * 2
     assert cbn.BatchNorm1d(C)(lists).dtype == np.float32
     assert cbn.BatchNorm1d(C, dtype=float)(lists).dtype == np.float64
     assert batch_norm(lists, None, None, training=True).dtype == np.float64
     mean, var, count = batch_norm_stats(lists)
-    assert (mean.tolist(), var.tolist(), count) == ([2.5, 4, 5.5], [2.25, 4, 6.25], 2)
+    assert (mean.tolist(), var.tolist(), count) == ([2.5, 4, 5.5], [2.25, 4, 6.25], 4)
 
 
 # --------------------------------------------------------------------------------------- outputs

@@ -164,6 +164,7 @@ def attempt(errors, call, out, inputs, learns=()):
     return result
 
 
+@pytest.mark.filterwarnings("ignore::cbn.SmallBatchWarning")  # any count is drawn
 @fuzz
 @given(st.data(), st.sampled_from(list(LAYERS)), OPTIONS, DTYPES, st.booleans(), st.booleans())
 def test_any_call(assert_close, data, layer, options, dtype, training, functions):

@@ -115,13 +115,13 @@ def test_finite_batches_give_the_same_bits(x, channel_axis, way, nonfinite, dtyp
 
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
 def test_a_variance_beyond_the_dtype_of_the_statistics_counts(nonfinite):
-    x = np.array([[1e25, 1], [-1e25, 2]], np.float32)
+    x = np.array([[1e25, 1], [-1e25, 2]] * 2, np.float32)
     bn = cbn.BatchNorm1d(2, nonfinite=nonfinite)
     if nonfinite == "raise":
         with pytest.raises(FloatingPointError, match=r"1 of them \(0\)"):
             bn(x)
     else:
-        np.testing.assert_allclose(bn(x)[:, 0], [1, -1], rtol=1e-6)
+        np.testing.assert_allclose(bn(x)[:, 0], [1, -1, 1, -1], rtol=1e-6)
         assert bn.running_var[0] == 1
         assert bn.running_var[1] != 1
     # Where nothing is kept, nothing is beyond it.
@@ -131,9 +131,9 @@ def test_a_variance_beyond_the_dtype_of_the_statistics_counts(nonfinite):
 @pytest.mark.parametrize(
     ("x", "dtype", "options"),
     [
-        # The unbiased variance, twice the variance of two values, is beyond float32.
-        (np.array([[2e19], [-2e19]]) * 0.7, "float32", {}),
-        (np.array([[1e19], [-1e19]]), "float32", {"correction": 1.9}),
+        # The unbiased variance, 4/3 of the variance of four values, is beyond float32.
+        (np.array([[1.7e19], [-1.7e19]] * 2), "float32", {}),
+        (np.array([[1e19], [-1e19]] * 2), "float32", {"correction": 3.5}),
         # The mean is, and the variance is zero.
         (np.full((4, 1), 1e300), "float64", {}),
     ],

@@ -36,10 +36,9 @@ def test_import_loads_numpy_and_little_else():
 
 def test_public_names():
     layers = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+    notices = ["SmallBatchWarning", "StateFileError"]
     threads = ["get_num_threads", "num_threads", "set_num_threads"]
-    assert sorted(cbn.__all__) == sorted(
-        [*layers, "StateFileError", "functional", "show_config", *threads]
-    )
+    assert sorted(cbn.__all__) == sorted([*layers, *notices, "functional", "show_config", *threads])
     assert all(hasattr(cbn, name) for name in cbn.__all__)
     assert cbn.functional.__all__ == ["batch_norm", "batch_norm_backward", "batch_norm_stats"]
 
@@ -134,7 +133,7 @@ def test_build_without_openmp(build):
     assert (library / "cbn" / "py.typed").is_file()
     code = (
         "import cbn; print(cbn.__file__); print(cbn.get_num_threads()); cbn.set_num_threads(4); "
-        "print(cbn.BatchNorm1d(1, eps=0)([[1.0], [3.0]]).tolist())"
+        "print(cbn.BatchNorm1d(1, eps=0)([[1.0], [3.0]] * 2).tolist())"
     )
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -146,5 +145,5 @@ def test_build_without_openmp(build):
     assert run.stdout.splitlines() == [
         str(library / "cbn" / "__init__.py"),
         "1",
-        "[[-1.0], [1.0]]",
+        "[[-1.0], [1.0], [-1.0], [1.0]]",
     ]
