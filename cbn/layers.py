@@ -303,7 +303,13 @@ class _BatchNorm:
     # ------------------------------------------------------------------------------------- modes
 
     def train(self, mode: bool = True) -> Self:
-        """Switch to training (True) or eval mode (False) and return the layer."""
+        """Switch to training or eval mode and return the layer.
+
+        Parameters
+        ----------
+        mode : bool
+            True: training; False: eval.
+        """
         self.training = _checks.flag("mode", mode)
         return self
 

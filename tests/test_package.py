@@ -48,6 +48,13 @@ def test_public_names_are_documented(name):
     assert getattr(cbn, name).__doc__
 
 
+@pytest.mark.parametrize("name", cbn.__all__)
+def test_public_names_are_in_the_reference(name):
+    needs_sources()
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.rst"))
+    assert re.search(rf"^\.\. (auto\w+|module):: (cbn\.)?{name}$", pages, re.MULTILINE)
+
+
 def test_version_is_that_of_the_metadata():
     assert cbn.__version__ == distribution("cbn").version
 
