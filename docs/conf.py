@@ -35,6 +35,7 @@ html_copy_source = False
 CONTENTS = """
 ```{toctree}
 :hidden:
+docs/guide
 docs/reference/index
 docs/numerics
 docs/performance
