@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -172,6 +172,15 @@ def channel_axis(value: Any) -> int:
     return int(value)
 
 
+# What a layer's attributes of these names must be; they may have been changed since it was made.
+OF_ATTRIBUTES: dict[str, Callable[[str, Any], Any]] = {
+    "eps": non_negative,
+    "momentum": lambda name, value: momentum_or_none(value),
+    "correction": non_negative,
+    "nonfinite": lambda name, value: nonfinite(value),
+}
+
+
 # ---------------------------------------------------------------------------------------- arrays
 
 
@@ -242,6 +251,66 @@ def axis_of_channels(name: str, shape: Shape, axes: Axes) -> int:
     return axis
 
 
+def normalized_shape(value: Any) -> Shape:
+    """The lengths of the last axes, also from an integer for one."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
+        return (positive_integer("normalized_shape", value),)
+    shape = tuple(positive_integer("normalized_shape", length) for length in value)
+    if not shape:
+        raise ValueError("normalized_shape: expected at least one length, got none")
+    return shape
+
+
+def last_axes(name: str, shape: Shape, normalized_shape: Shape) -> None:
+    if shape[-len(normalized_shape) :] != normalized_shape:
+        raise ValueError(
+            f"{name}: expected the last axes to be {normalized_shape}, that is normalized_shape, "
+            f"got shape {shape}"
+        )
+
+
+def channels_of(name: str, value: ArrayLike, channel_axis: int, least_axes: int) -> int:
+    """The number of channels of data of any rank from least_axes on."""
+    shape = np.shape(value)
+    if len(shape) < least_axes:
+        raise ValueError(
+            f"{name}: expected at least {least_axes} axes, got {len(shape)} in shape {shape}"
+        )
+    return int(shape[channel_axis])
+
+
+def group_count(num_groups: int, num_channels: int) -> None:
+    if num_channels % num_groups:
+        raise ValueError(
+            f"num_groups: expected a divisor of the {num_channels} channels, got {num_groups}"
+        )
+
+
+def grouped(
+    name: str, shape: Shape, num_groups: int, channel_axis: int, num_channels: int | None
+) -> None:
+    """Refuse what is not (N, C, ...) or (N, ..., C) with channels that make so many groups."""
+    if len(shape) < 2:
+        raise ValueError(f"{name}: expected at least 2 axes, got {len(shape)} in shape {shape}")
+    if num_channels not in (None, shape[channel_axis]):
+        axis = channel_axis % len(shape)
+        raise ValueError(
+            f"{name}: expected {num_channels} channels on axis {axis}, "
+            f"got {shape[channel_axis]} in shape {shape}"
+        )
+    group_count(num_groups, shape[channel_axis])
+
+
+def enough_values_of_samples(shape: Shape, count: int, correction: float) -> None:
+    """An empty batch passes; a channel of a sample must be able to give an unbiased variance."""
+    needed = max(1.0, correction)
+    if 0 < count <= needed:
+        raise ValueError(
+            f"x: expected more than {needed:g} value{'s' if needed > 1 else ''} per channel of a "
+            f"sample, got {count} in shape {shape}; use larger samples, or BatchNorm or LayerNorm"
+        )
+
+
 def enough_values(name: str, shape: Shape, count: int, correction: float) -> None:
     """An empty batch passes; a batch must be able to give an unbiased variance."""
     needed = max(1.0, correction)
@@ -293,6 +362,16 @@ def per_channel(name: str, value: ArrayLike, num_features: int) -> Array:
 
 def per_channel_or_none(name: str, value: ArrayLike | None, num_features: int) -> Array | None:
     return None if value is None else per_channel(name, value, num_features)
+
+
+def parameter_or_none(name: str, value: ArrayLike | None, shape: Shape) -> Array | None:
+    """A weight or a bias of this shape, for reading."""
+    if value is None:
+        return None
+    array = _as_array(name, value, None)
+    if array.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
+    return readable(array)
 
 
 def running_or_none(name: str, value: Any, num_features: int) -> Array | None:

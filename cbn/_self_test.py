@@ -19,13 +19,13 @@ TOLERANCE = {"float32": (1.3e-6, 1e-5), "float64": (1e-7, 1e-7)}
 
 def self_test() -> Iterator[tuple[str, list[str]]]:
     """Yield each instruction set that runs here, with what is wrong with it."""
-    usual = functional.kernels
+    usual = _dispatch.kernels
     try:
         for isa in _dispatch.supported():
-            functional.kernels = _dispatch.load(isa)
+            _dispatch.kernels = _dispatch.load(isa)
             yield isa, list(_faults())
     finally:
-        functional.kernels = usual
+        _dispatch.kernels = usual
 
 
 def _faults() -> Iterator[str]:

@@ -5,6 +5,10 @@
 # recognised here in C. These functions refuse nothing: they return None for whatever is not
 # ordinary, and cbn/functional.py then looks at it closely, converts it or says what is wrong.
 
+cdef enum:
+    MOST_AXES = 64   # of an array of NumPy
+
+
 cdef bint is_plain(object array, int type_num):
     """An ndarray, no subclass, that a kernel can read."""
     return (PyArray_CheckExact(array) and PyArray_TYPE(<ndarray>array) == type_num
@@ -22,6 +26,19 @@ cdef bint is_per_channel_or_none(object array, Py_ssize_t C):
 
 cdef bint is_running_or_none(object array, Py_ssize_t C):
     return array is None or (is_per_channel(array, C) and PyArray_ISWRITEABLE(<ndarray>array))
+
+
+cdef bint is_parameter_or_none(object array, tuple shape):
+    cdef int i
+    if array is None:
+        return True
+    if not ((is_plain(array, NPY_FLOAT) or is_plain(array, NPY_DOUBLE))
+            and PyArray_NDIM(<ndarray>array) == len(shape)):
+        return False
+    for i in range(len(shape)):
+        if PyArray_DIM(<ndarray>array, i) != <npy_intp>shape[i]:
+            return False
+    return True
 
 
 cdef bint is_counter(object array):
@@ -213,4 +230,56 @@ def express_backward(grad_output, tuple forward, weight, out, threads_for):
     grad_bias = PyArray_EMPTY(1, &C, type_num, 0)
     gradients(grad_output, x, view[0], C, view[2], statistics, weight, eps, forward[6],
               out, grad_weight, grad_bias, threads_for(4 * PyArray_SIZE(<ndarray>x)))
+    return out, grad_weight, grad_bias, False
+
+
+def express_groups(x, dtype, tuple grouping, tuple parameter_shape, weight, bias, eps,
+                   bint centred, out, threads_for):
+    """Return the output and what makes a Forward (cbn/functional/_groups.py), or None."""
+    # The grouping is that of the shape of x, which is not empty.
+    cdef ndarray statistics
+    cdef Py_ssize_t B = grouping[0], C = grouping[2]
+    if not ((is_plain(x, NPY_FLOAT) or is_plain(x, NPY_DOUBLE))
+            and (dtype is None or dtype is <object>PyArray_DESCR(x))
+            and is_parameter_or_none(weight, parameter_shape)
+            and is_parameter_or_none(bias, parameter_shape)
+            and is_non_negative(eps) and is_plain_out(out, x)
+            and are_all_apart(out, weight, bias, None, None)):
+        return None
+    if out is None:
+        out = new_like(x)
+    statistics = new_statistics(B * C)
+    normalise_groups(x, grouping, weight, bias, eps, centred, statistics, out,
+                     threads_for(2 * PyArray_SIZE(<ndarray>x)))
+    return out, (None if out is x else x, x.shape, <object>PyArray_DESCR(x), grouping,
+                 statistics, eps, centred)
+
+
+def express_group_gradients(grad_output, tuple forward, tuple parameter_shape, weight, out,
+                            threads_for):
+    """Return the gradients of input, weight and bias, or None."""
+    cdef object x = forward[0], dtype = forward[2], statistics = forward[4], eps = forward[5]
+    cdef tuple shape = forward[1], grouping = forward[3]
+    cdef npy_intp[MOST_AXES] parameter
+    cdef npy_intp* lengths = parameter
+    cdef int type_num, axes = len(parameter_shape), i
+    if not (PyArray_CheckExact(x) and axes <= MOST_AXES):
+        return None
+    type_num = PyArray_TYPE(<ndarray>x)
+    # The caller may have changed the shape or the dtype of x since the forward pass.
+    if not (is_plain(x, type_num) and <object>PyArray_DESCR(<ndarray>x) is dtype
+            and x.shape == shape and PyArray_SIZE(<ndarray>x) > 0
+            and is_plain(grad_output, type_num)
+            and PyArray_SAMESHAPE(<ndarray>grad_output, <ndarray>x)
+            and is_parameter_or_none(weight, parameter_shape) and is_plain_out(out, grad_output)
+            and are_all_apart(out, x, statistics, weight, None)):
+        return None
+    if out is None:
+        out = new_like(grad_output)
+    for i in range(axes):
+        lengths[i] = parameter_shape[i]
+    grad_weight = PyArray_EMPTY(axes, lengths, type_num, 0)
+    grad_bias = PyArray_EMPTY(axes, lengths, type_num, 0)
+    group_gradients(grad_output, x, grouping, statistics, weight, eps, forward[6], out,
+                    grad_weight, grad_bias, threads_for(4 * PyArray_SIZE(<ndarray>x)))
     return out, grad_weight, grad_bias, False

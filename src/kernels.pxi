@@ -235,6 +235,15 @@ cdef View view_from(tuple view):
     return v
 
 
+cpdef group_statistics(ndarray x, tuple view, double eps, bint centred,
+                       ndarray statistics,   # OUT
+                       int num_threads):
+    cdef Pass p = new_pass(STATISTICS, view_from(view), None, None, None, None, eps)
+    p.centred = centred
+    p.statistics = <double*>data_of(statistics)
+    run_pass(&p, x, None, None, num_threads)
+
+
 cpdef normalise_groups(ndarray x, tuple view,   # B, N, C, S, parts, period (geometry.pxi)
                        ndarray weight, ndarray bias, double eps, bint centred,
                        ndarray statistics, ndarray out,   # OUT

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import cbn
-from cbn import functional, reference
+from cbn import _dispatch, functional, reference
 
 # Two and three values per channel are computed like any other number.
 TINY = pytest.mark.filterwarnings("ignore::cbn.SmallBatchWarning")
@@ -381,7 +381,7 @@ def test_first_value_is_an_outlier(
 
 @pytest.mark.parametrize(("shape", "walk"), MEANT, ids=str)
 def test_shapes_are_walked_as_their_names_say(shape, walk):
-    assert functional.kernels.walk(*shape) == walk
+    assert _dispatch.kernels.walk(*shape) == walk
 
 
 @DTYPE

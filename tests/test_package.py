@@ -35,12 +35,15 @@ def test_import_loads_numpy_and_little_else():
 
 
 def test_public_names():
-    layers = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+    layers = ["GroupNorm", "LayerNorm", "RMSNorm"]
+    layers += [f"{kind}Norm{d}d" for kind in ("Batch", "Instance") for d in (1, 2, 3)]
     notices = ["SmallBatchWarning", "StateFileError"]
     threads = ["get_num_threads", "num_threads", "set_num_threads"]
     assert sorted(cbn.__all__) == sorted([*layers, *notices, "functional", "show_config", *threads])
     assert all(hasattr(cbn, name) for name in cbn.__all__)
-    assert cbn.functional.__all__ == ["batch_norm", "batch_norm_backward", "batch_norm_stats"]
+    norms = [f"{kind}_norm" for kind in ("batch", "group", "instance", "layer", "rms")]
+    functions = [*norms, *(f"{norm}_backward" for norm in norms), "batch_norm_stats"]
+    assert sorted(cbn.functional.__all__) == sorted(functions)
 
 
 @pytest.mark.parametrize("name", cbn.__all__)

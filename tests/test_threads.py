@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import cbn
-from cbn import functional
+from cbn import _dispatch, functional
 from cbn._threads import SERIAL_BELOW
 
 # (N, C, S): fewer and more strips than threads, one piece and many, with tails.
@@ -45,7 +45,7 @@ DTYPE = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 @pytest.mark.parametrize(("shape", "walk"), MEANT, ids=str)
 def test_shapes_are_walked_as_their_names_say(shape, walk):
-    assert functional.kernels.walk(*shape) == walk
+    assert _dispatch.kernels.walk(*shape) == walk
 
 
 @pytest.fixture(autouse=True)

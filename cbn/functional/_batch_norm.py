@@ -1,4 +1,4 @@
-"""Batch normalisation as functions: check, allocate, call a kernel.
+"""Batch normalisation: check, allocate, call a kernel.
 
 The public functions keep no state. The layers call the three below them, which also return, or
 take, what a backward pass needs of its forward pass.
@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cbn import _checks, _threads
+from cbn import _checks, _dispatch, _threads
 from cbn._checks import Array, Axes, Shape
-from cbn._dispatch import kernels as kernels  # which the self-test and tests exchange
-
-__all__ = ["batch_norm", "batch_norm_backward", "batch_norm_stats"]
+from cbn.functional import _arrays
 
 
 def batch_norm(
@@ -96,7 +94,7 @@ def batch_norm(
     >>> mean, var
     (array([0.2, 0.2]), array([1.1, 1.7]))
     """
-    done: Array | None = kernels.express_batch_norm(
+    done: Array | None = _dispatch.kernels.express_batch_norm(
         x,
         running_mean,
         running_var,
@@ -176,7 +174,7 @@ def batch_norm_stats(
     view = N, C, S = _view(x.shape, _checks.axis_of_channels("x", x.shape, axes))
     statistics = np.zeros((3, C))
     if x.size:
-        kernels.batch_statistics(x, *view, 0.0, statistics, _threads.threads_for(x.size))
+        _dispatch.kernels.batch_statistics(x, *view, 0.0, statistics, _threads.threads_for(x.size))
     return statistics[0].copy(), statistics[2].copy(), N * S
 
 
@@ -250,13 +248,13 @@ def batch_norm_backward(
     [[0.204, -0.408, 0.204], [-1.225], [1.0]]
     """
     axes = AXES[_checks.channel_axis(channel_axis)]
-    forward: Forward | None = kernels.express_forward(x, axes, mean, var, eps, training)
+    forward: Forward | None = _dispatch.kernels.express_forward(x, axes, mean, var, eps, training)
     if forward is not None:
         return backward(forward, grad_output, weight, out, x)[:3]
 
     array = _checks.data("x", x)
     view = _view(array.shape, _checks.axis_of_channels("x", array.shape, axes))
-    statistics = kernels.given_statistics(
+    statistics = _dispatch.kernels.given_statistics(
         _checks.per_channel("mean", mean, view[1]), _checks.per_channel("var", var, view[1])
     )
     frozen = not _checks.flag("training", training)
@@ -311,7 +309,7 @@ def forward_training(
     With a counter of batches, momentum may be None: the average over all of them. nonfinite is a
     layer's.
     """
-    done: tuple[Array, Forward] | None = kernels.express_training(
+    done: tuple[Array, Forward] | None = _dispatch.kernels.express_training(
         x,
         axes,
         dtype,
@@ -338,7 +336,7 @@ def forward_training(
     _checks.both_or_none(running_mean, running_var)
     running_mean = _checks.running_or_none("running_mean", running_mean, C)
     running_var = _checks.running_or_none("running_var", running_var, C)
-    _checks.learnt_apart(running_mean, running_var, _memory_of(x, array))
+    _checks.learnt_apart(running_mean, running_var, _arrays.memory_of(x, array))
     weight = _checks.per_channel_or_none("weight", weight, C)
     bias = _checks.per_channel_or_none("bias", bias, C)
     if momentum is not None or num_batches_tracked is None:
@@ -347,7 +345,7 @@ def forward_training(
     correction = _checks.non_negative("correction", correction)
     nonfinite = _checks.nonfinite(nonfinite)
     _checks.enough_values("x", array.shape, count, 0 if running_mean is None else correction)
-    overwrites_x = _overwrites(
+    overwrites_x = _arrays.overwrites(
         out,
         array,
         "x",
@@ -357,23 +355,29 @@ def forward_training(
         weight=weight,
         bias=bias,
     )
-    buffer, y = _allocate(out, array.shape, array.dtype)
+    buffer, y = _arrays.allocate(out, array.shape, array.dtype)
 
     statistics = np.zeros((3, C))
     if array.size:
         threads = _threads.threads_for(2 * array.size)
         if nonfinite == "raise":
             # Nothing is written before the statistics have been looked at.
-            kernels.batch_statistics(array, *view, eps, statistics, threads)
+            _dispatch.kernels.batch_statistics(array, *view, eps, statistics, threads)
             _checks.finite_statistics(
-                kernels.not_finite(statistics, running_mean, running_var, count, correction)
+                _dispatch.kernels.not_finite(
+                    statistics, running_mean, running_var, count, correction
+                )
             )
-            kernels.normalise_by(array, *view, statistics, weight, bias, eps, buffer, threads)
+            _dispatch.kernels.normalise_by(
+                array, *view, statistics, weight, bias, eps, buffer, threads
+            )
         else:
-            kernels.normalise_batch(array, *view, weight, bias, eps, statistics, buffer, threads)
+            _dispatch.kernels.normalise_batch(
+                array, *view, weight, bias, eps, statistics, buffer, threads
+            )
         learning = running_mean, running_var, num_batches_tracked
         skips = nonfinite == "skip"
-        kernels.learn(*learning, statistics, momentum, count, correction, skips)
+        _dispatch.kernels.learn(*learning, statistics, momentum, count, correction, skips)
     if y is not buffer:
         y[...] = buffer
     kept = None if overwrites_x else array
@@ -392,7 +396,7 @@ def forward_inference(
     out: Array | None,
 ) -> tuple[Array, Forward]:
     """Normalise x by given statistics."""
-    done: tuple[Array, Forward] | None = kernels.express_inference(
+    done: tuple[Array, Forward] | None = _dispatch.kernels.express_inference(
         x,
         axes,
         dtype,
@@ -414,18 +418,18 @@ def forward_inference(
     weight = _checks.per_channel_or_none("weight", weight, C)
     bias = _checks.per_channel_or_none("bias", bias, C)
     eps = _checks.non_negative("eps", eps)
-    overwrites_x = _overwrites(
+    overwrites_x = _arrays.overwrites(
         out, array, "x", x, running_mean=mean, running_var=var, weight=weight, bias=bias
     )
-    buffer, y = _allocate(out, array.shape, array.dtype)
+    buffer, y = _arrays.allocate(out, array.shape, array.dtype)
 
     if array.size:
         threads = _threads.threads_for(array.size)
-        kernels.normalise(array, *view, mean, var, weight, bias, eps, buffer, threads)
+        _dispatch.kernels.normalise(array, *view, mean, var, weight, bias, eps, buffer, threads)
     if y is not buffer:
         y[...] = buffer
     kept = None if overwrites_x or weight is None else array
-    statistics = kernels.given_statistics(mean, var)
+    statistics = _dispatch.kernels.given_statistics(mean, var)
     return y, (kept, array.shape, array.dtype, view, statistics, eps, True)
 
 
@@ -437,7 +441,7 @@ def backward(
     given_x: ArrayLike | None = None,
 ) -> Gradients:
     """Return the gradients of a forward pass."""
-    done: Gradients | None = kernels.express_backward(
+    done: Gradients | None = _dispatch.kernels.express_backward(
         grad_output, forward, weight, out, _threads.threads_for
     )
     if done is not None:
@@ -452,18 +456,20 @@ def backward(
         _checks.input_overwritten()
     if x is not None:
         _checks.input_intact(x, shape, dtype)
-    _overwrites(out, grad, "grad_output", grad_output, weight=weight)
+    _arrays.overwrites(out, grad, "grad_output", grad_output, weight=weight)
     overwrote_x = False
     if out is not None and x is not None:
-        overwrote_x = _checks.overlaps(out, "x", _memory_of(given_x, x))
-    buffer, grad_input = _allocate(out, shape, dtype)
+        overwrote_x = _checks.overlaps(out, "x", _arrays.memory_of(given_x, x))
+    buffer, grad_input = _arrays.allocate(out, shape, dtype)
 
     grad_weight, grad_bias = np.zeros(C, dtype), np.zeros(C, dtype)
     threads = _threads.threads_for(4 * grad.size)
     if grad.size and x is None:
-        kernels.normalise(grad, *view, None, statistics[2], None, None, eps, buffer, threads)
+        _dispatch.kernels.normalise(
+            grad, *view, None, statistics[2], None, None, eps, buffer, threads
+        )
     elif grad.size:
-        kernels.gradients(
+        _dispatch.kernels.gradients(
             grad, x, *view, statistics, weight, eps, frozen,
             buffer, grad_weight, grad_bias, threads,
         )  # fmt: skip
@@ -475,29 +481,3 @@ def backward(
 def _view(shape: Shape, axis: int) -> View:
     """The shape as (N, C, S): before the channels, the channels, after them."""
     return prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
-
-
-def _memory_of(given: ArrayLike | None, readable: Array | None) -> Any:
-    """An input where the caller has it; what is not an array may still share its memory."""
-    return given if isinstance(given, np.ndarray) else readable
-
-
-def _overwrites(
-    out: Array | None, like: Array, name: str, given: ArrayLike, **others: Array | None
-) -> bool:
-    """Check an output for an input (given, or like in the form that kernels read)."""
-    if out is None:
-        return False
-    _checks.output(out, like.shape, like.dtype)
-    _checks.apart(out, **others)
-    return _checks.overlaps(out, name, _memory_of(given, like))
-
-
-def _allocate(out: Array | None, shape: Shape, dtype: np.dtype[Any]) -> tuple[Array, Array]:
-    """The array that the kernel writes, and the one that the caller gets: out where it can be."""
-    if out is None:
-        new = np.empty(shape, dtype)
-        return new, new
-    if out.flags.c_contiguous and out.flags.aligned:
-        return out, out
-    return np.empty(shape, dtype), out

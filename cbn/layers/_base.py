@@ -1,0 +1,323 @@
+"""What every norm layer has: modes, state, and the gradients of its last call."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cbn import _checks
+from cbn._checks import Array, Shape
+
+if TYPE_CHECKING:
+    from cbn import _state
+
+# What a state holds, in PyTorch's order.
+STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+class IncompatibleKeys(NamedTuple):
+    """What ``load_state_dict(state, strict=False)`` passed over, as in PyTorch."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class NormLayer(ABC):
+    """A layer that normalises: the base of all of cbn, for those who look for them."""
+
+    dtype: np.dtype[Any]
+    eps: float
+    training: bool
+    weight: Array | None
+    bias: Array | None
+    running_mean: Array | None = None
+    running_var: Array | None = None
+    num_batches_tracked: Array | None = None
+    weight_grad: Array | None
+    bias_grad: Array | None
+    _forward: Any  # what the last call kept for backward; None: there was none
+
+    def _make_parameters(self, shape: Shape, affine: bool, bias: bool) -> None:
+        shifts = _checks.flag("bias", bias) and affine
+        self.weight = np.ones(shape, self.dtype) if affine else None
+        self.bias = np.zeros(shape, self.dtype) if shifts else None
+        self.weight_grad = self.bias_grad = None
+        self._forward = None
+
+    # ------------------------------------------------------------------------------------ passes
+
+    @abstractmethod
+    def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
+        """Normalise x."""
+
+    def backward(self, grad_output: ArrayLike, out: Array | None = None) -> Array:
+        """Return the gradient of the last forward call with respect to its input.
+
+        Sets ``weight_grad`` and ``bias_grad``. Running statistics that the call has normalised by
+        count as constants.
+
+        Parameters
+        ----------
+        grad_output : array_like
+            Gradient of the loss with respect to the output, of its shape and dtype.
+        out : ndarray, optional
+            Array to write to: ``grad_output`` itself, the input of the forward call (which then
+            cannot be differentiated again), or memory apart.
+
+        Returns
+        -------
+        ndarray
+            The gradient with respect to the input; ``out`` if that was given.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no forward call, or its input has been written over.
+        TypeError, ValueError
+            If ``grad_output`` or ``out`` is of the wrong dtype or shape, or they overlap in part.
+        """
+        if self._forward is None:
+            _checks.no_forward()
+        grad_input, weight_grad, bias_grad, overwrote_x = self._differentiate(grad_output, out)
+        if overwrote_x:
+            self._forward = (None, *self._forward[1:])
+        self.weight_grad = None if self.weight is None else weight_grad
+        self.bias_grad = None if self.bias is None else bias_grad
+        return grad_input
+
+    @abstractmethod
+    def _differentiate(
+        self, grad_output: ArrayLike, out: Array | None
+    ) -> tuple[Array, Array, Array, bool]:
+        """The gradients of the last call, and whether its input has been overwritten."""
+
+    # ------------------------------------------------------------------------------------- modes
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training or eval mode and return the layer.
+
+        Parameters
+        ----------
+        mode : bool
+            True: training; False: eval.
+        """
+        self.training = _checks.flag("mode", mode)
+        return self
+
+    def eval(self) -> Self:
+        """Switch to eval mode and return the layer."""
+        return self.train(False)
+
+    def reset_parameters(self) -> None:
+        """Reset the weight to 1, the bias to 0, and the statistics where there are any."""
+        self._reset(running_mean=0, running_var=1, num_batches_tracked=0, weight=1, bias=0)
+
+    def _reset(self, **values: int) -> None:
+        state = {name: array for name, array in self._state().items() if name in values}
+        for name, array in state.items():
+            _checks.writable(name, array)
+        for name, array in state.items():
+            array[...] = values[name]
+
+    # ------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return a copy of the parameters and statistics, under PyTorch's names.
+
+        Returns
+        -------
+        dict of str to ndarray
+            Those of weight, bias, running_mean, running_var and num_batches_tracked that the
+            layer has.
+
+        Examples
+        --------
+        >>> import cbn
+        >>> list(cbn.BatchNorm1d(3, bias=False).state_dict())
+        ['weight', 'running_mean', 'running_var', 'num_batches_tracked']
+        """
+        return {name: np.array(value) for name, value in self._state().items()}
+
+    def load_state_dict(
+        self, state: Mapping[str, ArrayLike], strict: bool = True
+    ) -> IncompatibleKeys:
+        """Copy parameters and statistics into the layer: all of them, or none and an error.
+
+        Parameters
+        ----------
+        state : mapping of str to array_like
+            As ``state_dict`` returns it, here or in PyTorch. Values are cast to the dtype of the
+            layer.
+        strict : bool
+            Whether the keys must be exactly those of the layer. Otherwise what is missing keeps
+            its value, and what is unexpected is passed over.
+
+        Returns
+        -------
+        IncompatibleKeys
+            The tuple ``(missing_keys, unexpected_keys)``.
+
+        Raises
+        ------
+        TypeError
+            If ``state`` is not a mapping or a value is not of numbers.
+        ValueError
+            If a shape differs or, when strict, a key.
+        """
+        _checks.state_mapping(state)
+        current = self._state()
+        keys = IncompatibleKeys(
+            [key for key in current if key not in state],
+            [key for key in state if key not in current],
+        )
+        if _checks.flag("strict", strict):
+            _checks.state_keys(*keys)
+        new = {
+            key: _checks.state_value(key, state[key], array)
+            for key, array in current.items()
+            if key in state
+        }
+        for key, value in new.items():
+            current[key][...] = value
+        return keys
+
+    def save(self, path: _state.Path) -> None:
+        """Write the layer to one .npz file, without pickle: configuration, mode and state.
+
+        The file is written whole or not at all, under the very name given.
+
+        Parameters
+        ----------
+        path : str or path
+            The file; one that exists is replaced.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an attribute has been given a value that no layer can be made with.
+        OSError
+            If it cannot be written; what was there stays.
+
+        Examples
+        --------
+        >>> import tempfile, pathlib, cbn
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "norm.npz")
+        ...     cbn.BatchNorm2d(3, eps=0.001).eval().save(path)
+        ...     bn = cbn.BatchNorm2d.load(path)
+        >>> bn.eps, bn.training
+        (0.001, False)
+        """
+        from cbn import _state  # here, because zipfile and json are half of cbn's import time
+
+        config, state = self._config(), self.state_dict()
+        _checks.savable(state, self._expected_state(config))
+        _state.save(path, config, state)
+
+    @classmethod
+    def load(cls, path: _state.Path) -> Self:
+        """Return a layer from a file that ``save`` wrote, in the mode it was saved in.
+
+        Parameters
+        ----------
+        path : str or path
+            The file. Nothing in it is trusted: it is read without pickle, and sizes are checked
+            before memory is taken.
+
+        Returns
+        -------
+        layer
+            Of this class.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        StateFileError
+            If the file is damaged, foreign, or of another class. A kind of ValueError.
+        """
+        from cbn import _state
+
+        config, state = _state.load(path, cls._expected_state)
+        layer = cls._from_config(config)
+        with _state.damage_named(path):  # a counter below 0
+            layer.load_state_dict(state)
+        return layer
+
+    _saved: ClassVar[tuple[str, ...]]  # the arguments that a state file keeps
+    _smallest: ClassVar[dict[str, Any]]  # those that make the smallest layer
+
+    def _config(self) -> _state.Config:
+        """What a state file says of the layer, beside its arrays."""
+        config = {name: getattr(self, name) for name in self._saved}
+        for name, check in _checks.OF_ATTRIBUTES.items():
+            if name in config:
+                config[name] = check(name, config[name])
+        for name in ("affine", "elementwise_affine"):
+            if name in config:
+                config[name] = self.weight is not None
+        if "bias" in config:
+            config["bias"] = self.bias is not None
+        config["dtype"] = self.dtype.name
+        config["class"] = type(self).__name__
+        config["training"] = _checks.flag("training", self.training)
+        return config
+
+    @classmethod
+    def _from_config(cls, config: _state.Config) -> Self:
+        """A new layer with such a configuration, in its mode."""
+        layer = cls(**{name: config[name] for name in cls._saved})
+        return layer.train(config["training"])
+
+    @classmethod
+    def _parameter_shape_of(cls, config: _state.Config) -> Shape:
+        """That of the weight of a layer with such a configuration."""
+        return (_checks.positive_integer("num_features", config["num_features"]),)
+
+    @classmethod
+    def _expected_state(cls, config: _state.Config) -> _state.Expected:
+        """The arrays in a file with this configuration, by way of the smallest such layer.
+
+        No memory is taken for what a file only promises.
+        """
+        _checks.same_class(config.get("class"), cls.__name__)
+        _checks.config_keys(config, cls(**cls._smallest)._config())
+        shape = cls._parameter_shape_of(config)
+        small = cls._from_config(config | cls._smallest)
+        return {
+            name: (array.dtype, shape if name != "num_batches_tracked" else ())
+            for name, array in small._state().items()
+        }
+
+    def _state(self) -> dict[str, Array]:
+        return {name: getattr(self, name) for name in STATE if getattr(self, name) is not None}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: all but the last input, which may be large and is not state."""
+        return {**self.__dict__, "_forward": None}
+
+    def _described_by(self, *required: Any, **optional: Any) -> str:
+        """For repr: the layer as a call with its arguments."""
+        arguments = [str(value) for value in required]
+        arguments += [f"{name}={value}" for name, value in optional.items()]
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
+
+Layer = TypeVar("Layer", bound=type[NormLayer])
+
+
+def documented_by(family: type[NormLayer]) -> Callable[[Layer], Layer]:
+    """Insert the sections that a family of layers shares before the example of a class."""
+
+    def document(cls: Layer) -> Layer:
+        if cls.__doc__ and family.__doc__:  # python -OO has neither
+            summary, heading, example = cls.__doc__.partition("    Examples\n")
+            shared = family.__doc__.partition("\n\n")[2]
+            cls.__doc__ = summary + shared.rstrip() + "\n\n" + heading + example
+        return cls
+
+    return document

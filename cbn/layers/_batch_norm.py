@@ -1,0 +1,266 @@
+"""BatchNorm1d, BatchNorm2d and BatchNorm3d.
+
+No arithmetic on data happens here: a layer checks what only it can know (its rank, its number of
+channels), decides which statistics to use, and calls :mod:`cbn.functional`.
+"""
+
+from __future__ import annotations
+
+from numpy.typing import ArrayLike, DTypeLike
+
+from cbn import _checks
+from cbn._checks import Array
+from cbn.functional import _batch_norm as functional
+from cbn.layers._base import documented_by
+from cbn.layers._channel_norm import ChannelNorm
+
+
+class _BatchNorm(ChannelNorm):
+    """Batch normalisation over every axis but that of the channels.
+
+    ``y = (x - mean) / sqrt(var + eps) * weight + bias``
+
+    In training ``mean`` and ``var`` are the statistics of the batch, and the running statistics
+    learn from them; in eval mode they are the running statistics.
+
+    Parameters
+    ----------
+    num_features : int
+        Number of channels C.
+    eps : float
+        Added to the variance, >= 0.
+    momentum : float or None
+        Weight of the NEW batch, as in PyTorch: ``running = (1 - momentum) * running + momentum *
+        batch``. Keras and ONNX count the other way round, ``running = momentum * running +
+        (1 - momentum) * batch``: their 0.9 is 0.1 here. None: the average over all batches.
+    affine : bool
+        Whether to scale by ``weight`` and shift by ``bias``.
+    track_running_stats : bool
+        Whether to keep running statistics; without them eval mode uses those of the batch. Can be
+        switched on a live layer.
+    device : None or "cpu"
+        For code that comes from PyTorch.
+    dtype : dtype, optional
+        Float32 (None) or float64: of the parameters, the statistics and the data.
+    bias : bool
+        False keeps the scale and drops the shift.
+    channel_axis : {1, -1}
+        Channels first (N, C, ...) or last (N, ..., C).
+    correction : float
+        The running variance is divided by n - correction (1: PyTorch; 0: Keras, Flax, ONNX).
+    running_mean, running_var : float or array_like of shape (C,), optional
+        Statistics to start with instead of 0 and 1.
+    nonfinite : {"propagate", "raise", "skip"}
+        What training does with a batch that gives a channel a mean or a variance that is NaN,
+        infinite, or beyond the dtype of the running statistics: let it into them, as in PyTorch;
+        refuse it with a FloatingPointError that names the channels; or leave the running
+        statistics of these channels as they were and count the batch.
+
+    Attributes
+    ----------
+    weight, bias : ndarray of shape (C,) or None
+        Parameters. Edits in place take effect at the next call, as with the statistics.
+    running_mean, running_var : ndarray of shape (C,) or None
+        Running statistics.
+    num_batches_tracked : ndarray of int64, shape (), or None
+        Number of batches they have seen.
+    weight_grad, bias_grad : ndarray of shape (C,) or None
+        Gradients of the last ``backward``.
+    training : bool
+        The mode; set by ``train`` and ``eval``.
+    eps, momentum, correction, track_running_stats, nonfinite
+        As above.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as above.
+
+    References
+    ----------
+    Ioffe and Szegedy, "Batch Normalization" (2015). Arguments, modes and state follow
+    ``torch.nn.BatchNorm1d``, ``2d`` and ``3d``.
+    """
+
+    _saved = (*ChannelNorm._saved, "nonfinite")
+    _warned = False  # of a small batch
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: str | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        bias: bool = True,
+        channel_axis: int = 1,
+        correction: float = 1,
+        running_mean: ArrayLike | None = None,
+        running_var: ArrayLike | None = None,
+        nonfinite: str = "propagate",
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias,
+            channel_axis,
+            correction,
+        )
+        self.nonfinite = _checks.nonfinite(nonfinite)
+        for name, value in (("running_mean", running_mean), ("running_var", running_var)):
+            if value is not None:
+                _checks.tracked(name, self.track_running_stats)
+                setattr(
+                    self,
+                    name,
+                    _checks.initial_statistic(name, value, self.num_features, self.dtype),
+                )
+
+    # ------------------------------------------------------------------------------------ passes
+
+    def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
+        """Normalise x.
+
+        Parameters
+        ----------
+        x : array_like
+            Data of the layer's rank and dtype, in any memory layout. Never modified, unless it is
+            ``out``.
+        out : ndarray, optional
+            Array of the shape and dtype of ``x`` to write to: ``x`` itself or memory apart from
+            it. One that is not contiguous is written by way of a temporary.
+
+        Returns
+        -------
+        ndarray
+            The normalised data, of the shape and dtype of ``x``; ``out`` if that was given.
+
+        Raises
+        ------
+        TypeError
+            If ``x`` or ``out`` is of the wrong element type.
+        ValueError
+            If a shape is wrong, there are too few values per channel to train on, or ``out`` is
+            not writable or overlaps ``x`` in part. A refused call changes nothing.
+        FloatingPointError
+            In training with ``nonfinite="raise"``.
+
+        Warns
+        -----
+        SmallBatchWarning
+            In training, once per layer, when there are fewer than 4 values per channel. Where a
+            filter makes it an error, the batch has been learnt all the same.
+
+        Notes
+        -----
+        The layer keeps a reference to ``x`` for :meth:`backward`: do not modify it in between.
+        """
+        if self.training or (self.running_mean is None and self.running_var is None):
+            return self._normalise_by_batch(x, out)
+        y, self._forward = functional.forward_inference(
+            x,
+            self._axes,
+            self.dtype,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.eps,
+            out,
+        )
+        return y
+
+    def _normalise_by_batch(self, x: ArrayLike, out: Array | None) -> Array:
+        updates = self.training and self._track_running_stats
+        if updates and self.num_batches_tracked is None:
+            _checks.batch_count(None)
+        y, forward = functional.forward_training(
+            x,
+            self._axes,
+            self.dtype,
+            self.running_mean if updates else None,
+            self.running_var if updates else None,
+            self.num_batches_tracked if updates else None,
+            self.weight,
+            self.bias,
+            self.momentum if updates else 0.0,
+            self.eps,
+            self.correction,
+            self.nonfinite if self.training else "propagate",
+            out,
+        )
+        self._forward = forward
+        N, _, S = forward[3]
+        if 0 < N * S < _checks.SMALL_BATCH and self.training and not self._warned:
+            self._warned = True
+            _checks.warn_of_small_batch(N * S, forward[1])
+        return y
+
+    forward = __call__
+
+    def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> functional.Gradients:
+        return functional.backward(self._forward, grad_output, self.weight, out)
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        if self.nonfinite != "propagate":
+            text = f"{text[:-1]}, nonfinite={self.nonfinite!r})"
+        return text
+
+
+@documented_by(_BatchNorm)
+class BatchNorm1d(_BatchNorm):
+    """Batch normalisation of (N, C) or (N, C, L) data; channels last (N, C) or (N, L, C).
+
+    Examples
+    --------
+    >>> import numpy as np, cbn
+    >>> bn = cbn.BatchNorm1d(2)
+    >>> bn(np.array([[1, 10], [2, 20], [3, 30], [4, 40]], dtype=np.float32)).round(3)
+    array([[-1.342, -1.342],
+           [-0.447, -0.447],
+           [ 0.447,  0.447],
+           [ 1.342,  1.342]], dtype=float32)
+    >>> bn.running_mean
+    array([0.25, 2.5 ], dtype=float32)
+    """
+
+    _layouts = ("NC", "NCL")
+
+
+@documented_by(_BatchNorm)
+class BatchNorm2d(_BatchNorm):
+    """Batch normalisation of (N, C, H, W) or (C, H, W) data; channels last (N, H, W, C), (H, W, C).
+
+    Examples
+    --------
+    >>> import numpy as np, cbn
+    >>> bn = cbn.BatchNorm2d(3).eval()
+    >>> bn(np.ones((2, 3, 4, 4), dtype=np.float32)).shape
+    (2, 3, 4, 4)
+    """
+
+    _layouts = ("NCHW", "CHW")
+
+
+@documented_by(_BatchNorm)
+class BatchNorm3d(_BatchNorm):
+    """Batch normalisation of (N, C, D, H, W) or (C, D, H, W) data; channels last (N, D, H, W, C).
+
+    Examples
+    --------
+    >>> import numpy as np, cbn
+    >>> bn = cbn.BatchNorm3d(3, channel_axis=-1)
+    >>> bn(np.random.default_rng(0).random((2, 4, 4, 4, 3), dtype=np.float32)).shape
+    (2, 4, 4, 4, 3)
+    """
+
+    _layouts = ("NCDHW", "CDHW")

@@ -1,0 +1,122 @@
+"""What batch and instance norm share: channels, their parameters and running statistics."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from cbn import _checks
+from cbn.layers._base import NormLayer
+
+if TYPE_CHECKING:
+    from cbn import _state
+
+
+class ChannelNorm(NormLayer):
+    """A layer with a weight, a bias and running statistics for each channel."""
+
+    _layouts: ClassVar[tuple[str, ...]]  # the axes of what it accepts, channels first
+    _saved: ClassVar[tuple[str, ...]] = (
+        "num_features",
+        "eps",
+        "momentum",
+        "affine",
+        "channel_axis",
+        "correction",
+        "track_running_stats",
+        "dtype",
+        "bias",
+    )
+    _smallest: ClassVar[dict[str, Any]] = {"num_features": 1}
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        device: str | None,
+        dtype: DTypeLike | None,
+        bias: bool,
+        channel_axis: int,
+        correction: float,
+    ) -> None:
+        self.num_features = _checks.positive_integer("num_features", num_features)
+        self.eps = _checks.non_negative("eps", eps)
+        self.momentum = _checks.momentum_or_none(momentum)
+        self.affine = _checks.flag("affine", affine)
+        _checks.device(device)
+        self.dtype = _checks.dtype(dtype)
+        self._channel_axis = _checks.channel_axis(channel_axis)
+        self._axes = self._axes_of(self.num_features, self._channel_axis)
+        self.correction = _checks.non_negative("correction", correction)
+        self.training = True
+        self._make_parameters((self.num_features,), self.affine, bias)
+        self.track_running_stats = _checks.flag("track_running_stats", track_running_stats)
+
+    @property
+    def track_running_stats(self) -> bool:
+        """Whether training updates the running statistics; switching it on makes absent ones."""
+        return self._track_running_stats
+
+    @track_running_stats.setter
+    def track_running_stats(self, value: bool) -> None:
+        self._track_running_stats = _checks.flag("track_running_stats", value)
+        if value and self.running_mean is None:
+            self.running_mean = np.zeros(self.num_features, self.dtype)
+            self.running_var = np.ones(self.num_features, self.dtype)
+            self.num_batches_tracked = np.array(0)
+
+    @property
+    def channel_axis(self) -> int:
+        """1: channels first; -1: channels last."""
+        return self._channel_axis
+
+    @classmethod
+    def _axes_of(cls, num_features: int, channel_axis: int) -> _checks.Axes:
+        layouts = cls._layouts
+        if channel_axis < 0:
+            layouts = tuple(layout.replace("C", "") + "C" for layout in layouts)
+        axis_of_rank = {len(layout): layout.index("C") for layout in layouts}
+        return _checks.Axes(
+            tuple(axis_of_rank.get(rank, -1) for rank in range(max(axis_of_rank) + 1)),
+            num_features,
+            " or ".join(f"({', '.join(layout)})" for layout in layouts),
+        )
+
+    def reset_running_stats(self) -> None:
+        """Set the running statistics to mean 0 and variance 1, after no batch."""
+        self._reset(running_mean=0, running_var=1, num_batches_tracked=0)
+
+    def _config(self) -> _state.Config:
+        # Tracking may have been switched off on a layer that has statistics.
+        return {
+            **super()._config(),
+            "has_running_stats": self.running_mean is not None,
+        }
+
+    @classmethod
+    def _from_config(cls, config: _state.Config) -> Self:
+        has, tracks = config["has_running_stats"], config["track_running_stats"]
+        layer = super()._from_config(config | {"track_running_stats": has})
+        layer.track_running_stats = tracks
+        return layer
+
+    def __repr__(self) -> str:
+        optional: dict[str, Any] = {
+            "eps": self.eps,
+            "momentum": self.momentum,
+            "affine": self.affine,
+            "bias": self.bias is not None,
+            "track_running_stats": self.track_running_stats,
+        }
+        if self.dtype != np.float32:
+            optional["dtype"] = self.dtype
+        if self.channel_axis != 1:
+            optional["channel_axis"] = self.channel_axis
+        if self.correction != 1:
+            optional["correction"] = f"{self.correction:g}"
+        return self._described_by(self.num_features, **optional)

@@ -1,0 +1,144 @@
+"""GroupNorm."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from cbn import _checks
+from cbn._checks import Array, Shape
+from cbn.functional import _group_norm, _groups
+from cbn.layers._base import NormLayer
+
+if TYPE_CHECKING:
+    from cbn import _state
+
+
+class GroupNorm(NormLayer):
+    """Group normalisation of (N, C, ...) data: every group of channels of every sample.
+
+    ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with the mean and the biased variance of
+    num_channels / num_groups channels at all positions of one sample, in training and in eval mode.
+
+    Parameters
+    ----------
+    num_groups : int
+        A divisor of ``num_channels``.
+    num_channels : int
+        Number of channels C.
+    eps : float
+        Added to the variance, >= 0.
+    affine : bool
+        Whether to scale by ``weight`` and shift by ``bias``.
+    device : None or "cpu"
+        For code that comes from PyTorch.
+    dtype : dtype, optional
+        Float32 (None) or float64: of the parameters and the data.
+    bias : bool
+        False keeps the scale and drops the shift.
+    channel_axis : {1, -1}
+        Channels first (N, C, ...) or last (N, ..., C).
+
+    Attributes
+    ----------
+    weight, bias : ndarray of shape (C,) or None
+        Parameters. Edits in place take effect at the next call.
+    weight_grad, bias_grad : ndarray of shape (C,) or None
+        Gradients of the last ``backward``.
+    training : bool
+        The mode, which changes nothing here.
+    eps
+        As above.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as above.
+
+    References
+    ----------
+    Wu and He, "Group Normalization" (2018). Arguments and state follow ``torch.nn.GroupNorm``.
+
+    Examples
+    --------
+    >>> import numpy as np, cbn
+    >>> norm = cbn.GroupNorm(2, 4)
+    >>> norm(np.array([[1, 3, 10, 30]], dtype=np.float32)).round(3)
+    array([[-1.,  1., -1.,  1.]], dtype=float32)
+    """
+
+    _saved = ("num_groups", "num_channels", "eps", "affine", "channel_axis", "dtype", "bias")
+    _smallest: ClassVar[dict[str, Any]] = {"num_groups": 1, "num_channels": 1}
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: str | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        bias: bool = True,
+        channel_axis: int = 1,
+    ) -> None:
+        self.num_groups = _checks.positive_integer("num_groups", num_groups)
+        self.num_channels = _checks.positive_integer("num_channels", num_channels)
+        _checks.group_count(self.num_groups, self.num_channels)
+        self.eps = _checks.non_negative("eps", eps)
+        self.affine = _checks.flag("affine", affine)
+        _checks.device(device)
+        self.dtype = _checks.dtype(dtype)
+        self._channel_axis = _checks.channel_axis(channel_axis)
+        self.training = True
+        self._make_parameters((self.num_channels,), self.affine, bias)
+        self._grouping_of = _group_norm.groups_of(
+            self.num_groups, self._channel_axis, self.num_channels
+        )
+
+    @property
+    def channel_axis(self) -> int:
+        """1: channels first; -1: channels last."""
+        return self._channel_axis
+
+    def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
+        """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
+        y, self._forward = _groups.forward(
+            x,
+            self._grouping_of,
+            self.dtype,
+            (self.num_channels,),
+            self.weight,
+            self.bias,
+            self.eps,
+            True,
+            out,
+        )
+        return y
+
+    forward = __call__
+
+    def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> _groups.Gradients:
+        shape = (self.num_channels,)
+        return _groups.backward(self._forward, grad_output, shape, self.weight, out)
+
+    @classmethod
+    def _parameter_shape_of(cls, config: _state.Config) -> Shape:
+        groups = _checks.positive_integer("num_groups", config["num_groups"])
+        channels = _checks.positive_integer("num_channels", config["num_channels"])
+        _checks.group_count(groups, channels)
+        return (channels,)
+
+    def __repr__(self) -> str:
+        optional: dict[str, Any] = {
+            "eps": self.eps,
+            "affine": self.affine,
+            "bias": self.bias is not None,
+        }
+        if self.dtype != np.float32:
+            optional["dtype"] = self.dtype
+        if self.channel_axis != 1:
+            optional["channel_axis"] = self.channel_axis
+        return self._described_by(self.num_groups, self.num_channels, **optional)

@@ -1,0 +1,192 @@
+"""InstanceNorm1d, InstanceNorm2d and InstanceNorm3d."""
+
+from __future__ import annotations
+
+from numpy.typing import ArrayLike, DTypeLike
+
+from cbn import _checks
+from cbn._checks import Array
+from cbn.functional import _batch_norm, _groups, _instance_norm
+from cbn.layers._base import documented_by
+from cbn.layers._channel_norm import ChannelNorm
+
+
+class _InstanceNorm(ChannelNorm):
+    """Instance normalisation: every channel of every sample by its own statistics.
+
+    ``y = (x - mean) / sqrt(var + eps) * weight + bias``
+
+    With ``track_running_stats`` eval mode uses running statistics instead, which learn the averages
+    over the samples of each training batch.
+
+    Parameters
+    ----------
+    num_features : int
+        Number of channels C.
+    eps : float
+        Added to the variance, >= 0.
+    momentum : float or None
+        Weight of the NEW batch in the running statistics. None: the average over all batches (in
+        PyTorch no batch counts then).
+    affine : bool
+        Whether to scale by ``weight`` and shift by ``bias``.
+    track_running_stats : bool
+        Whether to keep running statistics for eval mode. Can be switched on a live layer.
+    device : None or "cpu"
+        For code that comes from PyTorch.
+    dtype : dtype, optional
+        Float32 (None) or float64: of the parameters, the statistics and the data.
+    bias : bool
+        False keeps the scale and drops the shift.
+    channel_axis : {1, -1}
+        Channels first (N, C, ...) or last (N, ..., C).
+    correction : float
+        The running variance is divided by n - correction, n the positions of a sample.
+
+    Attributes
+    ----------
+    weight, bias : ndarray of shape (C,) or None
+        Parameters. Edits in place take effect at the next call, as with the statistics.
+    running_mean, running_var : ndarray of shape (C,) or None
+        Running statistics.
+    num_batches_tracked : ndarray of int64, shape (), or None
+        Number of batches they have seen (PyTorch does not count them here).
+    weight_grad, bias_grad : ndarray of shape (C,) or None
+        Gradients of the last ``backward``.
+    training : bool
+        The mode; set by ``train`` and ``eval``.
+    eps, momentum, correction, track_running_stats
+        As above.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as above.
+
+    References
+    ----------
+    Ulyanov, Vedaldi and Lempitsky, "Instance Normalization" (2016). Arguments, modes and state
+    follow ``torch.nn.InstanceNorm1d``, ``2d`` and ``3d``.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: str | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        bias: bool = True,
+        channel_axis: int = 1,
+        correction: float = 1,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            bias,
+            channel_axis,
+            correction,
+        )
+        batch_rank = max(map(len, self._layouts))
+        self._grouping_of = _instance_norm.instances_of(self._axes, self._channel_axis, batch_rank)
+        self._used_running_stats = False
+
+    def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
+        """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
+        tracks = self._track_running_stats
+        if not self.training and tracks:
+            y, self._forward = _batch_norm.forward_inference(
+                x,
+                self._axes,
+                self.dtype,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                self.eps,
+                out,
+            )
+            self._used_running_stats = True
+            return y
+        updates = self.training and tracks
+        if updates and self.num_batches_tracked is None:
+            _checks.batch_count(None)
+        y, self._forward = _instance_norm.forward(
+            x,
+            self._grouping_of,
+            self.dtype,
+            self.num_features,
+            self.running_mean if updates else None,
+            self.running_var if updates else None,
+            self.num_batches_tracked if updates else None,
+            self.weight,
+            self.bias,
+            self.momentum if updates else 0.0,
+            self.eps,
+            self.correction,
+            out,
+        )
+        self._used_running_stats = False
+        return y
+
+    forward = __call__
+
+    def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> _groups.Gradients:
+        if self._used_running_stats:
+            return _batch_norm.backward(self._forward, grad_output, self.weight, out)
+        shape = (self.num_features,)
+        return _groups.backward(self._forward, grad_output, shape, self.weight, out)
+
+
+@documented_by(_InstanceNorm)
+class InstanceNorm1d(_InstanceNorm):
+    """Instance normalisation of (N, C, L) or (C, L) data; channels last (N, L, C) or (L, C).
+
+    Examples
+    --------
+    >>> import numpy as np, cbn
+    >>> norm = cbn.InstanceNorm1d(2)
+    >>> norm(np.array([[[1, 3], [10, 30]]], dtype=np.float32)).round(3)
+    array([[[-1.,  1.],
+            [-1.,  1.]]], dtype=float32)
+    """
+
+    _layouts = ("NCL", "CL")
+
+
+@documented_by(_InstanceNorm)
+class InstanceNorm2d(_InstanceNorm):
+    """Instance normalisation of (N, C, H, W) or (C, H, W); channels last (N, H, W, C), (H, W, C).
+
+    Examples
+    --------
+    >>> import numpy as np, cbn
+    >>> norm = cbn.InstanceNorm2d(3)
+    >>> norm(np.ones((2, 3, 4, 4), dtype=np.float32)).shape
+    (2, 3, 4, 4)
+    """
+
+    _layouts = ("NCHW", "CHW")
+
+
+@documented_by(_InstanceNorm)
+class InstanceNorm3d(_InstanceNorm):
+    """Instance normalisation of (N, C, D, H, W) or (C, D, H, W); channels last (N, D, H, W, C).
+
+    Examples
+    --------
+    >>> import numpy as np, cbn
+    >>> norm = cbn.InstanceNorm3d(3, channel_axis=-1)
+    >>> norm(np.ones((2, 4, 4, 4, 3), dtype=np.float32)).shape
+    (2, 4, 4, 4, 3)
+    """
+
+    _layouts = ("NCDHW", "CDHW")

@@ -1,0 +1,210 @@
+"""LayerNorm and RMSNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from cbn import _checks
+from cbn._checks import Array, Shape
+from cbn.functional import _groups, _layer_norm
+from cbn.layers._base import NormLayer
+
+if TYPE_CHECKING:
+    from cbn import _state
+
+
+class _RowNorm(NormLayer):
+    """A layer that normalises over the last axes."""
+
+    _smallest: ClassVar[dict[str, Any]] = {"normalized_shape": [1]}
+    _centred: ClassVar[bool]
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None,
+        elementwise_affine: bool,
+        bias: bool,
+        device: str | None,
+        dtype: DTypeLike | None,
+    ) -> None:
+        self.normalized_shape = _checks.normalized_shape(normalized_shape)
+        self.elementwise_affine = _checks.flag("elementwise_affine", elementwise_affine)
+        _checks.device(device)
+        self.dtype = _checks.dtype(dtype)
+        self.eps = float(np.finfo(self.dtype).eps) if eps is None else eps
+        self.eps = _checks.non_negative("eps", self.eps)
+        self.training = True
+        self._make_parameters(self.normalized_shape, self.elementwise_affine, bias)
+        self._grouping_of = _layer_norm.rows_of(self.normalized_shape)
+
+    def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
+        """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
+        y, self._forward = _groups.forward(
+            x,
+            self._grouping_of,
+            self.dtype,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            self._centred,
+            out,
+        )
+        return y
+
+    forward = __call__
+
+    def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> _groups.Gradients:
+        shape = self.normalized_shape
+        return _groups.backward(self._forward, grad_output, shape, self.weight, out)
+
+    def _config(self) -> _state.Config:
+        return {**super()._config(), "normalized_shape": list(self.normalized_shape)}
+
+    @classmethod
+    def _parameter_shape_of(cls, config: _state.Config) -> Shape:
+        return _checks.normalized_shape(config["normalized_shape"])
+
+    def __repr__(self) -> str:
+        optional: dict[str, Any] = {
+            "eps": self.eps,
+            "elementwise_affine": self.elementwise_affine,
+        }
+        if "bias" in self._saved:
+            optional["bias"] = self.bias is not None
+        if self.dtype != np.float32:
+            optional["dtype"] = self.dtype
+        return self._described_by(self.normalized_shape, **optional)
+
+
+class LayerNorm(_RowNorm):
+    """Layer normalisation: every row of the last axes by its own statistics.
+
+    ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with the mean and the biased variance of
+    the last axes, in training and in eval mode.
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        Lengths of the last axes, over which to normalise.
+    eps : float
+        Added to the variance, >= 0.
+    elementwise_affine : bool
+        Whether to scale by ``weight`` and shift by ``bias``.
+    bias : bool
+        False keeps the scale and drops the shift.
+    device : None or "cpu"
+        For code that comes from PyTorch.
+    dtype : dtype, optional
+        Float32 (None) or float64: of the parameters and the data.
+
+    Attributes
+    ----------
+    weight, bias : ndarray of shape normalized_shape, or None
+        Parameters. Edits in place take effect at the next call.
+    weight_grad, bias_grad : ndarray of shape normalized_shape, or None
+        Gradients of the last ``backward``.
+    training : bool
+        The mode, which changes nothing here.
+    eps
+        As above.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as above.
+
+    References
+    ----------
+    Ba, Kiros and Hinton, "Layer Normalization" (2016). Arguments and state follow
+    ``torch.nn.LayerNorm``.
+
+    Examples
+    --------
+    >>> import numpy as np, cbn
+    >>> norm = cbn.LayerNorm(2)
+    >>> norm(np.array([[1, 3], [10, 30]], dtype=np.float32)).round(3)
+    array([[-1.,  1.],
+           [-1.,  1.]], dtype=float32)
+    """
+
+    _saved = ("normalized_shape", "eps", "elementwise_affine", "dtype", "bias")
+    _centred = True
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: str | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> None:
+        eps = _checks.non_negative("eps", eps)
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+
+
+class RMSNorm(_RowNorm):
+    """Division by the root mean square of the last axes.
+
+    ``y = x / sqrt(mean(x**2) + eps) * weight``
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        Lengths of the last axes, over which to normalise.
+    eps : float or None
+        Added to the mean square, >= 0. None: ``numpy.finfo(dtype).eps``.
+    elementwise_affine : bool
+        Whether to scale by ``weight``.
+    device : None or "cpu"
+        For code that comes from PyTorch.
+    dtype : dtype, optional
+        Float32 (None) or float64: of the parameters and the data.
+
+    Attributes
+    ----------
+    weight : ndarray of shape normalized_shape, or None
+        Parameter. Edits in place take effect at the next call.
+    weight_grad : ndarray of shape normalized_shape, or None
+        Gradient of the last ``backward``.
+    training : bool
+        The mode, which changes nothing here.
+    eps
+        As above, a number.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as above.
+
+    References
+    ----------
+    Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019). Arguments and state follow
+    ``torch.nn.RMSNorm``.
+
+    Examples
+    --------
+    >>> import numpy as np, cbn
+    >>> norm = cbn.RMSNorm(2)
+    >>> norm(np.array([[1, 7]], dtype=np.float32)).round(3)
+    array([[0.2, 1.4]], dtype=float32)
+    """
+
+    _saved = ("normalized_shape", "eps", "elementwise_affine", "dtype")
+    _centred = False
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: str | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, False, device, dtype)
