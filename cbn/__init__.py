@@ -5,6 +5,8 @@ from cbn._checks import SmallBatchWarning, StateFileError
 from cbn._config import show_config
 from cbn._threads import get_num_threads, num_threads, set_num_threads
 from cbn._version import __version__ as __version__
+from cbn.calibration import recalibrate, reinitialize_norm_stats
+from cbn.folding import fold_conv, fold_linear
 from cbn.layers import (
     BatchNorm1d,
     BatchNorm2d,
@@ -15,6 +17,16 @@ from cbn.layers import (
     InstanceNorm3d,
     LayerNorm,
     RMSNorm,
+)
+from cbn.model import (
+    freeze,
+    load,
+    load_state_dict,
+    named_norm_layers,
+    reset_norm_stats,
+    save,
+    state_dict,
+    unfreeze,
 )
 
 __all__ = [
@@ -29,9 +41,21 @@ __all__ = [
     "RMSNorm",
     "SmallBatchWarning",
     "StateFileError",
+    "fold_conv",
+    "fold_linear",
+    "freeze",
     "functional",
     "get_num_threads",
+    "load",
+    "load_state_dict",
+    "named_norm_layers",
     "num_threads",
+    "recalibrate",
+    "reinitialize_norm_stats",
+    "reset_norm_stats",
+    "save",
     "set_num_threads",
     "show_config",
+    "state_dict",
+    "unfreeze",
 ]

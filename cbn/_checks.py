@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -551,7 +551,7 @@ def input_overwritten() -> NoReturn:
 # ----------------------------------------------------------------------------------------- states
 
 
-def batch_count(num_batches_tracked: Any) -> int:
+def batch_count(num_batches_tracked: Any, prefix: str = "") -> int:
     """How many batches the running statistics have seen."""
     count = num_batches_tracked
     if (
@@ -562,16 +562,16 @@ def batch_count(num_batches_tracked: Any) -> int:
         or count < 0
     ):
         raise ValueError(
-            f"num_batches_tracked: expected a writable array of shape () with an integer >= 0, "
-            f"got {count!r}"
+            f"{prefix}num_batches_tracked: expected a writable array of shape () with an integer "
+            f">= 0, got {count!r}"
         )
     return int(count)
 
 
-def state_keys(missing: list[str], unexpected: list[str]) -> None:
+def state_keys(missing: list[str], unexpected: list[str], whose: str) -> None:
     if missing or unexpected:
         raise ValueError(
-            f"state: expected exactly the keys of this layer, "
+            f"state: expected exactly the keys of this {whose}, "
             f"got missing keys {missing} and unexpected keys {unexpected}; "
             f"pass strict=False to load what fits"
         )
@@ -603,22 +603,25 @@ def state_value(key: str, value: Any, current: Any) -> Array:
         raise TypeError(f"{name}: expected {kind} dtype, got {array.dtype}")
     if array.shape != current.shape:
         raise ValueError(f"{name}: expected shape {current.shape}, got {array.shape}")
-    if key == "num_batches_tracked" and not 0 <= int(array) <= np.iinfo(np.int64).max:
+    counts = key.rpartition(".")[2] == "num_batches_tracked"
+    if counts and not 0 <= int(array) <= np.iinfo(np.int64).max:
         raise ValueError(f"{name}: expected an integer from 0 to 2**63 - 1, got {array}")
     return np.array(array, dtype=current.dtype)
 
 
 def savable(
-    state: Mapping[str, Array], expected: Mapping[str, tuple[np.dtype[Any], Shape]]
+    state: Mapping[str, Array],
+    expected: Mapping[str, tuple[np.dtype[Any], Shape]],
+    prefix: str = "",
 ) -> None:
     """Whether load() would take what save() is about to write."""
     for name in state.keys() | expected.keys():
         wanted = "no array" if name not in expected else "{} of shape {}".format(*expected[name])
         seen = "none" if name not in state else f"{state[name].dtype} of shape {state[name].shape}"
         if wanted != seen:
-            raise ValueError(f"{name}: expected {wanted} to save, got {seen}")
+            raise ValueError(f"{prefix}{name}: expected {wanted} to save, got {seen}")
     if "num_batches_tracked" in state:
-        batch_count(state["num_batches_tracked"])
+        batch_count(state["num_batches_tracked"], prefix)
 
 
 class StateFileError(ValueError):
@@ -630,8 +633,173 @@ def same_class(saved: Any, expected: str) -> None:
         raise ValueError(f"class: expected {expected!r}, got {saved!r}")
 
 
-def config_keys(config: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def config_keys(
+    config: Mapping[str, Any], expected: Mapping[str, Any], name: str = "config"
+) -> None:
     if config.keys() != expected.keys():
         raise ValueError(
-            f"config: expected the keys {sorted(expected)}, got {sorted(config)[: len(expected)]}"
+            f"{name}: expected the keys {sorted(expected)}, got {sorted(config)[: len(expected)]}"
         )
+
+
+# Names of members in an archive: a NUL would end one, and zipfile has two bytes for its length.
+LONGEST_NAME = 60_000
+
+
+def member_name(name: str) -> None:
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:  # half of a character
+        size = LONGEST_NAME + 1
+    if "\0" in name or size > LONGEST_NAME:
+        raise ValueError(
+            f"model: expected names of text without NUL and of at most {LONGEST_NAME} bytes to "
+            f"save, got {name[:40]!r}; rename the key"
+        )
+
+
+def same_layers(
+    saved: Any, expected: Mapping[str, Mapping[str, Any]], modes: tuple[str, ...]
+) -> None:
+    """Whether a file has the layers of a model, with their configurations."""
+    if not isinstance(saved, dict) or not all(isinstance(each, dict) for each in saved.values()):
+        raise ValueError(f"layers: expected an object of objects, got {str(saved)[:40]}")
+    missing = [name for name in expected if name not in saved]
+    unexpected = [name for name in saved if name not in expected]
+    if missing or unexpected:
+        raise ValueError(
+            f"layers: expected those of this model, got missing layers {missing[:8]} and "
+            f"unexpected layers {unexpected[:8]}"
+        )
+    for name, config in expected.items():
+        layer = name or "model"
+        for key, value in config.items():
+            if key not in modes and saved[name].get(key) != value:
+                raise ValueError(
+                    f"{layer}: expected {key}={value!r}, as in this model, got "
+                    f"{repr(saved[name].get(key))[:40]}"
+                )
+        config_keys(saved[name], config, layer)
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+def distinct_names(names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"model: expected a name of its own for every norm layer, got {twice!r} for two; "
+            f"rename a key (dots in keys, and 1 beside '1', make names that are the same)"
+        )
+
+
+def some_layers(which: str, count: int, of: int, model: Any) -> None:
+    if count == 0:
+        raise ValueError(
+            f"model: expected at least one norm layer {which}, got {type(model).__name__} with "
+            f"none among {of}; layers are found in dicts, lists, tuples and attributes"
+        )
+
+
+def norm_layer(layer: Any, kind: type) -> None:
+    if not isinstance(layer, kind):
+        raise TypeError(f"layer: expected a norm layer of cbn, got {type(layer).__name__}")
+
+
+def learning_layer(layer: Any, has_statistics: bool, frozen: bool) -> None:
+    if not has_statistics:
+        raise ValueError(
+            f"layer: expected one with running statistics, got {layer!r}; "
+            f"set layer.track_running_stats = True"
+        )
+    if frozen:
+        raise ValueError(
+            f"layer: expected one that is not frozen, got {layer!r}; call cbn.unfreeze(layer) first"
+        )
+
+
+def iterable(name: str, value: Any) -> None:
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected an iterable of batches, got {type(value).__name__}")
+
+
+def function(name: str, value: Any) -> None:
+    if not callable(value):
+        raise TypeError(f"{name}: expected a function of one batch, got {type(value).__name__}")
+
+
+def data_reach_layers(source: str, count: int) -> None:
+    if count == 0:
+        raise ValueError(
+            f"{source}: expected data that reach a norm layer in training mode, got none; a "
+            f"generator gives its batches only once, and forward must not switch to eval mode"
+        )
+
+
+def enough_in_all(name: str, counts: Array, correction: float) -> None:
+    """All batches together must be able to give an unbiased variance."""
+    if counts.size and counts.min() <= correction:
+        raise ValueError(
+            f"{name or 'layer'}: expected more than {correction:g} values per channel in all "
+            f"batches, got {counts.min():g}; give more batches"
+        )
+
+
+def no_tqdm(error: ImportError) -> NoReturn:
+    raise ImportError(
+        "progress: expected tqdm to be installed for progress=True, got none; "
+        "install it with: pip install tqdm"
+    ) from error
+
+
+# ----------------------------------------------------------------------------------------- folding
+
+
+def foldable(bn: Any, kinds: tuple[type, ...]) -> None:
+    if not issubclass(type(bn), kinds):
+        expected = ", ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"bn: expected one of {expected}, got {type(bn).__name__}")
+    if bn.training:
+        raise ValueError(
+            "bn: expected a layer in eval mode, whose statistics are constants, got one in "
+            "training mode; call bn.eval() first"
+        )
+    if bn.running_mean is None or bn.running_var is None:
+        raise ValueError(
+            "bn: expected a layer with running statistics, got one that normalises by the "
+            "statistics of each batch, which no weight can take in"
+        )
+
+
+def conv_weight(shape: Shape, num_features: int) -> None:
+    if len(shape) < 3:
+        raise ValueError(f"weight: expected shape (out, in / groups, *kernel), got {shape}")
+    _same_channels(shape, num_features)
+
+
+def linear_weight(shape: Shape, num_features: int) -> None:
+    if len(shape) != 2:
+        raise ValueError(f"weight: expected shape (out, in), got {shape}")
+    _same_channels(shape, num_features)
+
+
+def _same_channels(shape: Shape, num_features: int) -> None:
+    if shape[0] != num_features:
+        raise ValueError(
+            f"weight: expected {num_features} output channels, as bn has, got {shape[0]} in shape "
+            f"{shape}"
+        )
+
+
+def transposed_conv_weight(shape: Shape, num_features: int) -> int:
+    """The number of groups, which must make all channels and divide the inputs."""
+    if len(shape) < 3:
+        raise ValueError(f"weight: expected shape (in, out / groups, *kernel), got {shape}")
+    groups, left = divmod(num_features, shape[1]) if shape[1] else (0, 0)
+    if left or not groups or shape[0] % groups:
+        raise ValueError(
+            f"weight: expected a number of groups that makes the {num_features} channels of bn of "
+            f"{shape[1]} outputs each and divides the {shape[0]} inputs, got none for shape {shape}"
+        )
+    return groups

@@ -64,7 +64,9 @@ def save(path: Path, config: Config, arrays: Mapping[str, Array]) -> None:
             os.close(descriptor)
 
 
-def load(path: Path, expected: Callable[[Config], Expected]) -> tuple[Config, dict[str, Array]]:
+def load(
+    path: Path, expected: Callable[[Config], Expected], longest_config: int = LONGEST_CONFIG
+) -> tuple[Config, dict[str, Array]]:
     """Read a state file.
 
     Parameters
@@ -74,6 +76,8 @@ def load(path: Path, expected: Callable[[Config], Expected]) -> tuple[Config, di
     expected : callable
         Given the configuration, tells the dtype and the shape of each array, or raises TypeError
         or ValueError.
+    longest_config : int
+        Characters that the configuration may have.
 
     Raises
     ------
@@ -91,7 +95,7 @@ def load(path: Path, expected: Callable[[Config], Expected]) -> tuple[Config, di
             raise ValueError(f"expected a member {CONFIG}.npy, got {sorted(members)[:8]}")
         headers = {name: _header(archive, info, size) for name, info in members.items()}
         dtype, shape, _ = headers[CONFIG]
-        if dtype.kind != "U" or shape != () or dtype.itemsize > 4 * LONGEST_CONFIG:
+        if dtype.kind != "U" or shape != () or dtype.itemsize > 4 * longest_config:
             raise ValueError(f"{CONFIG}: expected a short string, got {dtype} of shape {shape}")
         config = json.loads(str(_array(archive, members[CONFIG], *headers[CONFIG])))
         if not isinstance(config, dict):

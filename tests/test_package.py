@@ -39,7 +39,12 @@ def test_public_names():
     layers += [f"{kind}Norm{d}d" for kind in ("Batch", "Instance") for d in (1, 2, 3)]
     notices = ["SmallBatchWarning", "StateFileError"]
     threads = ["get_num_threads", "num_threads", "set_num_threads"]
-    assert sorted(cbn.__all__) == sorted([*layers, *notices, "functional", "show_config", *threads])
+    models = ["freeze", "named_norm_layers", "recalibrate", "reinitialize_norm_stats"]
+    models += ["reset_norm_stats", "unfreeze", "state_dict", "load_state_dict", "save", "load"]
+    models += ["fold_conv", "fold_linear"]
+    assert sorted(cbn.__all__) == sorted(
+        [*layers, *models, *notices, "functional", "show_config", *threads]
+    )
     assert all(hasattr(cbn, name) for name in cbn.__all__)
     norms = [f"{kind}_norm" for kind in ("batch", "group", "instance", "layer", "rms")]
     functions = [*norms, *(f"{norm}_backward" for norm in norms), "batch_norm_stats"]

@@ -37,7 +37,7 @@ def assert_same_layer(actual, expected):
     assert repr(actual) == repr(expected)
     for name in ("num_features", "eps", "momentum", "affine", "dtype", "channel_axis"):
         assert getattr(actual, name) == getattr(expected, name), name
-    for name in ("correction", "nonfinite", "track_running_stats", "training"):
+    for name in ("correction", "nonfinite", "track_running_stats", "training", "frozen"):
         assert getattr(actual, name) == getattr(expected, name), name
     assert_same_state(actual, expected.state_dict())
 
@@ -604,6 +604,7 @@ def test_config_member(kind, path):
         "correction",
         "nonfinite",
         "training",
+        "frozen",
         "has_running_stats",
     ],
 )
@@ -657,6 +658,7 @@ def test_another_class(layer, path):
         ("track_running_stats", 1, "track_running_stats: expected True or False, got 1"),
         ("channel_axis", 2, "channel_axis: expected 1 (channels first) or -1"),
         ("training", 1, "mode: expected True or False, got 1"),
+        ("frozen", None, "frozen: expected True or False, got None"),
     ],
     ids=lambda value: str(value)[:20],
 )

@@ -1,7 +1,8 @@
 """The layers: parameters, statistics, modes and state. No arithmetic on data."""
 
-from cbn.layers._base import IncompatibleKeys, NormLayer
+from cbn.layers._base import IncompatibleKeys, NormLayer, load_arrays
 from cbn.layers._batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from cbn.layers._channel_norm import ChannelNorm
 from cbn.layers._group_norm import GroupNorm
 from cbn.layers._instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from cbn.layers._layer_norm import LayerNorm, RMSNorm
@@ -10,6 +11,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ChannelNorm",
     "GroupNorm",
     "IncompatibleKeys",
     "InstanceNorm1d",
@@ -18,4 +20,5 @@ __all__ = [
     "LayerNorm",
     "NormLayer",
     "RMSNorm",
+    "load_arrays",
 ]

@@ -26,12 +26,34 @@ class IncompatibleKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
+def load_arrays(
+    current: Mapping[str, Array], state: Mapping[str, ArrayLike], strict: bool, whose: str
+) -> IncompatibleKeys:
+    """Copy a state into the arrays of a layer or a model: all of it, or none and an error."""
+    _checks.state_mapping(state)
+    keys = IncompatibleKeys(
+        [key for key in current if key not in state],
+        [key for key in state if key not in current],
+    )
+    if _checks.flag("strict", strict):
+        _checks.state_keys(*keys, whose)
+    new = {
+        key: _checks.state_value(key, state[key], array)
+        for key, array in current.items()
+        if key in state
+    }
+    for key, value in new.items():
+        current[key][...] = value
+    return keys
+
+
 class NormLayer(ABC):
     """A layer that normalises: the base of all of cbn, for those who look for them."""
 
     dtype: np.dtype[Any]
     eps: float
     training: bool
+    frozen = False  # whether running statistics are used and kept in training too
     weight: Array | None
     bias: Array | None
     running_mean: Array | None = None
@@ -168,22 +190,7 @@ class NormLayer(ABC):
         ValueError
             If a shape differs or, when strict, a key.
         """
-        _checks.state_mapping(state)
-        current = self._state()
-        keys = IncompatibleKeys(
-            [key for key in current if key not in state],
-            [key for key in state if key not in current],
-        )
-        if _checks.flag("strict", strict):
-            _checks.state_keys(*keys)
-        new = {
-            key: _checks.state_value(key, state[key], array)
-            for key, array in current.items()
-            if key in state
-        }
-        for key, value in new.items():
-            current[key][...] = value
-        return keys
+        return load_arrays(self._state(), state, strict, "layer")
 
     def save(self, path: _state.Path) -> None:
         """Write the layer to one .npz file, without pickle: configuration, mode and state.

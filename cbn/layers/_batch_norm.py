@@ -68,6 +68,9 @@ class _BatchNorm(ChannelNorm):
         Gradients of the last ``backward``.
     training : bool
         The mode; set by ``train`` and ``eval``.
+    frozen : bool
+        Whether training, too, uses the running statistics and keeps them; set by
+        :func:`cbn.freeze` and :func:`cbn.unfreeze`.
     eps, momentum, correction, track_running_stats, nonfinite
         As above.
 
@@ -163,7 +166,8 @@ class _BatchNorm(ChannelNorm):
         -----
         The layer keeps a reference to ``x`` for :meth:`backward`: do not modify it in between.
         """
-        if self.training or (self.running_mean is None and self.running_var is None):
+        by_batch = self.training and not self.frozen
+        if by_batch or (self.running_mean is None and self.running_var is None):
             return self._normalise_by_batch(x, out)
         y, self._forward = functional.forward_inference(
             x,
@@ -179,7 +183,9 @@ class _BatchNorm(ChannelNorm):
         return y
 
     def _normalise_by_batch(self, x: ArrayLike, out: Array | None) -> Array:
-        updates = self.training and self._track_running_stats
+        observer = self._observer
+        learns = self.training and not self.frozen and observer is None
+        updates = learns and self._track_running_stats
         if updates and self.num_batches_tracked is None:
             _checks.batch_count(None)
         y, forward = functional.forward_training(
@@ -199,7 +205,9 @@ class _BatchNorm(ChannelNorm):
         )
         self._forward = forward
         N, _, S = forward[3]
-        if 0 < N * S < _checks.SMALL_BATCH and self.training and not self._warned:
+        if observer is not None:
+            observer(forward)
+        elif 0 < N * S < _checks.SMALL_BATCH and self.training and not self._warned:
             self._warned = True
             _checks.warn_of_small_batch(N * S, forward[1])
         return y

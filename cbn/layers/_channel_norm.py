@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -30,6 +31,7 @@ class ChannelNorm(NormLayer):
         "bias",
     )
     _smallest: ClassVar[dict[str, Any]] = {"num_features": 1}
+    nonfinite = "propagate"
 
     def __init__(
         self,
@@ -54,8 +56,11 @@ class ChannelNorm(NormLayer):
         self._axes = self._axes_of(self.num_features, self._channel_axis)
         self.correction = _checks.non_negative("correction", correction)
         self.training = True
+        self.frozen = False
         self._make_parameters((self.num_features,), self.affine, bias)
         self.track_running_stats = _checks.flag("track_running_stats", track_running_stats)
+        # Who gets the statistics of each batch in training, in place of the running statistics.
+        self._observer: Callable[[Any], None] | None = None
 
     @property
     def track_running_stats(self) -> bool:
@@ -96,6 +101,7 @@ class ChannelNorm(NormLayer):
         return {
             **super()._config(),
             "has_running_stats": self.running_mean is not None,
+            "frozen": _checks.flag("frozen", self.frozen),
         }
 
     @classmethod
@@ -103,7 +109,12 @@ class ChannelNorm(NormLayer):
         has, tracks = config["has_running_stats"], config["track_running_stats"]
         layer = super()._from_config(config | {"track_running_stats": has})
         layer.track_running_stats = tracks
+        layer.frozen = _checks.flag("frozen", config["frozen"])
         return layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: not who looks on either."""
+        return {**super().__getstate__(), "_observer": None}
 
     def __repr__(self) -> str:
         optional: dict[str, Any] = {
@@ -119,4 +130,6 @@ class ChannelNorm(NormLayer):
             optional["channel_axis"] = self.channel_axis
         if self.correction != 1:
             optional["correction"] = f"{self.correction:g}"
+        if self.frozen:
+            optional["frozen"] = True
         return self._described_by(self.num_features, **optional)

@@ -55,6 +55,9 @@ class _InstanceNorm(ChannelNorm):
         Gradients of the last ``backward``.
     training : bool
         The mode; set by ``train`` and ``eval``.
+    frozen : bool
+        Whether training, too, uses the running statistics and keeps them; set by
+        :func:`cbn.freeze` and :func:`cbn.unfreeze`.
     eps, momentum, correction, track_running_stats
         As above.
 
@@ -102,7 +105,7 @@ class _InstanceNorm(ChannelNorm):
     def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
         """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
         tracks = self._track_running_stats
-        if not self.training and tracks:
+        if tracks and (self.frozen or not self.training):
             y, self._forward = _batch_norm.forward_inference(
                 x,
                 self._axes,
@@ -116,7 +119,8 @@ class _InstanceNorm(ChannelNorm):
             )
             self._used_running_stats = True
             return y
-        updates = self.training and tracks
+        observer = self._observer
+        updates = self.training and tracks and observer is None
         if updates and self.num_batches_tracked is None:
             _checks.batch_count(None)
         y, self._forward = _instance_norm.forward(
@@ -135,6 +139,8 @@ class _InstanceNorm(ChannelNorm):
             out,
         )
         self._used_running_stats = False
+        if observer is not None:
+            observer(self._forward)
         return y
 
     forward = __call__

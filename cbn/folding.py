@@ -1,0 +1,154 @@
+"""Folding batch normalisation into the layer before it.
+
+In inference a BatchNorm scales and shifts each channel by constants. So does the layer before it,
+if its weight and bias take these constants in, and the BatchNorm can go::
+
+    scale = bn.weight / sqrt(bn.running_var + bn.eps)
+    new_weight = weight * scale                              (of the output channel)
+    new_bias = (bias - bn.running_mean) * scale + bn.bias
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cbn import _checks
+from cbn._checks import Array
+from cbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+__all__ = ["fold_conv", "fold_linear"]
+
+BatchNorm = BatchNorm1d | BatchNorm2d | BatchNorm3d
+_BATCH_NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
+
+
+def fold_conv(
+    weight: ArrayLike, bias: ArrayLike | None, bn: BatchNorm, transposed: bool = False
+) -> tuple[Array, Array]:
+    """Return the weight and the bias of a convolution that does what it and its BatchNorm did.
+
+    With ``scale = bn.weight / sqrt(bn.running_var + bn.eps)``, of the output channel::
+
+        new_weight = weight * scale
+        new_bias = (bias - bn.running_mean) * scale + bn.bias
+
+    Parameters
+    ----------
+    weight : array_like of shape (out, in / groups, *kernel)
+        Weight of the convolution, float32 or float64; of a transposed one, of shape
+        (in, out / groups, *kernel). Never modified. Any number of kernel axes, from 1.
+    bias : array_like of shape (out,) or None
+        Its bias, float32 or float64.
+    bn : BatchNorm1d, BatchNorm2d or BatchNorm3d
+        The layer behind it, in eval mode and with running statistics.
+    transposed : bool
+        Whether the convolution is a transposed one. The number of its groups follows from the
+        shapes: ``groups = bn.num_features / weight.shape[1]``; the inputs ``i`` of group ``g``,
+        ``g = i // (in / groups)``, make the output channels from ``g * out / groups``.
+
+    Returns
+    -------
+    new_weight : ndarray, shape and dtype of weight
+    new_bias : ndarray of shape (out,), dtype of weight
+        Also where there was no bias. Computed in float64 and rounded once.
+
+    Raises
+    ------
+    TypeError
+        If ``bn`` is not a BatchNorm, or an array is not of float32 or float64.
+    ValueError
+        If ``bn`` is in training mode, frozen or not, has no running statistics or another number
+        of channels than the convolution, or a shape is wrong.
+
+    References
+    ----------
+    Jacob et al., "Quantization and Training of Neural Networks" (2018), section 3.2. Arguments
+    and shapes follow ``torch.nn.utils.fusion.fuse_conv_bn_weights``, which knows no groups in
+    transposed convolutions.
+
+    Examples
+    --------
+    >>> import numpy as np, cbn
+    >>> bn = cbn.BatchNorm2d(2, eps=0, running_mean=[1, 2], running_var=[4, 1]).eval()
+    >>> weight, bias = cbn.fold_conv(np.ones((2, 3, 1, 1)), None, bn)
+    >>> weight[:, 0, 0, 0], bias
+    (array([0.5, 1. ]), array([-0.5, -2. ]))
+    """
+    _checks.foldable(bn, _BATCH_NORMS)
+    array = _checks.data("weight", weight)
+    C, kernel = bn.num_features, (1,) * (array.ndim - 2)
+    if _checks.flag("transposed", transposed):
+        groups = _checks.transposed_conv_weight(array.shape, C)
+        scale, new_bias = _scale_and_bias(bias, bn)
+        # One row for each input, which is that of its group.
+        rows = np.repeat(scale.reshape(groups, -1), array.shape[0] // groups, axis=0)
+        factor = rows.reshape(*rows.shape, *kernel)
+    else:
+        _checks.conv_weight(array.shape, C)
+        scale, new_bias = _scale_and_bias(bias, bn)
+        factor = scale.reshape(C, 1, *kernel)
+    return (array * factor).astype(array.dtype), new_bias.astype(array.dtype)
+
+
+def fold_linear(weight: ArrayLike, bias: ArrayLike | None, bn: BatchNorm) -> tuple[Array, Array]:
+    """Return the weight and the bias of a linear layer that does what it and its BatchNorm did.
+
+    With ``scale = bn.weight / sqrt(bn.running_var + bn.eps)``::
+
+        new_weight = weight * scale[:, None]
+        new_bias = (bias - bn.running_mean) * scale + bn.bias
+
+    Parameters
+    ----------
+    weight : array_like of shape (out, in)
+        Weight of the linear layer ``x @ weight.T + bias``, float32 or float64. Never modified.
+    bias : array_like of shape (out,) or None
+        Its bias, float32 or float64.
+    bn : BatchNorm1d, BatchNorm2d or BatchNorm3d
+        The layer behind it, in eval mode and with running statistics. Its channels are the outputs
+        of the linear layer: data (N, out), or channels last.
+
+    Returns
+    -------
+    new_weight : ndarray, shape and dtype of weight
+    new_bias : ndarray of shape (out,), dtype of weight
+        Also where there was no bias. Computed in float64 and rounded once.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for :func:`fold_conv`.
+
+    References
+    ----------
+    As for :func:`fold_conv`; ``torch.nn.utils.fusion.fuse_linear_bn_weights``.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> bn = cbn.BatchNorm1d(1, eps=0, running_mean=3, running_var=4).eval()
+    >>> weight, bias = cbn.fold_linear([[2.0, 4.0]], [5.0], bn)
+    >>> weight.tolist(), bias.tolist()
+    ([[1.0, 2.0]], [1.0])
+    """
+    _checks.foldable(bn, _BATCH_NORMS)
+    array = _checks.data("weight", weight)
+    _checks.linear_weight(array.shape, bn.num_features)
+    scale, new_bias = _scale_and_bias(bias, bn)
+    return (array * scale[:, np.newaxis]).astype(array.dtype), new_bias.astype(array.dtype)
+
+
+def _scale_and_bias(bias: ArrayLike | None, bn: BatchNorm) -> tuple[Array, Array]:
+    """What multiplies the weight of each output channel, and the new bias, both in float64."""
+    C = bn.num_features
+    mean = _checks.statistic("running_mean", bn.running_mean, C).astype(np.float64)
+    var = _checks.statistic("running_var", bn.running_var, C).astype(np.float64)
+    gamma = _checks.per_channel_or_none("bn.weight", bn.weight, C)
+    beta = _checks.per_channel_or_none("bn.bias", bn.bias, C)
+    old_bias = _checks.per_channel_or_none("bias", bias, C)
+
+    deviation = np.sqrt(var + _checks.non_negative("eps", bn.eps))
+    scale = (1 if gamma is None else gamma) / deviation
+    centred = (0 if old_bias is None else old_bias) - mean
+    return scale, centred * scale + (0 if beta is None else beta)

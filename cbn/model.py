@@ -1,0 +1,400 @@
+"""The norm layers of a whole model: found by name, reset, frozen, saved and loaded together.
+
+A model is any nesting of dicts, lists, tuples and objects with attributes; nothing need be
+registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cbn import _checks, _walk
+from cbn._checks import Array
+from cbn.layers import ChannelNorm, IncompatibleKeys, NormLayer, load_arrays
+
+if TYPE_CHECKING:
+    from cbn import _state
+
+__all__ = [
+    "freeze",
+    "load",
+    "load_state_dict",
+    "named_norm_layers",
+    "reset_norm_stats",
+    "save",
+    "state_dict",
+    "unfreeze",
+]
+
+Model = TypeVar("Model")
+
+# What a model's file stands under where a layer's has the name of its class.
+CLASS = "model"
+# What a file tells of a layer and a program decides.
+MODES = ("training", "frozen")
+
+
+# ----------------------------------------------------------------------------------------- layers
+
+
+def named_norm_layers(model: object) -> list[tuple[str, NormLayer]]:
+    """Return every norm layer of a model with its dotted name, as PyTorch's ``named_modules`` does.
+
+    Parameters
+    ----------
+    model : object
+        Any nesting of dicts, lists, tuples and objects with attributes, cycles included. Private
+        attributes and slots count as well; a property is never executed. Arrays, modules, classes
+        and functions are not searched.
+
+    Returns
+    -------
+    list of (str, layer)
+        Each layer once, under the first name by which it is reached, in the order of definition.
+        A name consists of keys, indices and attributes, ``"features.1"``; keys that are not strings
+        count as ``str(key)``. The name of a model that is itself a norm layer is ``""``.
+
+    Raises
+    ------
+    ValueError
+        If two layers get the same name, as with ``{"a.b": layer, "a": {"b": another}}``.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> model = {"features": [None, cbn.BatchNorm2d(3)], "head": cbn.BatchNorm1d(4)}
+    >>> [name for name, layer in cbn.named_norm_layers(model)]
+    ['features.1', 'head']
+    """
+    found: list[tuple[str, NormLayer]] = list(
+        _walk.find(model, NormLayer)  # type: ignore[type-abstract]  # of any class derived from it
+    )
+    _checks.distinct_names([name for name, _ in found])
+    return found
+
+
+def layers_with_statistics(model: object) -> dict[str, ChannelNorm]:
+    """The layers that have running statistics, frozen ones included; at least one, or an error."""
+    found = named_norm_layers(model)
+    layers = {
+        name: layer
+        for name, layer in found
+        if isinstance(layer, ChannelNorm) and layer.running_mean is not None
+    }
+    _checks.some_layers("with running statistics", len(layers), len(found), model)
+    return layers
+
+
+def unfrozen_layers(model: object) -> dict[str, ChannelNorm]:
+    """Those of them whose running statistics may change; at least one, or an error."""
+    found = layers_with_statistics(model)
+    layers = {name: layer for name, layer in found.items() if not layer.frozen}
+    _checks.some_layers("that is not frozen", len(layers), len(found), model)
+    return layers
+
+
+# ------------------------------------------------------------------------------------- statistics
+
+
+def reset_norm_stats(model: object) -> None:
+    """Set the running statistics of all norm layers to mean 0 and variance 1, after no batch.
+
+    Parameters
+    ----------
+    model : object
+        As for :func:`named_norm_layers`. Layers without running statistics and frozen layers stay
+        as they are, and so do all parameters.
+
+    Raises
+    ------
+    ValueError
+        If the model has no norm layer with running statistics that is not frozen, or one of the
+        arrays is read-only. Then nothing has been changed.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> model = [cbn.BatchNorm1d(2, running_mean=5)]
+    >>> cbn.reset_norm_stats(model)
+    >>> model[0].running_mean
+    array([0., 0.], dtype=float32)
+    """
+    layers = unfrozen_layers(model)
+    statistics_writable(layers)
+    for layer in layers.values():
+        layer.reset_running_stats()
+
+
+def statistics_writable(layers: dict[str, ChannelNorm]) -> None:
+    for name, layer in layers.items():
+        for key in ("running_mean", "running_var", "num_batches_tracked"):
+            _checks.writable(_joined(name, key), getattr(layer, key))
+
+
+def freeze(model: Model) -> Model:
+    """Let all norm layers use and keep their running statistics, in training mode too.
+
+    For fine-tuning on batches too small, or too unlike the first data, for statistics of their
+    own. A frozen layer does in training what it does in eval mode: it normalises by the running
+    statistics, which stay as they are, and ``backward`` counts them as constants. ``weight`` and
+    ``bias`` still get their gradients. ``train()`` and ``eval()`` change the mode as ever, and the
+    layer stays frozen until :func:`unfreeze`.
+
+    Whether a layer is frozen stands in its attribute ``frozen`` and in its repr; copies, pickles
+    and the files of ``layer.save`` have it, state dictionaries do not.
+
+    Parameters
+    ----------
+    model : object
+        As for :func:`named_norm_layers`; a single layer will do. Layers without running statistics
+        stay as they are: they do the same in both modes, and there is nothing to freeze.
+
+    Returns
+    -------
+    object
+        The model.
+
+    Raises
+    ------
+    ValueError
+        If the model has no norm layer with running statistics.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> bn = cbn.freeze(cbn.BatchNorm1d(2))
+    >>> bn.train()([[1.0, 2.0], [3.0, 4.0]]).round(2).tolist()
+    [[1.0, 2.0], [3.0, 4.0]]
+    >>> bn.running_mean.tolist()
+    [0.0, 0.0]
+    """
+    for layer in layers_with_statistics(model).values():
+        layer.frozen = True
+    return model
+
+
+def unfreeze(model: Model) -> Model:
+    """Let all norm layers learn running statistics again: undo :func:`freeze`.
+
+    Parameters
+    ----------
+    model : object
+        As for :func:`named_norm_layers`.
+
+    Returns
+    -------
+    object
+        The model.
+
+    Raises
+    ------
+    ValueError
+        If the model has no norm layer with running statistics.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> cbn.unfreeze(cbn.freeze(cbn.BatchNorm1d(2))).frozen
+    False
+    """
+    for layer in layers_with_statistics(model).values():
+        layer.frozen = False
+    return model
+
+
+# ------------------------------------------------------------------------------------------- state
+
+
+def state_dict(model: object) -> dict[str, Array]:
+    """Return a copy of the parameters and statistics of all norm layers, under PyTorch's names.
+
+    Parameters
+    ----------
+    model : object
+        As for :func:`named_norm_layers`.
+
+    Returns
+    -------
+    dict of str to ndarray
+        By the name of the layer, then that of the array: ``"features.1.weight"``. What is not part
+        of a norm layer is not in it. A layer that is reached in several ways is in it once, under
+        its first name; PyTorch repeats it under every name.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> list(cbn.state_dict({"norm": cbn.BatchNorm1d(3, affine=False)}))
+    ['norm.running_mean', 'norm.running_var', 'norm.num_batches_tracked']
+    """
+    return {
+        name: np.array(array) for name, array in _arrays(dict(named_norm_layers(model))).items()
+    }
+
+
+def load_state_dict(
+    model: object, state: Mapping[str, ArrayLike], strict: bool = True
+) -> IncompatibleKeys:
+    """Copy parameters and statistics into all norm layers of a model: all, or none and an error.
+
+    Parameters
+    ----------
+    model : object
+        As for :func:`named_norm_layers`.
+    state : mapping of str to array_like
+        As :func:`state_dict` returns it, or what PyTorch's ``model.state_dict()`` holds of norm
+        layers. Values are cast to the dtypes of the layers.
+    strict : bool
+        Whether the keys must be exactly those of the norm layers. Otherwise what is missing keeps
+        its value, and what is unexpected, such as a convolution in PyTorch's, is passed over.
+
+    Returns
+    -------
+    IncompatibleKeys
+        The tuple ``(missing_keys, unexpected_keys)``.
+
+    Raises
+    ------
+    TypeError
+        If ``state`` is not a mapping or a value is not of numbers.
+    ValueError
+        If a shape differs or, when strict, a key.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> model = [cbn.BatchNorm1d(1, affine=False)]
+    >>> state = {"0.running_mean": [5.0], "1.weight": [[2.0]]}
+    >>> cbn.load_state_dict(model, state, strict=False).unexpected_keys
+    ['1.weight']
+    >>> model[0].running_mean
+    array([5.], dtype=float32)
+    """
+    return load_arrays(_arrays(dict(named_norm_layers(model))), state, strict, "model")
+
+
+def save(model: object, path: _state.Path) -> None:
+    """Write all norm layers of a model to one .npz file, without pickle.
+
+    The file is written whole or not at all, under the very name given. It holds the arrays of
+    :func:`state_dict` and the configuration of each layer; what is not a norm layer is not in it.
+
+    Parameters
+    ----------
+    model : object
+        As for :func:`named_norm_layers`.
+    path : str or path
+        The file; one that exists is replaced.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the model has no norm layer, a name cannot be written, or an attribute of a layer has
+        been given a value that no layer can be made with.
+    OSError
+        If it cannot be written; what was there stays.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib, cbn
+    >>> model = {"norm": cbn.BatchNorm2d(3, running_mean=5)}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder, "norms.npz")
+    ...     cbn.save(model, path)
+    ...     cbn.reset_norm_stats(model)
+    ...     cbn.load(model, path)
+    >>> model["norm"].running_mean
+    array([5., 5., 5.], dtype=float32)
+    """
+    from cbn import _state  # here, because zipfile and json are half of cbn's import time
+
+    layers = _norm_layers(model)
+    for name, layer in layers.items():
+        # By the class of cbn: one derived from it may have another constructor.
+        cls = next(
+            cls
+            for cls in type(layer).__mro__
+            if issubclass(cls, NormLayer) and cls.__module__.startswith("cbn.layers.")
+        )
+        expected = cls._expected_state({**layer._config(), "class": cls.__name__})
+        _checks.savable(layer._state(), expected, _joined(name, ""))
+    arrays = _arrays(layers)
+    for name in arrays:
+        _checks.member_name(name)
+    _state.save(path, _config(layers), arrays)
+
+
+def load(model: object, path: _state.Path) -> None:
+    """Read a file that :func:`save` wrote into the norm layers of a model: all of it, or nothing.
+
+    The program makes the model; the file must have the same layers, by name, with the same
+    configurations. The modes are the program's too: which layers are in training mode, and which
+    are frozen, stays as it is.
+
+    Parameters
+    ----------
+    model : object
+        As for :func:`named_norm_layers`.
+    path : str or path
+        The file. Nothing in it is trusted: it is read without pickle, and sizes are checked
+        against those of the model before memory is taken.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    StateFileError
+        If the file is damaged or foreign, or a layer or its configuration differs; the message
+        names it. A kind of ValueError.
+    ValueError
+        If the model has no norm layer, or one of its arrays is read-only.
+    """
+    import json
+
+    from cbn import _state
+
+    layers = _norm_layers(model)
+    arrays = _arrays(layers)
+    for name, array in arrays.items():
+        _checks.writable(name, array)
+    text = json.dumps(_config(layers))
+    own = json.loads(text)  # which makes lists of tuples, as in the file
+
+    def expected(config: _state.Config) -> _state.Expected:
+        _checks.same_class(config.get("class"), CLASS)
+        _checks.config_keys(config, own)
+        _checks.same_layers(config["layers"], own["layers"], MODES)
+        return {name: (array.dtype, array.shape) for name, array in arrays.items()}
+
+    # Room for another model's, whose layers are then named in the error.
+    longest = _state.LONGEST_CONFIG + 10 * len(text)
+    _, state = _state.load(path, expected, longest)
+    with _state.damage_named(path):  # a counter below 0
+        load_arrays(arrays, state, True, "model")
+
+
+def _norm_layers(model: object) -> dict[str, NormLayer]:
+    """All of them; at least one, or an error."""
+    layers = dict(named_norm_layers(model))
+    _checks.some_layers("in the model", len(layers), len(layers), model)
+    return layers
+
+
+def _config(layers: Mapping[str, NormLayer]) -> _state.Config:
+    return {"class": CLASS, "layers": {name: layer._config() for name, layer in layers.items()}}
+
+
+def _arrays(layers: Mapping[str, NormLayer]) -> dict[str, Array]:
+    return {
+        _joined(name, key): array
+        for name, layer in layers.items()
+        for key, array in layer._state().items()
+    }
+
+
+def _joined(name: str, key: str) -> str:
+    """PyTorch's name of an array: that of the layer, then that of the array in it."""
+    return f"{name}.{key}" if name else key
