@@ -35,9 +35,9 @@ def fold_conv(
 
     Parameters
     ----------
-    weight : array_like of shape (out, in / groups, *kernel)
+    weight : array_like of shape (out, in / groups, ...)
         Weight of the convolution, float32 or float64; of a transposed one, of shape
-        (in, out / groups, *kernel). Never modified. Any number of kernel axes, from 1.
+        (in, out / groups, ...). Never modified. Any number of kernel axes, from 1.
     bias : array_like of shape (out,) or None
         Its bias, float32 or float64.
     bn : BatchNorm1d, BatchNorm2d or BatchNorm3d
