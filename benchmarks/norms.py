@@ -3,9 +3,9 @@
     python benchmarks/norms.py --threads 2
 
 Every case is checked against PyTorch in float64, then timed turn by turn as compare.py does
-(turns.py says how): layers of both libraries with parameters, PyTorch's forward without a graph, its
-backward by torch.autograd.grad on one. Both allocate what they return. A row ends in * where other
-processes took more than a tenth of a core meanwhile.
+(turns.py says how): layers of both libraries with parameters. PyTorch's forward is without a graph,
+its backward is torch.autograd.grad on one. Both allocate what they return. A row ends in * where
+other processes took more than a tenth of a core meanwhile.
 """
 
 from __future__ import annotations
