@@ -277,11 +277,15 @@ cdef void blend(real* running, const double* batch, Py_ssize_t C, double momentu
         running[c] = <real>((1 - momentum) * running[c] + momentum * (batch[c] * factor))
 
 
-cdef inline bint fits(double value, ndarray kept):
-    """Whether a value is finite, also in the array where it is to be kept, if there is one."""
-    if kept is not None and PyArray_TYPE(kept) == NPY_FLOAT:
+cdef inline bint fits(double value, bint single) noexcept nogil:
+    """Whether a value is finite, also in the element type that it is to be kept in."""
+    if single:
         value = <float>value
     return -INFINITY < value < INFINITY
+
+
+cdef inline bint is_single(ndarray array):
+    return array is not None and PyArray_TYPE(array) == NPY_FLOAT
 
 
 cpdef list not_finite(ndarray statistics, ndarray running_mean, ndarray running_var, double count,
@@ -291,25 +295,22 @@ cpdef list not_finite(ndarray statistics, ndarray running_mean, ndarray running_
     cdef const double* mean = <const double*>data_of(statistics)
     cdef const double* var = mean + 2 * C
     cdef double unbiased = 1 if running_var is None else count / (count - correction)
+    cdef bint single_mean = is_single(running_mean), single_var = is_single(running_var)
     return [c for c in range(C)
-            if not (fits(mean[c], running_mean) and fits(var[c] * unbiased, running_var))]
+            if not (fits(mean[c], single_mean) and fits(var[c] * unbiased, single_var))]
 
 
 cpdef learn(ndarray running_mean, ndarray running_var, num_batches_tracked,   # IN, OUT, or None
             ndarray statistics, momentum, double count, double correction,
             bint skips):   # channels whose statistics are not finite
     """Let the running statistics learn those of a batch of count values per channel."""
-    # The GIL is held throughout: calls from several threads lose nothing that one has learnt.
-    cdef list kept = []
+    # The GIL is held throughout: calls from several threads lose nothing that one has learnt. No
+    # container is made in between, because that may collect garbage and so let other threads run.
     if momentum is None:
         momentum = 1.0 / (<object>num_batches_tracked.item() + 1)
     if running_mean is not None:
-        if skips:
-            kept = [(c, running_mean[c], running_var[c]) for c in
-                    not_finite(statistics, running_mean, running_var, count, correction)]
-        blend_both(running_mean, running_var, statistics, momentum, count / (count - correction))
-        for c, mean, var in kept:
-            running_mean[c], running_var[c] = mean, var
+        blend_both(running_mean, running_var, statistics, momentum, count / (count - correction),
+                   skips)
     if num_batches_tracked is not None:
         if is_counter(num_batches_tracked):   # a microsecond less than the addition of arrays
             (<npy_int64*>PyArray_DATA(<ndarray>num_batches_tracked))[0] += 1
@@ -317,19 +318,28 @@ cpdef learn(ndarray running_mean, ndarray running_var, num_batches_tracked,   # 
             num_batches_tracked += 1
 
 
-cdef blend_both(ndarray running_mean, ndarray running_var, ndarray statistics, double momentum,
-                double unbiased):
-    cdef Py_ssize_t C = PyArray_DIM(statistics, 1)
+cdef void blend_both(ndarray running_mean, ndarray running_var, ndarray statistics,
+                     double momentum, double unbiased, bint skips):
+    cdef Py_ssize_t C = PyArray_DIM(statistics, 1), first = 0, c
     cdef const double* mean = <const double*>data_of(statistics)
     cdef const double* var = mean + 2 * C
-    if PyArray_TYPE(running_mean) == NPY_FLOAT:
-        blend(<float*>data_of(running_mean), mean, C, momentum, 1)
+    cdef bint single_mean = is_single(running_mean), single_var = is_single(running_var)
+    if skips:
+        for c in range(C):   # from one channel that is not finite to the next
+            if not (fits(mean[c], single_mean) and fits(var[c] * unbiased, single_var)):
+                blend_some(running_mean, mean, first, c, momentum, 1)
+                blend_some(running_var, var, first, c, momentum, unbiased)
+                first = c + 1
+    blend_some(running_mean, mean, first, C, momentum, 1)
+    blend_some(running_var, var, first, C, momentum, unbiased)
+
+
+cdef void blend_some(ndarray running, const double* batch, Py_ssize_t first, Py_ssize_t end,
+                     double momentum, double factor):
+    if is_single(running):
+        blend(<float*>data_of(running) + first, batch + first, end - first, momentum, factor)
     else:
-        blend(<double*>data_of(running_mean), mean, C, momentum, 1)
-    if PyArray_TYPE(running_var) == NPY_FLOAT:
-        blend(<float*>data_of(running_var), var, C, momentum, unbiased)
-    else:
-        blend(<double*>data_of(running_var), var, C, momentum, unbiased)
+        blend(<double*>data_of(running) + first, batch + first, end - first, momentum, factor)
 
 
 include "express.pxi"

@@ -1,5 +1,6 @@
 """Calls from many threads at the same time: right, nothing lost, and few OpenMP teams."""
 
+import gc
 import os
 import sys
 import threading
@@ -106,6 +107,28 @@ def test_training_calls_lose_no_update(rng, shape, counter):
     # The average over all batches, in whichever order they came.
     mean, _, _ = cbn.functional.batch_norm_stats(batches.reshape(-1, *shape[1:]))
     np.testing.assert_allclose(bn.running_mean, mean, atol=1e-6)
+
+
+def test_skipping_loses_no_update_of_a_thread_that_a_collection_lets_run(rng):
+    good = rng.normal(5, 1, (4, 300)).astype(np.float32)
+    bn, alone = (cbn.BatchNorm1d(300, momentum=0.5, nonfinite="skip") for _ in range(2))
+
+    def train_elsewhere(phase, info):
+        if phase == "start":
+            at_the_same_time(1, lambda _: bn(good))
+
+    gc.callbacks.append(train_elsewhere)
+    usual = gc.get_threshold()
+    gc.set_threshold(1)  # a collection wherever there can be one
+    try:
+        bn(np.full_like(good, np.nan))
+    finally:
+        gc.set_threshold(*usual)
+        gc.callbacks.remove(train_elsewhere)
+    for _ in range(int(bn.num_batches_tracked) - 1):
+        alone(good)
+    assert bn.running_mean.tolist() == alone.running_mean.tolist()
+    assert bn.running_var.tolist() == alone.running_var.tolist()
 
 
 def test_eval_calls_on_one_layer_do_not_meet(rng):
