@@ -117,11 +117,24 @@ def chunk(kind, data):
     return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
 
 
+def png_header(width, height, bits=8):
+    return chunk(b"IHDR", width.to_bytes(4) + height.to_bytes(4) + bytes([bits, 0, 0, 0, 0]))
+
+
+def raw_png(*chunks, data=bytes(72)):
+    chunks = (*chunks, chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 def png_that_claims(width, height):
     """A header alone, as a decompression bomb has it."""
-    header = width.to_bytes(4) + height.to_bytes(4) + bytes([8, 0, 0, 0, 0])
-    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-    return start + chunk(b"IDAT", zlib.compress(bytes(60_000))) + chunk(b"IEND", b"")
+    return raw_png(png_header(width, height), data=bytes(60_000))
+
+
+def text_bomb(name, start):
+    """A PNG image with a megabyte packed into each of 60 chunks."""
+    packed = zlib.compress(bytes(2**20 - 1))
+    return raw_png(png_header(8, 8), *(chunk(name, start + packed) for _ in range(60)))
 
 
 def damaged(file, position):
@@ -211,6 +224,28 @@ REFUSED = {
     "large": (PNG, png((1000, 1000)), 422, "expected 8x8 pixels, got 1000x1000"),
     "bomb": (PNG, png_that_claims(12_000, 12_000), 422, "expected 8x8 pixels, got 12000x12000"),
     "bigger bomb": (PNG, png_that_claims(2**31 - 1, 2**31 - 1), 400, "DecompressionBombError"),
+    "another header": (
+        PNG,
+        raw_png(png_header(8, 8), png_header(9_000, 9_000)),
+        422,
+        "got 9000x9000",
+    ),
+    "text bomb": (PNG, text_bomb(b"zTXt", b"k\0\0"), 400, "expected a PNG image, got"),
+    "text bomb in Unicode": (PNG, text_bomb(b"iTXt", b"k\0\1\0\0\0"), 400, "expected a PNG image"),
+    "profile bomb": (PNG, text_bomb(b"iCCP", b"k\0\0"), 400, "expected a PNG image, got"),
+    "4 bits": (PNG, raw_png(png_header(8, 8, bits=4), data=bytes(40)), 422, "got mode L;4"),
+    "transparency": (
+        PNG,
+        png(transparency=7),
+        422,
+        "expected one opaque image, got transparency or an animation",
+    ),
+    "animation": (
+        PNG,
+        png(save_all=True, append_images=[Image.new("L", (8, 8), 9)]),
+        422,
+        "expected one opaque image",
+    ),
     "colours": (
         PNG,
         png(mode="RGB"),

@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 from digits_network import Array
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from starlette.exceptions import HTTPException
 
 SIDE = 8
 WHITE = 16  # in scikit-learn's digits, and in JSON
 WHITE_PNG = 255
+# Opening an image unpacks the texts and the colour profile in it: by default, 60 MB from 64 KB.
+PngImagePlugin.MAX_TEXT_CHUNK = 4_096
+PngImagePlugin.MAX_TEXT_MEMORY = 65_536
 
 
 def from_json(body: bytes) -> Array:
@@ -71,7 +74,7 @@ def from_png(body: bytes) -> Array:
     Parameters
     ----------
     body : bytes
-        An 8x8 PNG file of 8-bit grey values without alpha, bright on dark.
+        An 8x8 PNG file of 8-bit grey values without transparency or animation, bright on dark.
 
     Returns
     -------
@@ -85,8 +88,9 @@ def from_png(body: bytes) -> Array:
     """
     try:
         with _open_png(body) as image:  # has read the header and decoded nothing
-            size, mode = image.size, image.mode
-        if size == (SIDE, SIDE) and mode == "L":
+            size, mode = image.size, image.tile[0][3]  # image.mode calls 4 bits L, too
+            plain = "transparency" not in image.info and image.get_format_mimetype() == "image/png"
+        if size == (SIDE, SIDE) and mode == "L" and plain:
             with _open_png(body) as image:
                 image.verify()  # the checksums, which decoding passes over
             with _open_png(body) as image:
@@ -99,6 +103,8 @@ def from_png(body: bytes) -> Array:
         raise HTTPException(422, f"expected {SIDE}x{SIDE} pixels, got {got}")
     if mode != "L":
         raise HTTPException(422, f"expected 8-bit grey values (Pillow's mode L), got mode {mode}")
+    if not plain:
+        raise HTTPException(422, "expected one opaque image, got transparency or an animation")
     return pixels / np.float32(WHITE_PNG)
 
 
