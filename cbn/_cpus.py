@@ -6,11 +6,17 @@ import math
 import os
 from pathlib import Path, PurePosixPath
 
+from cbn._dispatch import kernels
+
 PROC = Path("/proc/self")
 
 
 def affinity() -> int:
     """The CPUs that the scheduler may put this process on."""
+    # Not the affinity of this thread: where a variable such as OMP_PROC_BIND is set, OpenMP has
+    # bound it to a single CPU and will bind each of its other threads to another.
+    if num_procs := int(kernels.num_procs()):
+        return num_procs
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -17,10 +17,13 @@ def _default() -> tuple[int, str]:
     own = os.environ.get("CBN_NUM_THREADS")
     if own is not None:
         return _checks.thread_variable("CBN_NUM_THREADS", own), f"CBN_NUM_THREADS={own}"
-    most = int(kernels.max_threads())
+    by_openmp = int(kernels.max_threads())
+    most = min(by_openmp, int(kernels.thread_limit()))
     general = os.environ.get("OMP_NUM_THREADS", "")
-    # A number for each level of nesting. Anything else is ignored by OpenMP, and so here.
-    if re.fullmatch(r"\s*0*[1-9]\d*\s*(,[\s\d,]*)?", general):
+    # A number for each level of nesting. Anything else is ignored by OpenMP, and so here; of a
+    # number that is too large it makes another, or takes it and could not start the threads.
+    levels = re.fullmatch(r"\s*0*([1-9]\d*)\s*(,\s*0*[1-9]\d*\s*)*", general)
+    if levels and levels[1] == str(by_openmp) and by_openmp <= _checks.MOST_THREADS:
         return most, f"OMP_NUM_THREADS={general}"
     cpus, why = _cpus.available()
     return (cpus, why) if cpus <= most else (most, "OpenMP's maximum")

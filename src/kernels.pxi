@@ -20,6 +20,7 @@ from numpy cimport (
 cdef extern from "threads.h":
     int omp_get_max_threads() nogil
     int omp_get_thread_limit() nogil
+    int usable_cpus() nogil
     void wait_for_team() nogil
     const char* openmp_library()
     int openmp_version()
@@ -74,8 +75,18 @@ def walk(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S):
 
 
 def max_threads():
-    """The threads OpenMP would use by itself, and its limit; 1 in a build without OpenMP."""
-    return min(omp_get_max_threads(), omp_get_thread_limit())
+    """The threads OpenMP would use by itself; 1 in a build without OpenMP."""
+    return omp_get_max_threads()
+
+
+def thread_limit():
+    """The threads that OpenMP has at most; 1 in a build without it."""
+    return omp_get_thread_limit()
+
+
+def num_procs():
+    """The CPUs that OpenMP may put the threads of this process on; 0 in a build without it."""
+    return usable_cpus()
 
 
 def openmp():

@@ -20,6 +20,15 @@ static inline const char *openmp_library(void) {
     return "unknown";
 }
 
+/* The CPUs of the process. The calling thread may be bound to one of them, and the process to some:
+   to the places, which may overlap. */
+static inline int usable_cpus(void) {
+    int cpus = omp_get_num_procs(), in_places = 0;
+    for (int place = 0; place < omp_get_num_places(); place++)
+        in_places += omp_get_place_num_procs(place);
+    return in_places > 0 && in_places < cpus ? in_places : cpus;
+}
+
 /* Until all threads of the team are here. */
 static inline void wait_for_team(void) {
 #pragma omp barrier
@@ -30,6 +39,7 @@ static inline void wait_for_team(void) {
 static inline void wait_for_team(void) {}
 static inline int omp_get_max_threads(void) { return 1; }
 static inline int omp_get_thread_limit(void) { return 1; }
+static inline int usable_cpus(void) { return 0; }
 static inline int openmp_version(void) { return 0; }
 static inline const char *openmp_library(void) { return ""; }
 

@@ -85,7 +85,7 @@ def threads_of(variables, cpus=None):
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name not in ("OMP_NUM_THREADS", "CBN_NUM_THREADS")
+        if not name.startswith(("OMP_", "GOMP_", "CBN_NUM_THREADS"))
     }
     if cpus is not None:
         some = set(sorted(os.sched_getaffinity(0))[:cpus])
@@ -101,9 +101,31 @@ def test_the_environment():
     assert threads_of({"OMP_NUM_THREADS": "5"}) == "5 OMP_NUM_THREADS=5"
     assert threads_of({"OMP_NUM_THREADS": "5,2"}) == "5 OMP_NUM_THREADS=5,2"
     assert threads_of({"OMP_NUM_THREADS": "5", "CBN_NUM_THREADS": "6"}) == "6 CBN_NUM_THREADS=6"
-    assert threads_of({"OMP_NUM_THREADS": "many"}) == threads_of({})
     assert threads_of({"OMP_THREAD_LIMIT": "1"}, 2).startswith("1 ")
-    assert "CBN_NUM_THREADS: expected" in threads_of({"CBN_NUM_THREADS": "many"})
+    assert threads_of({"OMP_NUM_THREADS": "5", "OMP_THREAD_LIMIT": "3"}) == "3 OMP_NUM_THREADS=5"
+
+
+# What OpenMP ignores (and says so), cuts, or would need a machine that nobody has.
+@pytest.mark.parametrize(
+    "value", ["many", "0", "5,0", "5,", "5 6", "9" * 11, "9" * 30, "9" * 5000, str(2**31 - 1)]
+)
+def test_a_number_that_openmp_does_not_take(value):
+    assert threads_of({"OMP_NUM_THREADS": value}).splitlines()[-1] == threads_of({})
+
+
+@pytest.mark.parametrize(
+    "variable", ["OMP_PROC_BIND=true", "OMP_PLACES=threads", "GOMP_CPU_AFFINITY=0-4095"]
+)
+def test_a_thread_that_openmp_binds_does_not_bind_the_process(variable):
+    name, value = variable.split("=")
+    assert threads_of({name: value}) == threads_of({})
+
+
+def test_places_bind_the_process():
+    first = min(os.sched_getaffinity(0))
+    assert threads_of({"OMP_PLACES": f"{{{first}}}"}) == "1 CPU affinity"
+    both = ",".join(f"{{{cpu}}}" for cpu in [*os.sched_getaffinity(0)] * 2)  # every one twice
+    assert threads_of({"OMP_PLACES": both}) == threads_of({})
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity here")
