@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path, PurePosixPath
 
 from cbn._dispatch import kernels
 
 PROC = Path("/proc/self")
+# Of a line in mountinfo: what is mounted, where, as which version of control groups, and how.
+MOUNT = re.compile(r"(?:[^ ]+ ){3}([^ ]+) ([^ ]+) .*- (cgroup2?) [^ ]* ([^ ]*)")
 
 
 def affinity() -> int:
@@ -34,27 +37,36 @@ def quota(proc: Path = PROC) -> float | None:
 
 def _folders(proc: Path) -> list[Path]:
     """The folders of the groups that may limit this process, from its own upwards."""
-    groups = {}  # by version
+    groups = {}  # by version, as mountinfo calls it
     for line in _lines(proc / "cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            groups[2] = PurePosixPath(path)
-        elif "cpu" in controllers.split(","):
-            groups[1] = PurePosixPath(path)
+        match line.split(":", 2):
+            case [_, "", path]:
+                groups["cgroup2"] = PurePosixPath(path)
+            case [_, controllers, path] if "cpu" in controllers.split(","):
+                groups["cgroup"] = PurePosixPath(path)
+
+    mounts: dict[str, list[tuple[str, str]]] = {}
+    for line in _lines(proc / "mountinfo"):
+        if found := MOUNT.fullmatch(line):
+            root, mount, version, options = found.groups()
+            if version == "cgroup2" or "cpu" in options.split(","):
+                mounts.setdefault(version, []).append((_unescaped(root), _unescaped(mount)))
 
     folders = []
-    for line in _lines(proc / "mountinfo"):
-        fields, _, kind = line.partition(" - ")
-        root, mount = fields.split()[3:5]
-        name, _, options = kind.split(" ", 2)
-        version = {"cgroup2": 2, "cgroup": 1}.get(name)
-        if version not in groups or (version == 1 and "cpu" not in options.split(",")):
-            continue
-        # In a container the group may lie outside of what is mounted: then its root is the group.
-        group = groups[version]
-        inside = group.relative_to(root) if group.is_relative_to(root) else PurePosixPath()
-        folders += [Path(mount, parent) for parent in (inside, *inside.parents)]
+    for version, group in groups.items():
+        mounted = mounts.get(version, [])
+        around = [(root, mount) for root, mount in mounted if group.is_relative_to(root)]
+        for root, mount in around:
+            inside = group.relative_to(root)
+            folders += [Path(mount, parent) for parent in (inside, *inside.parents)]
+        if not around:  # in a container the group may lie outside of what is mounted
+            folders += [Path(mount) for _, mount in mounted]
     return folders
+
+
+def _unescaped(path: str) -> str:
+    r"""A path in mountinfo, where a space is \040."""
+    return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), path)
 
 
 def _limit(folder: Path) -> float | None:
@@ -78,7 +90,8 @@ def _ratio(allowed: str, period: str) -> float | None:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text().splitlines()
+        # A path is any bytes, and what else Python takes for the end of a line may stand in it.
+        return os.fsdecode(file.read_bytes()).split("\n")
     except OSError:
         return []
 

@@ -61,6 +61,50 @@ def test_version_1_in_a_container(host, group):
     assert _cpus.quota(host(f"5:memory:/x\n4:cpu,cpuacct:{group}\n0::/\n", V1, **files)) == 1.5
 
 
+def test_another_group_that_is_mounted_sets_no_limit(host):
+    """Of a container, seen from outside: only its own processes are bound by its quota."""
+    other = "40 31 0:28 /docker/a {mount}/other rw - cgroup2 cgroup2 rw\n"
+    proc = host("0::/me\n", V2 + other, other__cpu_DOT_max="50000 100000\n")
+    assert _cpus.quota(proc) is None
+
+
+STRANGE_MOUNTS = {
+    "not UTF-8": b"/mnt/M\xfcller",
+    "a tab of another kind": b"/mnt/a\x0bb",
+    "a line of another kind": "/mnt/a\u2028b".encode(),
+    "a space": rb"/mnt/a\040b",
+    "nothing after it": b"/mnt/a rw\n",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("name", STRANGE_MOUNTS.values(), ids=STRANGE_MOUNTS)
+def test_names_of_mounts_harm_nobody(host, name):
+    proc = host("0::/\n", V2, cpu_DOT_max="150000 100000\n")
+    mountinfo = proc / "mountinfo"
+    line = b"22 1 0:20 / %s rw - vfat /dev/sdb1 rw\n" % name
+    mountinfo.write_bytes(line + mountinfo.read_bytes() + line)
+    assert _cpus.quota(proc) == 1.5
+
+
+@pytest.mark.parametrize("name", [b"a b", b"a\tb", b"a\\b", b"a#b", b"a\xfcb"], ids=repr)
+def test_groups_mounted_under_any_name(host, tmp_path, name):
+    proc = host("0::/\n", "")
+    mount = os.path.join(os.fsencode(tmp_path), name)
+    os.mkdir(mount)
+    with open(os.path.join(mount, b"cpu.max"), "wb") as file:
+        file.write(b"150000 100000\n")
+    for escaped in b"\\ \t#":  # as the kernel does it, the backslash first
+        mount = mount.replace(bytes([escaped]), b"\\%03o" % escaped)
+    (proc / "mountinfo").write_bytes(b"31 23 0:28 / %s rw - cgroup2 cgroup2 rw\n" % mount)
+    assert _cpus.quota(proc) == 1.5
+
+
+@pytest.mark.parametrize("line", ["0:/", "", "nonsense"])
+def test_a_group_that_is_not_understood_sets_no_limit(host, line):
+    assert _cpus.quota(host(f"{line}\n", V2, cpu_DOT_max="150000 100000\n")) is None
+
+
 def test_version_1_without_a_limit(host):
     files = {"cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"}
     files = {name.replace(".", "_DOT_"): text for name, text in files.items()}
