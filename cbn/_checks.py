@@ -62,12 +62,14 @@ def thread_count(name: str, value: Any) -> int:
 
 
 def thread_variable(name: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < int(text) <= MOST_THREADS):
+    # Python converts no more than some thousand digits.
+    count = int(text) if text.isascii() and text.isdigit() and len(text) < 100 else 0
+    if not 0 < count <= MOST_THREADS:
         raise ValueError(
             f"environment variable {name}: expected a positive integer up to {MOST_THREADS}, "
             f"got {text!r}; correct it or unset it"
         )
-    return int(text)
+    return count
 
 
 def instruction_set(

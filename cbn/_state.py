@@ -22,7 +22,7 @@ import numpy as np
 from cbn import _checks
 from cbn._checks import Array, Shape
 
-Path = str | os.PathLike[str]
+Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Config = dict[str, Any]
 Expected = Mapping[str, tuple[np.dtype[Any], Shape]]
 # The dtype and the shape of a member, and where its data starts.
@@ -35,7 +35,7 @@ LONGEST_HEADER = 1_000  # characters; an array needs 118. Parsing takes 400 byte
 
 def save(path: Path, config: Config, arrays: Mapping[str, Array]) -> None:
     """Write a state file, or leave what was there."""
-    target = os.path.realpath(path)  # a link stays a link
+    target = os.path.realpath(os.fsdecode(path))  # a link stays a link
     folder = os.path.dirname(target)
     temporary = os.path.join(folder, f".{os.urandom(8).hex()}.tmp")
     try:
@@ -127,7 +127,7 @@ def damage_named(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise _checks.StateFileError(
-            f"{os.fspath(path)}: expected a state file of cbn, got one that is damaged or "
+            f"{os.fsdecode(path)}: expected a state file of cbn, got one that is damaged or "
             f"foreign: {str(error) or type(error).__name__}"
         ) from error
 

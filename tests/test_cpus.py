@@ -149,6 +149,12 @@ def test_the_environment():
     assert threads_of({"OMP_NUM_THREADS": "5", "OMP_THREAD_LIMIT": "3"}) == "3 OMP_NUM_THREADS=5"
 
 
+@pytest.mark.parametrize("value", ["many", "9" * 5000, "0" * 5000 + "2"], ids=lambda v: v[:4])
+def test_a_number_that_is_refused(value):
+    error = threads_of({"CBN_NUM_THREADS": value})
+    assert "variable CBN_NUM_THREADS: expected a positive integer up to 4096, got" in error
+
+
 # What OpenMP ignores (and says so), cuts, or would need a machine that nobody has.
 @pytest.mark.parametrize(
     "value", ["many", "0", "5,0", "5,", "5 6", "9" * 11, "9" * 30, "9" * 5000, str(2**31 - 1)]

@@ -218,7 +218,9 @@ def test_the_file_is_an_npz_without_pickle(path):
 # ---------------------------------------------------------------------------------------- writing
 
 
-@pytest.mark.parametrize("as_given", [str, lambda path: path], ids=["str", "path"])
+@pytest.mark.parametrize(
+    "as_given", [str, lambda path: path, os.fsencode], ids=["str", "path", "bytes"]
+)
 @pytest.mark.parametrize("name", ["layer", "layer.npz", "layer.bin", "größe 1"])
 def test_saved_under_the_very_name(name, as_given, tmp_path):
     trained().save(as_given(tmp_path / name))
@@ -310,6 +312,12 @@ def test_missing_file(path):
 def test_folder(tmp_path):
     with pytest.raises(OSError, match=tmp_path.name):
         cbn.BatchNorm1d.load(tmp_path)
+
+
+def test_a_damaged_file_named_in_bytes(path):
+    path.write_bytes(b"nonsense")
+    with pytest.raises(cbn.StateFileError, match=f"^{re.escape(str(path))}: expected a state"):
+        cbn.BatchNorm1d.load(os.fsencode(path))
 
 
 def test_state_file_error_is_a_value_error():
