@@ -314,6 +314,16 @@ def test_folder(tmp_path):
         cbn.BatchNorm1d.load(tmp_path)
 
 
+def test_short_memory_is_not_the_fault_of_the_file(path, monkeypatch):
+    def read(*_):
+        raise MemoryError
+
+    trained().save(path)
+    monkeypatch.setattr(zipfile.ZipFile, "read", read)
+    with pytest.raises(MemoryError):
+        cbn.BatchNorm1d.load(path)
+
+
 def test_a_damaged_file_named_in_bytes(path):
     path.write_bytes(b"nonsense")
     with pytest.raises(cbn.StateFileError, match=f"^{re.escape(str(path))}: expected a state"):
