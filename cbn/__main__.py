@@ -69,6 +69,11 @@ def troubles() -> Iterator[str]:
             "subnormal numbers are switched off in this thread, by a package built with "
             "-ffast-math or by torch.set_flush_denormal: results near 1e-38 differ from elsewhere"
         )
+    if not _dispatch.kernels.forks():
+        yield (
+            "a forked child runs on one thread: this OpenMP runtime has no omp_pause_resource_all; "
+            "use that of gcc 9 or newer"
+        )
     if _dispatch.kernels.openmp() is None:
         yield "built without OpenMP, one thread only: build again with a compiler that has it"
     if missing := [isa for isa in _dispatch.supported_by_cpu() if isa not in _dispatch.built()]:

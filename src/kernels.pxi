@@ -33,6 +33,7 @@ cdef extern from "floating_point.h" nogil:
 cdef extern from "teams.h":
     int begin_call(int num_threads, Py_ssize_t values)
     void end_call()
+    int children_have_teams()
     void watch_forks_and_threads()
 
 cdef extern from "vector.h":
@@ -87,6 +88,11 @@ def thread_limit():
 def num_procs():
     """The CPUs that OpenMP may put the threads of this process on; 0 in a build without it."""
     return usable_cpus()
+
+
+def forks():
+    """Whether a forked child can have teams; what stops it is an old OpenMP runtime."""
+    return bool(children_have_teams())
 
 
 def openmp():

@@ -3,7 +3,8 @@
    A thread that has run a parallel loop keeps its team for the next one: GNU OpenMP has a pool for
    every calling thread. A service with many request threads would keep as many teams, each as large
    as the machine, whose threads spin for a while after each call. And a forked child has none of
-   these threads, which GNU OpenMP does not know: it would wait for them forever. */
+   these threads, which GNU OpenMP does not know: it would wait for them forever. LLVM's runtime, and
+   Intel's, which is one with it, know forks; to them a pause is a sleep, and two in a row an error. */
 #ifndef CBN_TEAMS_H
 #define CBN_TEAMS_H
 
@@ -24,7 +25,8 @@ enum {
 static int calls;                          /* in flight */
 static int teams;                          /* kept */
 static int alone;                          /* after a fork in which a team was not given up */
-static int (*pause_all)(int);              /* omp_pause_resource_all, where the runtime has it */
+static int knows_forks;                    /* the runtime itself */
+static int (*pause_all)(int);              /* omp_pause_resource_all, where it gives up teams */
 static pthread_key_t end_of_thread;
 static __thread int keeps_team;
 static __thread int gives_up_team;         /* after this call */
@@ -61,6 +63,8 @@ static void end_call(void) {
 }
 
 static void before_fork(void) {
+    if (knows_forks)
+        return;
     /* The runtime refuses in a parallel loop, for example. */
     refused = !pause_all || pause_all(SOFT) != 0;
     if (!refused)
@@ -74,11 +78,14 @@ static void in_child(void) {
     alone = alone || refused;
 }
 
+static int children_have_teams(void) { return knows_forks || pause_all; }
+
 static void watch_forks_and_threads(void) {
     void *runtime = dlopen(openmp_library(), RTLD_LAZY | RTLD_NOLOAD);
     /* Asked of the very runtime that is linked; what it says of its version tells nothing: that of
        gcc 12 has the function of OpenMP 5.0 and reports 4.5. */
-    if (runtime)
+    knows_forks = runtime && dlsym(runtime, "__kmpc_fork_call");
+    if (runtime && !knows_forks)
         *(void **)&pause_all = dlsym(runtime, "omp_pause_resource_all");
     pthread_key_create(&end_of_thread, forget_team);
     pthread_atfork(before_fork, NULL, in_child);
@@ -91,6 +98,7 @@ static int begin_call(int num_threads, ptrdiff_t values) {
     return 1;
 }
 static void end_call(void) {}
+static int children_have_teams(void) { return 1; }
 static void watch_forks_and_threads(void) {}
 
 #endif

@@ -1,7 +1,9 @@
 """A forked child computes as its parent does, with as many threads, whatever the parent has run."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,9 +51,15 @@ def fork(in_child):
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 
 
-def run(code, *arguments):
-    command = [sys.executable, "-c", PRELUDE + code, *arguments]
-    done = subprocess.run(command, timeout=60, capture_output=True, text=True, check=False)
+def run(code, *arguments, prelude=PRELUDE, **variables):
+    done = subprocess.run(
+        [sys.executable, "-c", prelude + code, *arguments],
+        env=os.environ | variables,
+        timeout=60,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -152,3 +160,15 @@ assert step() == expected
 assert count_threads() >= THREADS
 """
     run(code, other_library)
+
+
+def test_one_fork_after_another_with_the_runtime_of_llvm():
+    runtimes = sorted(Path("/usr/lib").glob("llvm-*/lib/libomp.so"))
+    if not runtimes:
+        pytest.skip("needs libomp")
+    code = """
+assert cbn.show_config("dicts")["threads"]["openmp"].startswith(sys.argv[1])
+for _ in range(3):
+    fork(check)
+"""
+    run(code, str(runtimes[0]), LD_PRELOAD=str(runtimes[0]))

@@ -69,6 +69,12 @@ def test_subnormals_switched_off(other_library):
     assert any("subnormal numbers are switched off" in trouble for trouble in found)
 
 
+def test_a_runtime_that_cannot_give_up_teams(monkeypatch):
+    assert not any("forked child" in trouble for trouble in troubles())
+    monkeypatch.setattr(_dispatch.kernels, "forks", lambda: False)
+    assert any("a forked child runs on one thread" in trouble for trouble in troubles())
+
+
 def test_several_openmp_runtimes(monkeypatch):
     monkeypatch.setattr("cbn.__main__.openmp_runtimes", lambda: ["/a/libgomp.so.1", "/b/libomp.so"])
     assert any(trouble.startswith("2 OpenMP runtimes in one") for trouble in troubles())
