@@ -34,7 +34,7 @@ cdef extern from "teams.h":
     int begin_call(int num_threads, Py_ssize_t values)
     void end_call()
     int children_have_teams()
-    void watch_forks_and_threads()
+    int watch_forks_and_threads()
 
 cdef extern from "vector.h":
     enum:
@@ -60,7 +60,8 @@ include "apply.pxi"
 include "passes.pxi"
 
 import_array()
-watch_forks_and_threads()
+if watch_forks_and_threads() != 0:   # a child would hang
+    raise MemoryError("pthread_atfork: expected memory to watch forks, got none")
 
 cdef enum:
     # Outputs from this size are written past the cache: no L2 holds them, and chains of layers that

@@ -27,6 +27,7 @@ static int teams;                          /* kept */
 static int alone;                          /* after a fork in which a team was not given up */
 static int knows_forks;                    /* the runtime itself */
 static int (*pause_all)(int);              /* omp_pause_resource_all, where it gives up teams */
+static int may_keep_teams;                 /* there is a key, by which they end with their threads */
 static pthread_key_t end_of_thread;
 static __thread int keeps_team;
 static __thread int gives_up_team;         /* after this call */
@@ -46,10 +47,11 @@ static int begin_call(int num_threads, ptrdiff_t values) {
         return 1;
     if (keeps_team)
         return num_threads;
-    if (__atomic_load_n(&teams, __ATOMIC_RELAXED) < MOST_TEAMS) {
+    /* The value is not NULL, or forget_team would not be called. */
+    if (may_keep_teams && __atomic_load_n(&teams, __ATOMIC_RELAXED) < MOST_TEAMS
+        && pthread_setspecific(end_of_thread, &keeps_team) == 0) {
         __atomic_add_fetch(&teams, 1, __ATOMIC_RELAXED);
         keeps_team = 1;
-        pthread_setspecific(end_of_thread, &keeps_team);   /* not NULL, or forget_team is not called */
         return num_threads;
     }
     gives_up_team = pause_all && values >= WORTH_A_TEAM;
@@ -80,15 +82,16 @@ static void in_child(void) {
 
 static int children_have_teams(void) { return knows_forks || pause_all; }
 
-static void watch_forks_and_threads(void) {
+/* 0, or the error for which nobody would hear of a fork. */
+static int watch_forks_and_threads(void) {
     void *runtime = dlopen(openmp_library(), RTLD_LAZY | RTLD_NOLOAD);
     /* Asked of the very runtime that is linked; what it says of its version tells nothing: that of
        gcc 12 has the function of OpenMP 5.0 and reports 4.5. */
     knows_forks = runtime && dlsym(runtime, "__kmpc_fork_call");
     if (runtime && !knows_forks)
         *(void **)&pause_all = dlsym(runtime, "omp_pause_resource_all");
-    pthread_key_create(&end_of_thread, forget_team);
-    pthread_atfork(before_fork, NULL, in_child);
+    may_keep_teams = pthread_key_create(&end_of_thread, forget_team) == 0;   /* a process has 1024 */
+    return pthread_atfork(before_fork, NULL, in_child);
 }
 
 #else
@@ -99,7 +102,7 @@ static int begin_call(int num_threads, ptrdiff_t values) {
 }
 static void end_call(void) {}
 static int children_have_teams(void) { return 1; }
-static void watch_forks_and_threads(void) {}
+static int watch_forks_and_threads(void) { return 0; }
 
 #endif
 #endif

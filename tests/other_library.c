@@ -1,4 +1,5 @@
 /* Another user of OpenMP in the same process, with habits of its own. */
+#include <errno.h>
 #include <omp.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -40,4 +41,10 @@ int fork_and_run_in_a_team(int size, int (*in_child)(void)) {
     if (omp_get_thread_num() == 0)
         status = fork_and_run(in_child);
     return status;
+}
+
+/* What pthread_atfork calls in the C library of GNU. Loaded before that, this fails instead. */
+int __register_atfork(void (*prepare)(void), void (*parent)(void), void (*child)(void), void *of) {
+    (void)prepare, (void)parent, (void)child, (void)of;
+    return ENOMEM;
 }

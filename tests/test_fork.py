@@ -1,6 +1,7 @@
 """A forked child computes as its parent does, with as many threads, whatever the parent has run."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -172,3 +173,17 @@ for _ in range(3):
     fork(check)
 """
     run(code, str(runtimes[0]), LD_PRELOAD=str(runtimes[0]))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="replaces a function of glibc")
+def test_where_forks_cannot_be_watched_the_import_fails(other_library):
+    code = """
+import numpy
+try:
+    import cbn
+except MemoryError as error:
+    assert "pthread_atfork: expected memory to watch forks" in str(error)
+else:
+    raise AssertionError("imported")
+"""
+    run(code, prelude="", LD_PRELOAD=other_library)

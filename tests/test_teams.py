@@ -2,6 +2,7 @@
 
 import gc
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -88,6 +89,34 @@ def test_a_thread_that_ends_leaves_its_place_to_another(rng):
         assert at_the_same_time(1, threads_after_a_call) == [usual + THREADS]
         while count_threads() > usual:  # the team of a thread that has ended ends a little later
             time.sleep(0.001)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_where_no_end_of_a_thread_is_heard_of_no_team_is_kept(other_library):
+    """All keys of the process have owners; its first key is not written to by mistake."""
+    code = """
+import ctypes, os, sys
+import numpy as np
+
+runtime = ctypes.CDLL(sys.argv[1])  # it must have OpenMP's key: without that it ends the process
+c, key, first = ctypes.CDLL(None), ctypes.c_uint(), ctypes.c_uint(0)
+c.pthread_getspecific.restype = ctypes.c_void_p
+while c.pthread_key_create(ctypes.byref(key), None) == 0:
+    pass
+value = c.pthread_getspecific(first)
+import cbn
+
+before = len(os.listdir("/proc/self/task"))
+with cbn.num_threads(3):
+    for rows in (2**20, 2**18):  # with a team for the call alone, and without
+        cbn.functional.batch_norm_stats(np.ones((rows, 2)))
+assert c.pthread_getspecific(first) == value
+while len(os.listdir("/proc/self/task")) > before:  # a team that is given up ends a little later
+    pass
+"""
+    command = [sys.executable, "-c", code, other_library]
+    run = subprocess.run(command, timeout=60, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("counter", [np.int64, np.int32])
