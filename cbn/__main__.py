@@ -1,6 +1,6 @@
 """``python -m cbn``: what runs here, what is wrong with it, and a self-test.
 
-Names of packages given as arguments are imported first, for trouble that only they bring: a second
+Packages named as arguments are imported before cbn, for trouble that only they bring: a second
 OpenMP runtime, or subnormal numbers switched off. The exit status is 1 where there is trouble.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from cbn import _cpus, _dispatch, _self_test, _threads, show_config
 
 
 def main() -> None:
-    """Print, and exit."""
+    """Report on this process, or on one that imports other packages first."""
     parser = argparse.ArgumentParser(
         prog="python -m cbn",
         description=__doc__,
@@ -28,12 +29,19 @@ def main() -> None:
     parser.add_argument("packages", nargs="*", help="to import first, such as torch")
     parser.add_argument("--no-self-test", action="store_true", help="look only")
     arguments = parser.parse_args()
-    for package in arguments.packages:
-        import_module(package)
+    if arguments.packages:
+        # By now cbn has its OpenMP runtime. It takes one that is there, so the order matters.
+        imports = "".join(f"import {package}\n" for package in arguments.packages)
+        call = f"from cbn.__main__ import report\nreport({not arguments.no_self_test})"
+        raise SystemExit(subprocess.run([sys.executable, "-c", imports + call]).returncode)
+    report(not arguments.no_self_test)
 
+
+def report(self_test: bool) -> None:
+    """Print, and exit."""
     show_config()
     found = list(troubles())
-    if not arguments.no_self_test:
+    if self_test:
         print("self-test")
         for isa, faults in _self_test.self_test():
             print(f"  {isa:<16}{'wrong' if faults else 'right'}")

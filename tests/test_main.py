@@ -69,6 +69,15 @@ def test_subnormals_switched_off(other_library):
     assert any("subnormal numbers are switched off" in trouble for trouble in found)
 
 
+def test_packages_are_imported_before_cbn(tmp_path):
+    (tmp_path / "early.py").write_text("import sys\nprint('cbn is', 'cbn' in sys.modules)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "cbn", "--no-self-test", "early"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.stdout.startswith("cbn is False\nversions\n"), run.stderr
+    assert "self-test" not in run.stdout
+
+
 def test_a_runtime_that_cannot_give_up_teams(monkeypatch):
     assert not any("forked child" in trouble for trouble in troubles())
     monkeypatch.setattr(_dispatch.kernels, "forks", lambda: False)
