@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -292,6 +293,41 @@ def test_body_that_turns_out_too_large_is_refused_before_its_end(server):
     answer = exchange(server, request + chunks * 9, until=b"more")
     assert answer.startswith(b"HTTP/1.1 413")
     assert b"expected at most 65536 bytes, got" in answer
+
+
+ENDLESS = ["Content-Length: 1000000000000", "Transfer-Encoding: chunked"]
+
+
+@pytest.mark.parametrize("length", ENDLESS)
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/healthz", 200), ("POST", "/nowhere", 404), ("PUT", "/predict", 405)],
+)
+def test_body_that_nobody_reads_ends_the_connection(server, method, path, status, length):
+    request = f"{method} {path} HTTP/1.1\r\nHost: test\r\n{length}\r\n\r\n".encode()
+    answer = exchange(server, request)  # up to the end: the server closes
+    assert answer.startswith(b"HTTP/1.1 %d" % status)
+    assert b"\r\nconnection: close\r\n" in answer
+
+
+@pytest.mark.parametrize("status", [200, 422])
+def test_body_that_is_read_keeps_the_connection(server, status):
+    connection = HTTPConnection(HOST, server.port, timeout=30)
+    with closing(connection):
+        for _ in range(2):
+            connection.request(
+                "POST", "/predict", image(ROWS if status == 200 else None), {"content-type": JSON}
+            )
+            response = connection.getresponse()
+            assert (response.status, response.headers["connection"]) == (status, None)
+            response.read()
+            assert connection.sock is not None
+
+
+def test_what_is_no_http_is_refused_in_plain_text(server):
+    answer = exchange(server, b"nonsense\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b"content-type: text/plain" in answer.lower()
 
 
 def test_largest_body_is_read(server):
