@@ -8,6 +8,10 @@ POST /predict takes an image of 8x8 grey values, bright on dark: as JSON, ``{"im
 numbers from 0 to 16, or as an 8-bit PNG. The answer is JSON: the digit, and the probabilities of
 all ten. GET /healthz answers when a worker is ready. Errors are ``{"error": "expected ..."}``, but
 what is no HTTP never gets here: uvicorn refuses it in plain text.
+
+The service belongs behind a proxy, such as nginx, that passes on whole requests only and closes
+idle connections. By itself it closes none that has not brought a request yet: with enough of them a
+worker has no file descriptor left for the next.
 """
 
 import asyncio
