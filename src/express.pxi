@@ -3,7 +3,7 @@
 # A service that normalises a few thousand values pays more for Python's checks than for the
 # arithmetic. What nearly every call brings (plain contiguous arrays of matching shapes) is
 # recognised here in C. These functions refuse nothing: they return None for whatever is not
-# ordinary, and cbn/functional.py then looks at it closely, converts it or says what is wrong.
+# ordinary, and cbn/functional/ then looks at it closely, converts it or says what is wrong.
 
 cdef enum:
     MOST_AXES = 64   # of an array of NumPy
@@ -127,7 +127,7 @@ cdef ndarray infer(x, axes, dtype, mean, var, weight, bias, eps, out, threads_fo
 
 
 def express_inference(x, axes, dtype, mean, var, weight, bias, eps, out, threads_for):
-    """Return the output and what makes a Forward (cbn/functional.py), or None."""
+    """Return the output and what makes a Forward (cbn/functional/_batch_norm.py), or None."""
     cdef Py_ssize_t N, C, S
     cdef ndarray y = infer(x, axes, dtype, mean, var, weight, bias, eps, out, threads_for,
                            &N, &C, &S)
@@ -140,7 +140,7 @@ def express_inference(x, axes, dtype, mean, var, weight, bias, eps, out, threads
 
 def express_training(x, axes, dtype, running_mean, running_var, num_batches_tracked, weight,
                      bias, momentum, eps, correction, nonfinite, out, threads_for):
-    """Return the output and what makes a Forward (cbn/functional.py), or None."""
+    """Return the output and what makes a Forward (cbn/functional/_batch_norm.py), or None."""
     cdef Py_ssize_t N, C, S
     cdef ndarray statistics
     if type(nonfinite) is not str:
@@ -197,7 +197,7 @@ def express_batch_norm(x, running_mean, running_var, weight, bias, training, mom
 
 
 def express_forward(x, axes, mean, var, eps, training):
-    """Return a Forward (cbn/functional.py) from what was kept of one elsewhere, or None."""
+    """Return a Forward (cbn/functional/_batch_norm.py) from what was kept of one elsewhere, or None."""
     cdef Py_ssize_t N, C, S
     if not (view_of(x, axes, None, &N, &C, &S)
             and is_per_channel(mean, C) and is_per_channel(var, C) and is_non_negative(eps)

@@ -1,6 +1,6 @@
 # The kernels, one text for every instruction set: a _kernels_*.pyx names a set and includes this.
 #
-# The functions at the end are what cbn/functional.py calls. They check nothing: arrays are
+# The functions at the end are what cbn/functional/ calls. They check nothing: arrays are
 # C-contiguous, aligned, in native byte order and of the right sizes; x, grad_output, out,
 # grad_weight and grad_bias share one element type, float32 or float64; weight, bias, mean and var
 # may each be float32, float64 or None; statistics are the mean, what float64 rounds off it, and the
