@@ -197,7 +197,7 @@ def express_batch_norm(x, running_mean, running_var, weight, bias, training, mom
 
 
 def express_forward(x, axes, mean, var, eps, training):
-    """Return a Forward (cbn/functional/_batch_norm.py) from what was kept of one elsewhere, or None."""
+    """Return a Forward of cbn/functional/_batch_norm.py from what was kept elsewhere, or None."""
     cdef Py_ssize_t N, C, S
     if not (view_of(x, axes, None, &N, &C, &S)
             and is_per_channel(mean, C) and is_per_channel(var, C) and is_non_negative(eps)
