@@ -255,7 +255,8 @@ def axis_of_channels(name: str, shape: Shape, axes: Axes) -> int:
 
 def normalized_shape(value: Any) -> Shape:
     """The lengths of the last axes, also from an integer for one."""
-    if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
+    several = isinstance(value, (Sequence, np.ndarray)) and getattr(value, "ndim", 1) > 0
+    if isinstance(value, (str, bytes)) or not several:
         return (positive_integer("normalized_shape", value),)
     shape = tuple(positive_integer("normalized_shape", length) for length in value)
     if not shape:
@@ -271,9 +272,14 @@ def last_axes(name: str, shape: Shape, normalized_shape: Shape) -> None:
         )
 
 
+def array(name: str, value: ArrayLike) -> Array:
+    """Data as an array in any layout."""
+    return value if type(value) is np.ndarray else _as_array(name, value, None)
+
+
 def channels_of(name: str, value: ArrayLike, channel_axis: int, least_axes: int) -> int:
     """The number of channels of data of any rank from least_axes on."""
-    shape = np.shape(value)
+    shape = array(name, value).shape
     if len(shape) < least_axes:
         raise ValueError(
             f"{name}: expected at least {least_axes} axes, got {len(shape)} in shape {shape}"
@@ -711,9 +717,10 @@ def norm_layer(layer: Any, kind: type) -> None:
 
 def learning_layer(layer: Any, has_statistics: bool, frozen: bool) -> None:
     if not has_statistics:
+        can = hasattr(layer, "track_running_stats")
         raise ValueError(
             f"layer: expected one with running statistics, got {layer!r}; "
-            f"set layer.track_running_stats = True"
+            + ("set layer.track_running_stats = True" if can else "this kind never has any")
         )
     if frozen:
         raise ValueError(

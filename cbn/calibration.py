@@ -227,7 +227,8 @@ class Instances(Collected):
         mean, mean_low, var = forward[4].reshape(3, -1, C)
         if N * S == 0 or not len(mean):
             return
-        with self._lock:
+        _checks.enough_values_of_samples(forward[1], N * S, self._layer.correction)
+        with self._lock, np.errstate(all="ignore"):
             self.calls += 1
             self._count += len(mean)
             self._mean += (mean + mean_low).sum(axis=0)
@@ -235,7 +236,12 @@ class Instances(Collected):
 
     def running_statistics(self, name: str) -> tuple[Array, Array]:
         """Their averages."""
-        return self._mean / self._count, self._var / self._count
+        layer = self._layer
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        with np.errstate(all="ignore"):
+            mean = (self._mean / self._count).astype(layer.running_mean.dtype)
+            return mean, (self._var / self._count).astype(layer.running_var.dtype)
 
 
 class Population(Collected):

@@ -203,7 +203,7 @@ def forward(
         momentum = _checks.momentum(momentum)
     correction = _checks.non_negative("correction", correction)
     learns = running_mean is not None
-    shape = np.shape(x)
+    shape = _checks.array("x", x).shape
     B, N, C, S, *_ = grouping_of(shape)
     _checks.enough_values_of_samples(shape, N * S if B * C else 0, correction if learns else 0)
 

@@ -233,7 +233,7 @@ def rms_norm_backward(
 
 def default_eps(x: ArrayLike) -> float:
     """That of RMS norm, PyTorch's: the spacing of numbers of the element type at 1."""
-    single = getattr(x, "dtype", None) == np.float32
+    single = _checks.array("x", x).dtype.itemsize == 4  # in any byte order
     return float(np.finfo(np.float32 if single else np.float64).eps)
 
 

@@ -303,9 +303,19 @@ class NormLayer(ABC):
     def _state(self) -> dict[str, Array]:
         return {name: getattr(self, name) for name in STATE if getattr(self, name) is not None}
 
+    def _set_grouping(self) -> None:  # noqa: B027, because batch norm has none
+        """Set ``_grouping_of``, a function that cannot be pickled."""
+
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: all but the last input, which may be large and is not state."""
-        return {**self.__dict__, "_forward": None}
+        state = {**self.__dict__, "_forward": None}
+        state.pop("_grouping_of", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The other half of it."""
+        self.__dict__.update(state)
+        self._set_grouping()
 
     def _described_by(self, *required: Any, **optional: Any) -> str:
         """For repr: the layer as a call with its arguments."""

@@ -94,6 +94,9 @@ class GroupNorm(NormLayer):
         self._channel_axis = _checks.channel_axis(channel_axis)
         self.training = True
         self._make_parameters((self.num_channels,), self.affine, bias)
+        self._set_grouping()
+
+    def _set_grouping(self) -> None:
         self._grouping_of = _group_norm.groups_of(
             self.num_groups, self._channel_axis, self.num_channels
         )

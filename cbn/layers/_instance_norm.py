@@ -98,9 +98,12 @@ class _InstanceNorm(ChannelNorm):
             channel_axis,
             correction,
         )
+        self._set_grouping()
+        self._used_running_stats = False
+
+    def _set_grouping(self) -> None:
         batch_rank = max(map(len, self._layouts))
         self._grouping_of = _instance_norm.instances_of(self._axes, self._channel_axis, batch_rank)
-        self._used_running_stats = False
 
     def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
         """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""

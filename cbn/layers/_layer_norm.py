@@ -40,6 +40,9 @@ class _RowNorm(NormLayer):
         self.eps = _checks.non_negative("eps", self.eps)
         self.training = True
         self._make_parameters(self.normalized_shape, self.elementwise_affine, bias)
+        self._set_grouping()
+
+    def _set_grouping(self) -> None:
         self._grouping_of = _layer_norm.rows_of(self.normalized_shape)
 
     def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
