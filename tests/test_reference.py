@@ -189,3 +189,99 @@ def test_agrees_with_torch(torch, rng, assert_close, parameters, shape, training
     names = ("grad_input", "grad_weight", "grad_bias")
     for name, gradient, tensor in zip(names, gradients, differentiable, strict=True):
         assert_close(name, gradient, tensor.grad.numpy(), np.float64)
+
+
+# ------------------------------------------------------------------------- norms of single samples
+
+# The function, the shape of its input, what else it is given, and the shape of its weight.
+NORMS = [
+    pytest.param("instance_norm", (2, 3, 5), {}, (3,), id="instance_first"),
+    pytest.param("instance_norm", (2, 2, 4, 3), {"channel_axis": -1}, (3,), id="instance_last"),
+    pytest.param("group_norm", (2, 6, 3), {"num_groups": 2}, (6,), id="group_first"),
+    pytest.param(
+        "group_norm", (2, 3, 6), {"num_groups": 3, "channel_axis": -1}, (6,), id="group_last"
+    ),
+    pytest.param("group_norm", (3, 4), {"num_groups": 2}, (4,), id="group_NC"),
+    pytest.param("layer_norm", (4, 5), {"normalized_shape": 5}, (5,), id="layer"),
+    pytest.param("layer_norm", (3, 2, 4), {"normalized_shape": (2, 4)}, (2, 4), id="layer_2_axes"),
+    pytest.param("rms_norm", (4, 5), {"normalized_shape": [5]}, (5,), id="rms"),
+    pytest.param("rms_norm", (3, 2, 4), {"normalized_shape": [2, 4]}, (2, 4), id="rms_2_axes"),
+]
+
+
+def output_of(name, x, weight, bias, options, **more):
+    bias = {} if name == "rms_norm" else {"bias": bias}
+    y = getattr(reference, name)(x, weight=weight, **bias, eps=0.1, **options, **more)
+    return y[0] if name == "instance_norm" else y
+
+
+@pytest.mark.parametrize(("name", "shape", "options", "weight_shape"), NORMS)
+def test_gradients_of_norms_are_finite_differences(
+    rng, assert_close, name, shape, options, weight_shape
+):
+    x, grad_output = rng.normal(2, 3, shape), rng.normal(0, 1, shape)
+    arrays = {"x": x, "weight": rng.uniform(0.5, 2, weight_shape)}
+    arrays["bias"] = rng.uniform(-1, 1, weight_shape)
+
+    def loss(**changed):
+        return (grad_output * output_of(name, **{**arrays, **changed}, options=options)).sum()
+
+    backward = getattr(reference, f"{name}_backward")
+    gradients = backward(grad_output, x, weight=arrays["weight"], eps=0.1, **options)
+    assert len(gradients) == (2 if name == "rms_norm" else 3)
+    for (key, value), gradient in zip(arrays.items(), gradients, strict=False):
+        expected = np.empty_like(value)
+        for index in np.ndindex(value.shape):
+            step = np.zeros_like(value)
+            step[index] = 1e-5
+            expected[index] = loss(**{key: value + step}) - loss(**{key: value - step})
+        assert_close(f"gradient of {key}", gradient, expected / 2e-5, np.float64)
+
+
+@pytest.mark.parametrize(("name", "shape", "options", "weight_shape"), NORMS)
+def test_norms_agree_with_torch(torch, rng, assert_close, name, shape, options, weight_shape):
+    x = rng.normal(2, 3, shape)
+    weight, bias = rng.uniform(0.5, 2, (2, *weight_shape))
+    arguments = {key: value for key, value in options.items() if key != "channel_axis"}
+    if "normalized_shape" in arguments:
+        arguments["normalized_shape"] = list(weight_shape)
+    arguments["weight"] = torch.tensor(weight)
+    if name != "rms_norm":
+        arguments["bias"] = torch.tensor(bias)
+    axis = options.get("channel_axis", 1)
+    given = torch.tensor(np.moveaxis(x, axis, 1).copy())
+    expected = getattr(torch.nn.functional, name)(given, **arguments, eps=0.1)
+    y = output_of(name, x, weight, bias, options)
+    assert_close("y", np.moveaxis(y, axis, 1), expected.numpy(), np.float64)
+
+
+@pytest.mark.parametrize(("name", "shape", "options", "weight_shape"), NORMS)
+def test_norms_of_no_samples(name, shape, options, weight_shape):
+    x = np.empty((0, *shape[1:]))
+    weight = np.ones(weight_shape)
+    assert output_of(name, x, weight, weight, options).shape == x.shape
+    gradients = getattr(reference, f"{name}_backward")(x, x, weight=weight, **options)
+    assert [array.shape for array in gradients] == [x.shape, weight_shape, weight_shape][
+        : len(gradients)
+    ]
+    assert not any(array.any() for array in gradients)
+
+
+@pytest.mark.parametrize("use_input_stats", [True, False])
+@pytest.mark.parametrize("correction", [0, 1, 1.5])
+def test_running_statistics_of_instance_norm(torch, rng, assert_close, correction, use_input_stats):
+    x, mean, var = rng.normal(2, 3, (4, 3, 7)), rng.normal(size=3), rng.uniform(1, 2, 3)
+    y, new_mean, new_var = reference.instance_norm(
+        x, mean, var, use_input_stats=use_input_stats, momentum=0.3, correction=correction
+    )
+    torch_mean, torch_var = torch.tensor(mean), torch.tensor(var)
+    expected = torch.nn.functional.instance_norm(
+        torch.tensor(x), torch_mean, torch_var, None, None, use_input_stats, 0.3
+    )
+    assert_close("y", y, expected.numpy(), np.float64)
+    assert_close("running_mean", new_mean, torch_mean.numpy(), np.float64)
+    learnt = torch_var.numpy() - 0.7 * var  # 0.3 of the variance by n - 1
+    if use_input_stats:
+        assert_close("new_var", new_var, 0.7 * var + learnt * 6 / (7 - correction), np.float64)
+    else:
+        assert_close("new_var", new_var, var, np.float64)

@@ -1,18 +1,11 @@
-"""Batch normalisation as formulas, in NumPy float64: the specification of :mod:`cbn.functional`.
-
-Nothing here is fast and nothing is clever. Every function computes in float64 whatever it is
-given (in long double if it is given that), returns what it computed in, and reads as the equations
-of Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal
-Covariate Shift" (2015): algorithm 1 for the forward pass, section 3 for the gradients. The tests
-hold the kernels to it.
-"""
+"""Batch norm."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-WideArray = NDArray[np.float64 | np.longdouble]
+from cbn.reference._arrays import WideArray, column, wide
 
 
 def batch_norm_stats(x: ArrayLike, *, channel_axis: int = 1) -> tuple[WideArray, WideArray, int]:
@@ -39,13 +32,13 @@ def batch_norm_stats(x: ArrayLike, *, channel_axis: int = 1) -> tuple[WideArray,
     >>> mean.tolist(), var.tolist(), count
     ([2.0, 5.0], [1.0, 0.0], 2)
     """
-    x = _wide(x)
+    x = wide(x)
     axes, count = _other_axes(x, channel_axis)
     if count == 0:
         channels = x.shape[channel_axis]
         return np.zeros(channels), np.zeros(channels), 0
     mean = x.mean(axis=axes)
-    var = np.mean((x - _column(mean, x, channel_axis)) ** 2, axis=axes)
+    var = np.mean((x - column(mean, x, channel_axis)) ** 2, axis=axes)
     return mean, var, count
 
 
@@ -99,9 +92,9 @@ def batch_norm(
     >>> y.tolist(), mean.tolist(), var.tolist()
     ([[-1.0], [1.0]], [0.2], [1.1])
     """
-    x = _wide(x)
-    running_mean = None if running_mean is None else _wide(running_mean)
-    running_var = None if running_var is None else _wide(running_var)
+    x = wide(x)
+    running_mean = None if running_mean is None else wide(running_mean)
+    running_var = None if running_var is None else wide(running_var)
     if training:
         mean, var, count = batch_norm_stats(x, channel_axis=channel_axis)
         if running_mean is not None and running_var is not None and count:
@@ -113,8 +106,8 @@ def batch_norm(
     else:
         mean, var = running_mean, running_var
     x_hat = _normalise(x, mean, var, eps, channel_axis)
-    y = x_hat * _column(_or(weight, 1.0, mean), x, channel_axis)
-    y = y + _column(_or(bias, 0.0, mean), x, channel_axis)
+    y = x_hat * column(_or(weight, 1.0, mean), x, channel_axis)
+    y = y + column(_or(bias, 0.0, mean), x, channel_axis)
     return y, running_mean, running_var
 
 
@@ -163,20 +156,20 @@ def batch_norm_backward(
     >>> [gradient.shape for gradient in gradients]
     [(2, 1), (1,), (1,)]
     """
-    grad_output = _wide(grad_output)
-    x = _wide(x)
-    mean = _wide(mean)
-    var = _wide(var)
+    grad_output = wide(grad_output)
+    x = wide(x)
+    mean = wide(mean)
+    var = wide(var)
     axes, count = _other_axes(x, channel_axis)
     x_hat = _normalise(x, mean, var, eps, channel_axis)
     grad_bias = grad_output.sum(axis=axes)
     grad_weight = (grad_output * x_hat).sum(axis=axes)
 
-    std = np.sqrt(_column(var, x, channel_axis) + eps)
-    grad_x_hat = grad_output * _column(_or(weight, 1.0, mean), x, channel_axis)
+    std = np.sqrt(column(var, x, channel_axis) + eps)
+    grad_x_hat = grad_output * column(_or(weight, 1.0, mean), x, channel_axis)
     if not training or count == 0:
         return grad_x_hat / std, grad_weight, grad_bias
-    centred = x - _column(mean, x, channel_axis)
+    centred = x - column(mean, x, channel_axis)
     grad_var = (grad_x_hat * centred * -0.5 * std**-3).sum(axis=axes, keepdims=True)
     grad_mean = (grad_x_hat * -1 / std).sum(axis=axes, keepdims=True)
     grad_mean = grad_mean + grad_var * (-2 * centred).mean(axis=axes, keepdims=True)
@@ -187,8 +180,8 @@ def batch_norm_backward(
 def _normalise(
     x: WideArray, mean: WideArray, var: WideArray, eps: float, channel_axis: int
 ) -> WideArray:
-    centred = x - _column(mean, x, channel_axis)
-    normalised: WideArray = centred / np.sqrt(_column(var, x, channel_axis) + eps)
+    centred = x - column(mean, x, channel_axis)
+    normalised: WideArray = centred / np.sqrt(column(var, x, channel_axis) + eps)
     return normalised
 
 
@@ -197,17 +190,5 @@ def _other_axes(x: WideArray, channel_axis: int) -> tuple[tuple[int, ...], int]:
     return axes, int(np.prod([x.shape[axis] for axis in axes], dtype=np.int64))
 
 
-def _column(value: WideArray, x: WideArray, channel_axis: int) -> WideArray:
-    """One value per channel, shaped to broadcast against x."""
-    shape = [1] * x.ndim
-    shape[channel_axis] = -1
-    return value.reshape(shape)
-
-
 def _or(value: ArrayLike | None, default: float, like: WideArray) -> WideArray:
-    return np.full_like(like, default) if value is None else _wide(value)
-
-
-def _wide(value: ArrayLike) -> WideArray:
-    array = np.asarray(value)
-    return array.astype(np.longdouble if array.dtype == np.longdouble else np.float64)
+    return np.full_like(like, default) if value is None else wide(value)
