@@ -79,8 +79,8 @@ def troubles() -> Iterator[str]:
         )
     if not _dispatch.kernels.forks():
         yield (
-            "a forked child runs on one thread: this OpenMP runtime has no omp_pause_resource_all; "
-            "use that of gcc 9 or newer"
+            "a forked child runs on one thread: needs GNU OpenMP of gcc 9 or newer, or LLVM's or "
+            "Intel's without KMP_INIT_AT_FORK=FALSE, which scikit-learn sets when imported"
         )
     if _dispatch.kernels.openmp() is None:
         yield "built without OpenMP, one thread only: build again with a compiler that has it"

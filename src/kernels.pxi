@@ -92,7 +92,7 @@ def num_procs():
 
 
 def forks():
-    """Whether a forked child can have teams; what stops it is an old OpenMP runtime."""
+    """Whether a forked child can have teams; it depends on the OpenMP runtime."""
     return bool(children_have_teams())
 
 

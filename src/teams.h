@@ -4,11 +4,14 @@
    every calling thread. A service with many request threads would keep as many teams, each as large
    as the machine, whose threads spin for a while after each call. And a forked child has none of
    these threads, which GNU OpenMP does not know: it would wait for them forever. LLVM's runtime, and
-   Intel's, which is one with it, know forks; to them a pause is a sleep, and two in a row an error. */
+   Intel's, which is one with it, know forks, unless told not to by a variable of the environment that
+   scikit-learn sets; to them a pause is a sleep, and two in a row an error. */
 #ifndef CBN_TEAMS_H
 #define CBN_TEAMS_H
 
 #include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
 #include "threads.h"
 
 #ifdef _OPENMP
@@ -82,13 +85,21 @@ static void in_child(void) {
 
 static int children_have_teams(void) { return knows_forks || pause_all; }
 
+/* Whether LLVM's runtime does. Its first call, which this may be, reads the variable. */
+static int registers_forks(void) {
+    omp_get_max_threads();
+    const char *value = getenv("KMP_INIT_AT_FORK");
+    return !value || (*value && strchr("1TtYy", *value));
+}
+
 /* 0, or the error for which nobody would hear of a fork. */
 static int watch_forks_and_threads(void) {
     void *runtime = dlopen(openmp_library(), RTLD_LAZY | RTLD_NOLOAD);
     /* Asked of the very runtime that is linked; what it says of its version tells nothing: that of
        gcc 12 has the function of OpenMP 5.0 and reports 4.5. */
-    knows_forks = runtime && dlsym(runtime, "__kmpc_fork_call");
-    if (runtime && !knows_forks)
+    if (runtime && dlsym(runtime, "__kmpc_fork_call"))
+        knows_forks = registers_forks();
+    else if (runtime)
         *(void **)&pause_all = dlsym(runtime, "omp_pause_resource_all");
     may_keep_teams = pthread_key_create(&end_of_thread, forget_team) == 0;   /* a process has 1024 */
     return pthread_atfork(before_fork, NULL, in_child);

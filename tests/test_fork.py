@@ -163,16 +163,18 @@ assert count_threads() >= THREADS
     run(code, other_library)
 
 
-def test_one_fork_after_another_with_the_runtime_of_llvm():
+@pytest.mark.parametrize(("knows_forks", "threads"), [("TRUE", 3), ("FALSE", 1)])
+def test_one_fork_after_another_with_the_runtime_of_llvm(knows_forks, threads):
+    """Told to ignore forks, as scikit-learn tells it, it would wait for the parent's threads."""
     runtimes = sorted(Path("/usr/lib").glob("llvm-*/lib/libomp.so"))
     if not runtimes:
         pytest.skip("needs libomp")
-    code = """
+    code = f"""
 assert cbn.show_config("dicts")["threads"]["openmp"].startswith(sys.argv[1])
 for _ in range(3):
-    fork(check)
+    fork(lambda: check({threads}))
 """
-    run(code, str(runtimes[0]), LD_PRELOAD=str(runtimes[0]))
+    run(code, str(runtimes[0]), LD_PRELOAD=str(runtimes[0]), KMP_INIT_AT_FORK=knows_forks)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="replaces a function of glibc")
