@@ -11,6 +11,7 @@ rounded alike everywhere. All are finite: the sign and the payload of a NaN are 
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from hashlib import sha256
@@ -71,6 +72,29 @@ def results(x: Array, grad_output: Array, channel_axis: int) -> Iterator[tuple[s
     mean, var, _ = functional.batch_norm_stats(x, channel_axis=channel_axis)
     yield "mean", mean
     yield "var", var
+    for norm in others(x, channel_axis):
+        for value in norm._state().values():
+            value.flat = 0.5 + np.arange(value.size) / value.size
+        yield f"{norm} y", norm(x)
+        yield f"{norm} grad_input", norm.backward(grad_output)
+        yield f"{norm} weight_grad", norm.weight_grad
+        if norm.bias_grad is not None:
+            yield f"{norm} bias_grad", norm.bias_grad
+
+
+def others(x: Array, channel_axis: int) -> list[cbn.layers.NormLayer]:
+    """The other norms that take such an array, with few groups and with many."""
+    C = x.shape[channel_axis]
+    by_channel = {"dtype": x.dtype, "channel_axis": channel_axis}
+    groups = {max(k for k in range(1, most + 1) if C % k == 0) for most in (2, 32)}
+    instances = [cbn.InstanceNorm2d(C, affine=True, **by_channel)]
+    return [
+        *(instances if x.size > x.shape[0] * C else []),  # it refuses samples of one value
+        *(cbn.GroupNorm(count, C, **by_channel) for count in sorted(groups)),
+        cbn.LayerNorm(x.shape[-1], dtype=x.dtype),
+        cbn.LayerNorm(x.shape[1:], dtype=x.dtype),
+        cbn.RMSNorm(x.shape[-1], dtype=x.dtype),
+    ]
 
 
 def main() -> None:
@@ -82,11 +106,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--largest", type=int, default=1 << 24, help="values in an array")
     arguments = parser.parse_args()
+    warnings.simplefilter("ignore", cbn.SmallBatchWarning)
     sets = _dispatch.supported()
     shapes = [shape for shape in SHAPES if np.prod(shape) <= arguments.largest]
     kinds = list(product(shapes, (1, -1), DTYPES))
     everything = sha256()
-    most = 0
+    most = count = 0
     for shape, channel_axis, dtype in tqdm(kinds, unit="case", leave=False):
         x, grad_output = (
             np.ascontiguousarray(np.moveaxis(draw(shape, seed, dtype), 1, channel_axis))
@@ -101,10 +126,11 @@ def main() -> None:
         for name, digests in seen.items():
             everything.update(b"".join(sorted(digests)))
             most = max(most, len(digests))
+            count += 1
             if len(digests) > 1:
                 print(f"{len(digests)} different {name}: {shape}, {channel_axis=}, {dtype}")
     print(
-        f"{len(kinds)} cases of {len(seen)} results each; instruction sets {', '.join(sets)}; "
+        f"{len(kinds)} cases, {count} results; instruction sets {', '.join(sets)}; "
         f"threads {arguments.threads}; {arguments.repeats} repeats"
     )
     print(f"most distinct results of one kind: {most}")

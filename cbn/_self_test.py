@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
+from typing import Any
 
 import numpy as np
 
 from cbn import _dispatch, _threads, functional, reference
-from cbn._checks import Array
+from cbn._checks import Array, Shape
 
 # (N, C, S): by row and by plane, of few values and many, in one piece and in several.
 SHAPES = [(9, 5, 1), (3000, 33, 1), (40, 70, 49), (1, 64, 49), (3, 5, 600), (2, 3, 40_000)]
-RESULTS = ("y", "running_mean", "running_var", "grad_input", "grad_weight", "grad_bias")
+GRADIENTS = ("grad_input", "grad_weight", "grad_bias")
+# The other norms, each with the shape of its weight: parameters of values, of parts of a group and
+# of a channel, all of them by row and by plane.
+OTHERS: list[tuple[str, dict[str, Any], Shape, Shape]] = [
+    ("layer_norm", {"normalized_shape": 768}, (40, 768), (768,)),
+    ("layer_norm", {"normalized_shape": (3, 2)}, (300, 3, 2), (3, 2)),
+    ("rms_norm", {"normalized_shape": 40_000}, (5, 40_000), (40_000,)),
+    ("group_norm", {"num_groups": 32}, (2, 64, 49), (64,)),
+    ("group_norm", {"num_groups": 2}, (3, 6, 3000), (6,)),
+    ("group_norm", {"num_groups": 8, "channel_axis": -1}, (3, 90, 24), (24,)),
+    ("instance_norm", {}, (4, 20, 49), (20,)),
+    ("instance_norm", {"channel_axis": -1}, (2, 900, 24), (24,)),
+]
 # Those of torch.testing.assert_close.
 TOLERANCE = {"float32": (1.3e-6, 1e-5), "float64": (1e-7, 1e-7)}
 
@@ -23,12 +36,12 @@ def self_test() -> Iterator[tuple[str, list[str]]]:
     try:
         for isa in _dispatch.supported():
             _dispatch.kernels = _dispatch.load(isa)
-            yield isa, list(_faults())
+            yield isa, [*_faults_of_batch_norm(), *_faults_of_others()]
     finally:
         _dispatch.kernels = usual
 
 
-def _faults() -> Iterator[str]:
+def _faults_of_batch_norm() -> Iterator[str]:
     kinds = product(SHAPES, (1, -1), TOLERANCE, (1, 3), (True, False))
     for shape, axis, dtype, threads, training in kinds:
         rng = np.random.default_rng(0)
@@ -46,15 +59,44 @@ def _faults() -> Iterator[str]:
                 x, running_mean, running_var, weight, bias, training, channel_axis=axis
             )
             gradients = functional.batch_norm_backward(*backward, channel_axis=axis)
-        pairs = zip(
-            RESULTS,
+        for name in _wrong(
+            ("y", "running_mean", "running_var", *GRADIENTS),
             (y, running_mean, running_var, *gradients),
             (*right, *right_gradients),
-            strict=True,
-        )
-        for name, actual, expected in pairs:
-            if expected is not None and not np.allclose(actual, expected, *TOLERANCE[dtype]):
-                yield f"{name} of {shape}, {axis=}, {dtype}, {threads=}, {training=}"
+            dtype,
+        ):
+            yield f"{name} of {shape}, {axis=}, {dtype}, {threads=}, {training=}"
+
+
+def _faults_of_others() -> Iterator[str]:
+    for (norm, options, shape, parameter_shape), dtype in product(OTHERS, TOLERANCE):
+        rng = np.random.default_rng(0)
+        x = rng.normal(1, 2, shape).astype(dtype)
+        grad_output = rng.standard_normal(shape).astype(dtype)
+        parameters = dict(zip(("weight", "bias"), rng.random((2, *parameter_shape)), strict=True))
+        if norm == "rms_norm":
+            del parameters["bias"]
+        backward_options = {**options, "weight": parameters["weight"]}
+        right = getattr(reference, norm)(x, **options, **parameters)
+        right = right[0] if norm == "instance_norm" else right  # with its running statistics
+        right_gradients = getattr(reference, f"{norm}_backward")(grad_output, x, **backward_options)
+        for threads in (1, 3):
+            with _threads.num_threads(threads):
+                y = getattr(functional, norm)(x, **options, **parameters)
+                gradients = getattr(functional, f"{norm}_backward")(
+                    grad_output, x, **backward_options
+                )
+            names = ("y", *GRADIENTS)[: 1 + len(gradients)]
+            for name in _wrong(names, (y, *gradients), (right, *right_gradients), dtype):
+                yield f"{name} of {norm}, {shape}, {options}, {dtype}, {threads=}"
+
+
+def _wrong(
+    names: Iterable[str], actual: Iterable[Array], right: Iterable[Array | None], dtype: str
+) -> Iterator[str]:
+    for name, one, other in zip(names, actual, right, strict=True):
+        if other is not None and not np.allclose(one, other, *TOLERANCE[dtype]):
+            yield name
 
 
 def _arranged(array: Array, axis: int) -> Array:

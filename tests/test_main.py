@@ -33,18 +33,28 @@ def test_trouble_is_an_exit_status():
     assert "  4000 threads (CBN_NUM_THREADS=4000) on " in run.stdout
 
 
-def test_the_self_test_finds_wrong_results(monkeypatch):
-    right = functional.batch_norm_backward
+@pytest.mark.parametrize(
+    ("function", "count", "first"),
+    [
+        ("batch_norm", 16 * len(_self_test.SHAPES), "(9, 5, 1), axis=1, float32, threads=1, "),
+        ("layer_norm", 8, "layer_norm, (40, 768), {'normalized_shape': 768}, float32, threads=1"),
+        ("rms_norm", 4, "rms_norm, (5, 40000), {'normalized_shape': 40000}, float32, threads=1"),
+        ("group_norm", 12, "group_norm, (2, 64, 49), {'num_groups': 32}, float32, threads=1"),
+        ("instance_norm", 8, "instance_norm, (4, 20, 49), {}, float32, threads=1"),
+    ],
+)
+def test_the_self_test_finds_wrong_results(function, count, first, monkeypatch):
+    right = getattr(functional, f"{function}_backward")
 
     def wrong(*args, **kwargs):
-        grad_input, grad_weight, grad_bias = right(*args, **kwargs)
-        return grad_input, grad_weight * 1.0001, grad_bias
+        grad_input, grad_weight, *grad_bias = right(*args, **kwargs)
+        return grad_input, grad_weight * 1.0001, *grad_bias
 
-    monkeypatch.setattr(functional, "batch_norm_backward", wrong)
+    monkeypatch.setattr(functional, f"{function}_backward", wrong)
     kernels = _dispatch.kernels
     for _, faults in _self_test.self_test():
-        assert len(faults) == len(_self_test.SHAPES) * 16
-        assert faults[0].startswith("grad_weight of (9, 5, 1), axis=1, float32, threads=1")
+        assert len(faults) == count
+        assert faults[0].startswith(f"grad_weight of {first}")
     assert _dispatch.kernels is kernels
 
 
