@@ -243,19 +243,3 @@ cdef inline void spread(const real* value, Py_ssize_t channels, Py_ssize_t span,
 cdef inline const real* moved(const real* array, Py_ssize_t by) noexcept nogil:
     """A place further on in an array, if there is one."""
     return array + by if array else NULL
-
-
-cdef inline double sum_of(const double* value, Py_ssize_t n) noexcept nogil:
-    """A sum in eight chains, which an adder of four cycles' latency can take in parallel."""
-    cdef double[8] lane
-    cdef Py_ssize_t i, j, whole = n - n % 8
-    if n == 1:
-        return value[0]
-    for j in range(8):
-        lane[j] = 0
-    for i in range(0, whole, 8):
-        for j in range(8):
-            lane[j] += value[i + j]
-    for j in range(n - whole):
-        lane[j] += value[whole + j]
-    return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]))

@@ -115,8 +115,13 @@ cdef inline void multiply_sheet(const real* grad_output,
                                 const real* weight,   # of the values of a run, or NULL
                                 const real* x, const Sheet* sheet, const Py_ssize_t width,
                                 const real* mean, const Py_ssize_t step,
-                                double* total, double* product) noexcept nogil:  # OUT
+                                double* total, double* product,   # OUT
+                                # OUT (tail,), or the same two: the sums of the last rows of runs
+                                double* last_total, double* last_product) noexcept nogil:
     cdef Py_ssize_t i, j, k, at, along, n, band = max(1, sheet.rows) if width <= LANES else BAND
+    for k in range(sheet.tail):
+        last_total[k] = 0
+        last_product[k] = 0
     for k in range(width):
         total[k] = 0
         product[k] = 0
@@ -131,7 +136,7 @@ cdef inline void multiply_sheet(const real* grad_output,
             along += n * sheet.row_stride
         if sheet.tail:
             multiply_band(grad_output + at, moved(weight, along), x + at, 1, 0, mean, NULL,
-                          sheet.tail, step, total, product)
+                          sheet.tail, step, last_total, last_product)
 
 
 cdef inline Sums sums_of_lanes(const real* grad_output, const real* weight, const real* x,
@@ -139,10 +144,18 @@ cdef inline Sums sums_of_lanes(const real* grad_output, const real* weight, cons
                                real mean) noexcept nogil:
     cdef double[LANES] total
     cdef double[LANES] product
+    cdef double[LANES] last_total
+    cdef double[LANES] last_product
     cdef Sums sums
-    multiply_sheet(grad_output, weight, x, sheet, width, &mean, 0, total, product)
+    # The last row apart: what it changes a column at a time would have to reach memory before it
+    # is read as vectors.
+    multiply_sheet(grad_output, weight, x, sheet, width, &mean, 0, total, product, last_total,
+                   last_product)
     sums.grad_output = sum_of(total, width)
     sums.grad_output_centred = sum_of(product, width)
+    if sheet.tail:
+        sums.grad_output += sum_of(last_total, sheet.tail)
+        sums.grad_output_centred += sum_of(last_product, sheet.tail)
     return sums
 
 
@@ -214,7 +227,7 @@ cdef void sums_by_row(const real* grad_output, const real* x, const Sheet* sheet
     cdef Py_ssize_t period = sheet.channels * sheet.span, span = sheet.span // parts, k, r
     spread(high, sheet.channels, sheet.span, sheet.repeat, columns)
     multiply_sheet(grad_output, <const real*>NULL, x, sheet, sheet.width, columns, 1, total,
-                   product)
+                   product, total, product)
     for r in range(1, sheet.repeat):
         for k in range(period):
             total[k] += total[r * period + k]

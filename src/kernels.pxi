@@ -40,6 +40,7 @@ cdef extern from "vector.h":
     enum:
         VECTOR_BYTES
     double multiply_add(double a, double b, double c) nogil
+    double sum_of(const double* value, Py_ssize_t n) nogil
     void stream_lines(void* to, const void* from_, size_t bytes) nogil
     void stream_fence() nogil
 

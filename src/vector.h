@@ -27,6 +27,38 @@ static inline double multiply_add(double a, double b, double c) {
 #endif
 }
 
+/* A sum in eight chains, which an adder of four cycles' latency can take in parallel, folded by
+   halves. gcc 12 folds a plain array lane by lane, which a channel of 49 values took 20 % longer for. */
+static inline double sum_of(const double *value, ptrdiff_t n) {
+    double rest[8] = {0};
+    ptrdiff_t i = 0;
+    if (n == 1)
+        return value[0];
+#ifdef __GNUC__
+    typedef double eight_doubles __attribute__((vector_size(64)));
+    typedef double four_doubles __attribute__((vector_size(32)));
+    eight_doubles lane = {0}, next;
+    four_doubles half[2];
+    for (; i + 8 <= n; i += 8) {
+        memcpy(&next, value + i, sizeof next);
+        lane += next;
+    }
+    if (i < n) {
+        for (int j = 0; j < n - i; j++)
+            rest[j] = value[i + j];
+        memcpy(&next, rest, sizeof next);
+        lane += next;
+    }
+    memcpy(half, &lane, sizeof lane);
+    half[0] += half[1];
+    return (half[0][0] + half[0][2]) + (half[0][1] + half[0][3]);
+#else
+    for (; i < n; i++)
+        rest[i % 8] += value[i];
+    return ((rest[0] + rest[4]) + (rest[2] + rest[6])) + ((rest[1] + rest[5]) + (rest[3] + rest[7]));
+#endif
+}
+
 /* Streaming stores: a line that is written whole need not be read first, which saves a third of the
    traffic of a pass that reads one array and writes another. */
 
