@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.register_assert_rewrite("refusals")  # so that its failures show both texts
+
 # The defaults of torch.testing.assert_close: whoever compares cbn with PyTorch by PyTorch's own
 # test function gets these. Every test compares at them and none widens them.
 TOLERANCES = {

@@ -6,15 +6,30 @@ from functools import partial
 
 import numpy as np
 import pytest
-from numpy.lib.stride_tricks import as_strided
+from refusals import (
+    AXIS,
+    BAD_OUTS,
+    BAD_RUNNING,
+    CONVERT,
+    NO_FORWARD,
+    NON_NEGATIVE,
+    NOT_FLOATS,
+    OVERLAPS,
+    OVERWRITTEN,
+    SHAPE,
+    C,
+    bad_plain_values,
+    by_arguments,
+    check_refused,
+    overlap_text,
+    overlapping,
+    read_only,
+)
 
 import cbn
 from cbn.functional import batch_norm, batch_norm_backward, batch_norm_stats
 
 LAYERS = (cbn.BatchNorm1d, cbn.BatchNorm2d, cbn.BatchNorm3d)
-C = 3
-SHAPE = (4, C, 2, 2)
-STRIDES = (48, 16, 8, 4)
 
 
 class Scene:
@@ -36,47 +51,9 @@ class Scene:
         return self.bn
 
 
-def snapshot(call):
-    """All arrays that a call can reach: its arguments, and what a layer among them holds."""
-    values = [getattr(call.func, "__self__", call.func), *call.args, *call.keywords.values()]
-    for value in list(values):
-        if isinstance(value, LAYERS):
-            values += vars(value).values()
-    return [
-        (id(value), value.tobytes() if isinstance(value, np.ndarray) else None) for value in values
-    ]
-
-
-def check_refused(call, error, text):
-    before = snapshot(call)
-    with pytest.raises(error) as caught:
-        call()
-    assert type(caught.value) is error
-    assert str(caught.value) == text
-    assert snapshot(call) == before
-
-
-def by_arguments(rows):
-    """Rows of a table whose first column is the keyword arguments, which make its id."""
-    return [
-        pytest.param(*row, id=",".join(f"{name}={value}" for name, value in row[0].items()))
-        for row in rows
-    ]
-
-
-def read_only(array):
-    array.flags.writeable = False
-    return array
-
-
 # ---------------------------------------------------------------------------------- constructors
 
-POSITIVE = "num_features: expected a positive integer, got "
-NON_NEGATIVE = "eps: expected a finite number >= 0, got "
-MOMENTUM = "momentum: expected a finite number, or None for the cumulative average, got "
-FLOAT = "dtype: expected NumPy's float32 or float64, got "
 POLICY = "nonfinite: expected one of ('propagate', 'raise', 'skip'), got "
-AXIS = "channel_axis: expected 1 (channels first) or -1 (channels last), got "
 UNTRACKED = "expected None with track_running_stats=False, got a value that nothing would use"
 
 
@@ -85,45 +62,8 @@ UNTRACKED = "expected None with track_running_stats=False, got a value that noth
     ("arguments", "error", "text"),
     by_arguments(
         [
-            ({"num_features": 0}, ValueError, POSITIVE + "0"),
-            ({"num_features": -1}, ValueError, POSITIVE + "-1"),
-            ({"num_features": 2.5}, TypeError, POSITIVE + "2.5"),
-            ({"num_features": True}, TypeError, POSITIVE + "True"),
-            ({"num_features": "3"}, TypeError, POSITIVE + "'3'"),
-            ({"num_features": None}, TypeError, POSITIVE + "None"),
-            ({"eps": -1e-5}, ValueError, NON_NEGATIVE + "-1e-05"),
-            ({"eps": float("nan")}, ValueError, NON_NEGATIVE + "nan"),
-            ({"eps": float("inf")}, ValueError, NON_NEGATIVE + "inf"),
-            ({"eps": "1e-5"}, TypeError, NON_NEGATIVE + "'1e-5'"),
-            ({"eps": None}, TypeError, NON_NEGATIVE + "None"),
-            ({"eps": True}, TypeError, NON_NEGATIVE + "True"),
-            ({"eps": [1e-5]}, TypeError, NON_NEGATIVE + "[1e-05]"),
-            ({"eps": 1j}, TypeError, NON_NEGATIVE + "1j"),
-            ({"momentum": float("nan")}, ValueError, MOMENTUM + "nan"),
-            ({"momentum": float("-inf")}, ValueError, MOMENTUM + "-inf"),
-            ({"momentum": "0.1"}, TypeError, MOMENTUM + "'0.1'"),
-            ({"affine": 1}, TypeError, "affine: expected True or False, got 1"),
-            (
-                {"track_running_stats": "no"},
-                TypeError,
-                "track_running_stats: expected True or False, got 'no'",
-            ),
-            (
-                {"device": "cuda"},
-                ValueError,
-                "device: expected None or 'cpu', got 'cuda'; cbn runs on the CPU only",
-            ),
-            ({"dtype": np.int32}, TypeError, FLOAT + "int32"),
-            ({"dtype": "float16"}, TypeError, FLOAT + "float16"),
-            ({"dtype": ">f4"}, TypeError, FLOAT + ">f4"),
-            ({"dtype": "single-ish"}, TypeError, FLOAT + "'single-ish'"),
-            ({"bias": None}, TypeError, "bias: expected True or False, got None"),
-            ({"channel_axis": 2}, ValueError, AXIS + "2"),
-            ({"channel_axis": 0}, ValueError, AXIS + "0"),
-            ({"channel_axis": True}, ValueError, AXIS + "True"),
-            ({"channel_axis": "last"}, ValueError, AXIS + "'last'"),
-            ({"correction": -1}, ValueError, "correction: expected a finite number >= 0, got -1"),
-            ({"correction": "1"}, TypeError, "correction: expected a finite number >= 0, got '1'"),
+            *bad_plain_values("num_features", "eps", "momentum", "affine", "track_running_stats"),
+            *bad_plain_values("device", "dtype", "bias", "channel_axis", "correction"),
             ({"nonfinite": "stop"}, ValueError, POLICY + "'stop'"),
             ({"nonfinite": None}, ValueError, POLICY + "None"),
             (
@@ -261,19 +201,6 @@ def test_too_few_values_to_train_on(layer, shape, correction, needed, through):
 
 # ---------------------------------------------------------------------- element type of the data
 
-CONVERT = "; convert it first, for example with {name}.astype(numpy.float32)"
-
-NOT_FLOATS = {
-    "int": (np.ones(SHAPE, np.int32), "int32"),
-    "bool": (np.ones(SHAPE, bool), "bool"),
-    "complex": (np.ones(SHAPE, np.complex64), "complex64"),
-    "half": (np.ones(SHAPE, np.float16), "float16"),
-    "object": (np.ones(SHAPE, object), "object"),
-    "string": (np.full(SHAPE, "1"), "<U1"),
-    "list-of-bools": (np.ones(SHAPE, bool).tolist(), "bool"),
-    "list-of-complex": (np.ones(SHAPE, complex).tolist(), "complex128"),
-}
-
 DATA_CALLS = {
     "layer": ("x", lambda s, value: partial(s.bn, value)),
     "layer-eval": ("x", lambda s, value: partial(s.bn.eval(), value)),
@@ -349,42 +276,6 @@ OUT_CALLS = {
     ),
 }
 
-BAD_OUTS = {
-    "list": ([0.0], TypeError, "out: expected an array, got list"),
-    "shape": (
-        np.ones((4, C, 2, 1), np.float32),
-        ValueError,
-        "out: expected shape (4, 3, 2, 2), got (4, 3, 2, 1)",
-    ),
-    "dtype": (
-        np.ones(SHAPE),
-        TypeError,
-        "out: expected float32, got float64 in an array of shape (4, 3, 2, 2)",
-    ),
-    "byte-order": (
-        np.ones(SHAPE, ">f4"),
-        TypeError,
-        "out: expected float32, got >f4 in an array of shape (4, 3, 2, 2)",
-    ),
-    "read-only": (
-        read_only(np.ones(SHAPE, np.float32)),
-        ValueError,
-        "out: expected a writable array, got a read-only one of shape (4, 3, 2, 2)",
-    ),
-    "broadcast": (
-        as_strided(np.ones(48, np.float32), SHAPE, (0, 16, 8, 4)),
-        ValueError,
-        "out: expected an array that does not overlap itself, "
-        "got shape (4, 3, 2, 2) with strides (0, 16, 8, 4)",
-    ),
-    "windows": (
-        as_strided(np.ones(48, np.float32), SHAPE, (32, 16, 8, 4)),
-        ValueError,
-        "out: expected an array that does not overlap itself, "
-        "got shape (4, 3, 2, 2) with strides (32, 16, 8, 4)",
-    ),
-}
-
 
 @pytest.mark.parametrize("call", OUT_CALLS)
 @pytest.mark.parametrize("kind", BAD_OUTS)
@@ -393,26 +284,7 @@ def test_out(kind, call):
     check_refused(OUT_CALLS[call](Scene(), out), error, text)
 
 
-def overlapping(how):
-    """Two arrays of the usual shape that share some of their memory, and the strides of each."""
-    memory = np.random.default_rng(1).standard_normal((5, C, 2, 2), np.float32)
-    first = memory[:4]
-    if how == "shifted":
-        return first, memory[1:], STRIDES
-    if how == "reversed":
-        return first, first[::-1], (-48, 16, 8, 4)
-    assert how == "transposed"
-    return first, first.swapaxes(2, 3), (48, 16, 4, 8)
-
-
-def overlap_text(name, strides):
-    return (
-        f"out: expected memory apart from {name}, or {name} itself, got a partial overlap "
-        f"(shape (4, 3, 2, 2), strides {strides} over strides {STRIDES})"
-    )
-
-
-@pytest.mark.parametrize("how", ["shifted", "reversed", "transposed"])
+@pytest.mark.parametrize("how", OVERLAPS)
 @pytest.mark.parametrize("call", [c for c in OUT_CALLS if "backward" not in c])
 def test_out_over_part_of_x(call, how):
     scene = Scene()
@@ -420,7 +292,7 @@ def test_out_over_part_of_x(call, how):
     check_refused(OUT_CALLS[call](scene, out), ValueError, overlap_text("x", strides))
 
 
-@pytest.mark.parametrize("how", ["shifted", "reversed", "transposed"])
+@pytest.mark.parametrize("how", OVERLAPS)
 @pytest.mark.parametrize("call", ["backward", "function-backward"])
 def test_out_over_part_of_grad_output(call, how):
     scene = Scene()
@@ -428,7 +300,7 @@ def test_out_over_part_of_grad_output(call, how):
     check_refused(OUT_CALLS[call](scene, out), ValueError, overlap_text("grad_output", strides))
 
 
-@pytest.mark.parametrize("how", ["shifted", "reversed", "transposed"])
+@pytest.mark.parametrize("how", OVERLAPS)
 @pytest.mark.parametrize("call", ["backward", "function-backward"])
 def test_out_of_backward_over_part_of_x(call, how):
     scene = Scene()
@@ -481,30 +353,6 @@ def test_dtype_per_channel(name, prepare):
 def test_running_arrays_to_normalise_by_are_needed(name):
     text = f"{name}: expected an array of shape (3,) when not training, got None"
     check_refused(PER_CHANNEL[name](Scene(), None), ValueError, text)
-
-
-IN_PLACE = "which training updates in place"
-BAD_RUNNING = {
-    "list": ([0.0, 1.0, 2.0], TypeError, f"expected an array, {IN_PLACE}, got list"),
-    "scalar": (1.0, TypeError, f"expected an array, {IN_PLACE}, got float"),
-    "read-only": (
-        read_only(np.ones(C)),
-        ValueError,
-        f"expected a writable array, {IN_PLACE}, got a read-only one of shape (3,)",
-    ),
-    "strided": (
-        np.ones((C, 2))[:, 0],
-        ValueError,
-        f"expected a contiguous, aligned array in native byte order, {IN_PLACE}, "
-        f"got strides (16,) and dtype {np.dtype(float).str}",
-    ),
-    "byte-order": (
-        np.ones(C, np.dtype(float).newbyteorder()),
-        ValueError,
-        f"expected a contiguous, aligned array in native byte order, {IN_PLACE}, "
-        f"got strides (8,) and dtype {np.dtype(float).newbyteorder().str}",
-    ),
-}
 
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
@@ -575,12 +423,6 @@ def test_other_plain_values():
 
 
 # ----------------------------------------------------------- live layers, and the order of calls
-
-NO_FORWARD = "backward: expected a forward call before it, got none on this layer"
-OVERWRITTEN = (
-    "backward: expected the input of the last forward call to be intact, "
-    "got one that an out= wrote over; give that call another out"
-)
 
 
 @pytest.mark.parametrize(
