@@ -1,10 +1,12 @@
 """What a caller may do to arrays and attributes around a call: nothing is corrupted by it."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 import cbn
-from cbn.functional import batch_norm
+from cbn.functional import batch_norm, instance_norm
 
 SHAPE = (16, 3, 5, 5)
 
@@ -69,6 +71,15 @@ def test_out_over_part_of_a_tensor_is_refused():
     x, out = memory[:48].reshape(16, 3), memory[24:72].reshape(16, 3)
     with pytest.raises(ValueError, match="got a partial overlap"):
         cbn.BatchNorm1d(3)(Tensor(x), out=out)
+
+
+@pytest.mark.parametrize("norm", [partial(batch_norm, training=True), instance_norm])
+def test_running_statistics_within_a_tensor_are_refused(norm):
+    memory = np.arange(24.0)
+    before, x = memory.copy(), memory.reshape(4, 3, 2)
+    with pytest.raises(ValueError, match="running_var and x: expected memory of their own"):
+        norm(Tensor(x), np.zeros(3), memory[:3])
+    np.testing.assert_array_equal(memory, before)
 
 
 def test_strides_of_axes_of_length_one_do_not_matter(rng):

@@ -195,15 +195,15 @@ def forward(
     _checks.both_or_none(running_mean, running_var)
     running_mean = _checks.running_or_none("running_mean", running_mean, channels)
     running_var = _checks.running_or_none("running_var", running_var, channels)
-    if isinstance(x, np.ndarray):
-        _checks.learnt_apart(running_mean, running_var, x)
+    array = _checks.array("x", x)
+    _checks.learnt_apart(running_mean, running_var, array)
     if out is not None and isinstance(out, np.ndarray):
         _checks.apart(out, running_mean=running_mean, running_var=running_var)
     if momentum is not None or num_batches_tracked is None:
         momentum = _checks.momentum(momentum)
     correction = _checks.non_negative("correction", correction)
     learns = running_mean is not None
-    shape = _checks.array("x", x).shape
+    shape = array.shape
     B, N, C, S, *_ = grouping_of(shape)
     _checks.enough_values_of_samples(shape, N * S if B * C else 0, correction if learns else 0)
 
