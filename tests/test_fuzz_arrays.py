@@ -24,6 +24,11 @@ LAYERS = {
     cbn.BatchNorm2d: {3: 0, 4: 1},
     cbn.BatchNorm3d: {4: 0, 5: 1},
 }
+INSTANCE_NORMS = {
+    cbn.InstanceNorm1d: {2: 0, 3: 1},
+    cbn.InstanceNorm2d: {3: 0, 4: 1},
+    cbn.InstanceNorm3d: {4: 0, 5: 1},
+}
 OPTIONS = st.fixed_dictionaries(
     {
         "eps": st.sampled_from([1e-3, 0.5]),
@@ -250,4 +255,153 @@ def test_any_call(assert_close, data, layer, options, dtype, training, functions
     )
     has = True, functions or bn.affine, functions or bn.bias is not None
     for quantity, array, other, there in zip("xwb", actual, expected, has, strict=True):
+        assert_close(f"gradient of {quantity}", array, other if there else None, dtype)
+
+
+class Norm(NamedTuple):
+    """A layer that takes data of this shape, and the functions that it is."""
+
+    layer: object
+    shape: tuple[int, ...]
+    name: str
+    options: dict  # of the functions
+    channels: int | None  # their axis
+    single: bool  # whether the axis of samples is missing, which functions do not know
+
+    def call(self, module, x, **parameters):
+        return getattr(module, f"{self.name}_norm")(x, **self.options, **parameters)
+
+    def differentiate(self, module, grad_output, x, **parameters):
+        """The gradients of input, weight and bias, None for what there is not."""
+        function = getattr(module, f"{self.name}_norm_backward")
+        return (*function(grad_output, x, **self.options, **parameters), None)[:3]
+
+
+@st.composite
+def norms(draw, name, dtype, functions):
+    """A norm of this name and a shape that mostly fits it."""
+    options = {key: value for key, value in draw(OPTIONS).items() if key != "nonfinite"}
+    plain = {"eps": options["eps"], "dtype": dtype}
+    if name in ("layer", "rms"):
+        shape = draw(st.sampled_from([1, 2, 3, 4]).flatmap(shapes))
+        last = tuple(max(n, 1) for n in shape[-draw(st.integers(1, len(shape))) :])
+        plain["elementwise_affine"] = options["affine"]
+        if name == "layer":
+            plain["bias"] = options["bias"]
+        layer = {"layer": cbn.LayerNorm, "rms": cbn.RMSNorm}[name](last, **plain)
+        return Norm(layer, shape, name, {"normalized_shape": last}, None, False)
+
+    ranks = dict.fromkeys([2, 3, 4, 5], 1)
+    if name == "instance":
+        kind = draw(st.sampled_from(list(INSTANCE_NORMS)))
+        ranks = dict.fromkeys([3, 4, 5], 1) if functions else INSTANCE_NORMS[kind]
+    shape = draw(st.sampled_from(list(ranks)).flatmap(shapes))
+    first = ranks[len(shape)]  # the axis of the channels where they come first
+    channels = first if options["channel_axis"] == 1 else -1
+    C = max(shape[channels], 1)
+    keywords = {"channel_axis": options["channel_axis"]}
+    if name == "instance":
+        layer = kind(C, dtype=dtype, **options)
+        return Norm(layer, shape, name, keywords, channels, first == 0)
+    keywords["num_groups"] = draw(st.sampled_from([n for n in range(1, C + 1) if C % n == 0]))
+    for key in ("affine", "bias", "channel_axis"):
+        plain[key] = options[key]
+    layer = cbn.GroupNorm(keywords["num_groups"], C, **plain)
+    return Norm(layer, shape, name, keywords, channels, False)
+
+
+@pytest.mark.parametrize("name", ["instance", "group", "layer", "rms"])
+@fuzz
+@given(data=st.data(), dtype=DTYPES, training=st.booleans(), functions=st.booleans())
+def test_any_call_of_the_other_norms(assert_close, name, data, dtype, training, functions):
+    """As above. With running statistics the gradient of the functions is that of batch norm."""
+    kept = data.draw(DTYPES) if functions else dtype
+    norm = data.draw(norms(name, kept, functions))
+    layer, shape = norm.layer.train(training), norm.shape
+    x, out = data.draw(inputs_and_outs(shape, dtype))
+    if functions and isinstance(x, list):
+        dtype = np.dtype(float)
+    state = [array for array in vars(layer).values() if isinstance(array, np.ndarray)]
+    for array in state:
+        array[...] = np.random.default_rng(data.draw(SEEDS)).uniform(1, 3, array.shape)
+    old = layer.state_dict()
+    tracks = norm.name == "instance" and layer.track_running_stats
+    learns, by_running = tracks and training, tracks and not training
+    weight = {"weight": layer.weight, "eps": layer.eps}
+    parameters = dict(weight) if norm.name == "rms" else {**weight, "bias": layer.bias}
+    seen = old.get("num_batches_tracked", 0)
+    if norm.name == "instance":
+        parameters["use_input_stats"] = not by_running
+        parameters["momentum"] = 1 / (seen + 1) if layer.momentum is None else layer.momentum
+        parameters["correction"] = layer.correction
+
+    def forward(out):
+        if not functions:
+            return layer(x, out=out)
+        running = {"running_mean": layer.running_mean, "running_var": layer.running_var}
+        return norm.call(functional, x, out=out, **parameters, **(running if tracks else {}))
+
+    def lifted(values):
+        return np.array(values, dtype)[np.newaxis] if norm.single else np.array(values, dtype)
+
+    values, size = lifted(x), prod(shape)
+    errors = refusals(x, out, shape, dtype)
+    if norm.channels is None and shape[-len(layer.normalized_shape) :] != layer.normalized_shape:
+        errors.append(ValueError)
+    if norm.channels is not None and shape[norm.channels] == 0 and (state or not functions):
+        errors.append(ValueError)  # they have one channel
+    if norm.name == "instance" and not by_running and size:
+        count = size // len(values) // shape[norm.channels]
+        if count <= max(1, layer.correction * learns):
+            errors.append(ValueError)
+    attributes = dict(vars(layer))
+    y = attempt(errors, forward, out, [x, *state], state[-3:] if learns else [])
+    if errors:
+        assert vars(layer) == attributes
+        return
+    assert y.dtype == dtype
+    assert out is None or y is out
+    if tracks:
+        parameters |= {key: old[key] for key in ("running_mean", "running_var")}
+    expected = norm.call(reference, values, **parameters)
+    if norm.name == "instance":
+        expected, *running = expected
+        assert_close("running_mean", layer.running_mean, running[0], kept)
+        assert_close("running_var", layer.running_var, running[1], kept)
+    assert_close("y", y[np.newaxis] if norm.single else y, expected, dtype)
+    if learns:
+        assert layer.num_batches_tracked == seen + (size > 0 and not functions)
+
+    if functions and (by_running or shares_memory(x, out)):
+        return
+    grad, grad_out = data.draw(inputs_and_outs(shape, dtype))
+    grad_out = data.draw(st.sampled_from([grad_out, grad_out, x, out]))
+    grads = lifted(grad)
+    errors = refusals(grad, grad_out, shape, dtype)
+    if functions:  # a layer may have kept a copy of x, here the original is used
+        errors += refusals(x, grad_out, shape, dtype)
+    elif shares_memory(x, out) and not (by_running and layer.weight is None):
+        errors.append(RuntimeError)
+
+    def backward(out):
+        if functions:
+            return norm.differentiate(functional, grad, x, **weight, out=out)
+        return layer.backward(grad, out), layer.weight_grad, layer.bias_grad
+
+    attributes = dict(vars(layer))
+    actual = attempt(errors, backward, grad_out, [grad, x, *state])
+    if errors:
+        assert vars(layer) == attributes
+        return
+    assert grad_out is None or actual[0] is grad_out
+    if by_running:
+        statistics = old["running_mean"], old["running_var"], layer.weight, False, layer.eps
+        expected = reference.batch_norm_backward(grads, values, *statistics, **norm.options)
+    else:
+        expected = norm.differentiate(reference, grads, values, **weight)
+    has = True, functions or layer.weight is not None, functions or layer.bias is not None
+    grad_input = actual[0][np.newaxis] if norm.single else actual[0]
+    for quantity, array, other, there in zip(
+        "xwb", (grad_input, *actual[1:]), expected, has, strict=True
+    ):
         assert_close(f"gradient of {quantity}", array, other if there else None, dtype)
