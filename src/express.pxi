@@ -252,14 +252,13 @@ def express_groups(x, dtype, tuple grouping, tuple parameter_shape, weight, bias
     normalise_groups(x, grouping, weight, bias, eps, centred, statistics, out,
                      threads_for(2 * PyArray_SIZE(<ndarray>x)))
     return out, (None if out is x else x, x.shape, <object>PyArray_DESCR(x), grouping,
-                 statistics, eps, centred)
+                 statistics, eps, centred, parameter_shape)
 
 
-def express_group_gradients(grad_output, tuple forward, tuple parameter_shape, weight, out,
-                            threads_for):
+def express_group_gradients(grad_output, tuple forward, weight, out, threads_for):
     """Return the gradients of input, weight and bias, or None."""
     cdef object x = forward[0], dtype = forward[2], statistics = forward[4], eps = forward[5]
-    cdef tuple shape = forward[1], grouping = forward[3]
+    cdef tuple shape = forward[1], grouping = forward[3], parameter_shape = forward[7]
     cdef npy_intp[MOST_AXES] parameter
     cdef npy_intp* lengths = parameter
     cdef int type_num, axes = len(parameter_shape), i

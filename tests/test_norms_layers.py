@@ -114,6 +114,40 @@ def test_a_frozen_instance_norm_does_in_training_what_it_does_in_eval_mode(x, gr
     assert layer.num_batches_tracked == 8
 
 
+def test_a_frozen_instance_norm_uses_statistics_that_it_no_longer_tracks(x):
+    layer = make("InstanceNorm1d", track_running_stats=True)
+    expected = layer.eval()(x)
+    layer.track_running_stats = False
+    cbn.freeze(layer)
+    np.testing.assert_array_equal(layer(x), expected)
+    np.testing.assert_array_equal(layer.train()(x), expected)
+
+
+def test_recalibration_leaves_a_pending_backward_pass_as_it_was(x, grad_output):
+    layer = make("InstanceNorm1d", affine=True, track_running_stats=True).eval()
+    layer(x)
+    expected = layer.backward(grad_output)
+    layer(x)
+    cbn.recalibrate(layer, [2 * x], layer)
+    np.testing.assert_array_equal(layer.backward(grad_output), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "attribute"),
+    [
+        ("InstanceNorm1d", "num_features"),
+        ("GroupNorm", "num_groups"),
+        ("GroupNorm", "num_channels"),
+        ("LayerNorm", "normalized_shape"),
+        ("RMSNorm", "normalized_shape"),
+    ],
+)
+def test_the_shape_of_a_layer_stays(name, attribute):
+    """Kernels write as many gradients as it says."""
+    with pytest.raises(AttributeError):
+        setattr(make(name), attribute, 1)
+
+
 def test_tracking_switched_on_makes_statistics(x):
     layer = cbn.InstanceNorm1d(C)
     assert list(layer.state_dict()) == []

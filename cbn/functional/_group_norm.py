@@ -127,8 +127,8 @@ def group_norm_backward(
         _checks.positive_integer("num_groups", num_groups), _checks.channel_axis(channel_axis)
     )
     shape = (_checks.channels_of("x", x, channel_axis, 2),)
-    forward = _groups.of_input(x, grouping, eps, True)
-    return _groups.backward(forward, grad_output, shape, weight, out, x)[:3]
+    forward = _groups.of_input(x, grouping, shape, eps, True)
+    return _groups.backward(forward, grad_output, weight, out, x)[:3]
 
 
 @lru_cache

@@ -30,7 +30,8 @@ GroupingOf = Callable[[Shape], Grouping]
 #   statistics  float64 (3, B * C): mean, what float64 rounds off it, var
 #   eps
 #   centred     whether the mean is subtracted; if not, mean is 0 and var the mean square
-Forward = tuple[Array | None, Shape, np.dtype[Any], Grouping, Array, float, bool]
+#   shape of the weight
+Forward = tuple[Array | None, Shape, np.dtype[Any], Grouping, Array, float, bool, Shape]
 
 # The gradients of input, weight and bias, and whether the input of the forward pass is overwritten.
 Gradients = tuple[Array, Array, Array, bool]
@@ -83,25 +84,31 @@ def forward(
     if y is not buffer:
         y[...] = buffer
     kept = None if overwrites_x else array
-    return y, (kept, array.shape, array.dtype, grouping, statistics, eps, centred)
+    return y, (
+        kept, array.shape, array.dtype, grouping, statistics, eps, centred, parameter_shape
+    )  # fmt: skip
+
+
+def is_forward(kept: tuple[Any, ...]) -> bool:
+    """Whether what a layer has kept is of here, and not of batch norm."""
+    return len(kept[3]) == len(("B", "N", "C", "S", "parts", "period"))
 
 
 def backward(
     forward: Forward,
     grad_output: ArrayLike,
-    parameter_shape: Shape,
     weight: ArrayLike | None,
     out: Array | None,
     given_x: ArrayLike | None = None,
 ) -> Gradients:
     """Return the gradients of a forward pass."""
     done: Gradients | None = _dispatch.kernels.express_group_gradients(
-        grad_output, forward, parameter_shape, weight, out, _threads.threads_for
+        grad_output, forward, weight, out, _threads.threads_for
     )
     if done is not None:
         return done
 
-    x, shape, dtype, grouping, statistics, eps, centred = forward
+    x, shape, dtype, grouping, statistics, eps, centred, parameter_shape = forward
     grad = _checks.data("grad_output", grad_output, dtype)
     _checks.same_shape("grad_output", grad.shape, shape, "the input of the forward call")
     weight = _checks.parameter_or_none("weight", weight, parameter_shape)
@@ -123,7 +130,9 @@ def backward(
     return grad_input, grad_weight, grad_bias, overwrote_x
 
 
-def of_input(x: ArrayLike, grouping_of: GroupingOf, eps: float, centred: bool) -> Forward:
+def of_input(
+    x: ArrayLike, grouping_of: GroupingOf, parameter_shape: Shape, eps: float, centred: bool
+) -> Forward:
     """What a forward pass would have kept, for a backward pass without one."""
     array = _checks.data("x", x)
     grouping = grouping_of(array.shape)
@@ -133,4 +142,4 @@ def of_input(x: ArrayLike, grouping_of: GroupingOf, eps: float, centred: bool) -
         _dispatch.kernels.group_statistics(
             array, grouping, eps, centred, statistics, _threads.threads_for(2 * array.size)
         )
-    return array, array.shape, array.dtype, grouping, statistics, eps, centred
+    return array, array.shape, array.dtype, grouping, statistics, eps, centred, parameter_shape

@@ -167,8 +167,8 @@ def instance_norm_backward(
     channel_axis = _checks.channel_axis(channel_axis)
     shape = (_checks.channels_of("x", x, channel_axis, 3),)
     grouping = instances_of(_batch_norm.AXES[channel_axis], channel_axis)
-    forward = _groups.of_input(x, grouping, eps, True)
-    return _groups.backward(forward, grad_output, shape, weight, out, x)[:3]
+    forward = _groups.of_input(x, grouping, shape, eps, True)
+    return _groups.backward(forward, grad_output, weight, out, x)[:3]
 
 
 def forward(

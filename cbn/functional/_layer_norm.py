@@ -121,8 +121,8 @@ def layer_norm_backward(
     [[[0.204, -0.408, 0.204]], [-1.225, 0.0, 0.0], [1.0, 0.0, 0.0]]
     """
     shape = _checks.normalized_shape(normalized_shape)
-    forward = _groups.of_input(x, rows_of(shape), eps, True)
-    return _groups.backward(forward, grad_output, shape, weight, out, x)[:3]
+    forward = _groups.of_input(x, rows_of(shape), shape, eps, True)
+    return _groups.backward(forward, grad_output, weight, out, x)[:3]
 
 
 def rms_norm(
@@ -227,8 +227,8 @@ def rms_norm_backward(
     """
     shape = _checks.normalized_shape(normalized_shape)
     eps = default_eps(x) if eps is None else eps
-    forward = _groups.of_input(x, rows_of(shape), eps, False)
-    return _groups.backward(forward, grad_output, shape, weight, out, x)[:2]
+    forward = _groups.of_input(x, rows_of(shape), shape, eps, False)
+    return _groups.backward(forward, grad_output, weight, out, x)[:2]
 
 
 def default_eps(x: ArrayLike) -> float:

@@ -46,21 +46,26 @@ class ChannelNorm(NormLayer):
         channel_axis: int,
         correction: float,
     ) -> None:
-        self.num_features = _checks.positive_integer("num_features", num_features)
+        self._num_features = _checks.positive_integer("num_features", num_features)
         self.eps = _checks.non_negative("eps", eps)
         self.momentum = _checks.momentum_or_none(momentum)
         self.affine = _checks.flag("affine", affine)
         _checks.device(device)
         self.dtype = _checks.dtype(dtype)
         self._channel_axis = _checks.channel_axis(channel_axis)
-        self._axes = self._axes_of(self.num_features, self._channel_axis)
+        self._axes = self._axes_of(self._num_features, self._channel_axis)
         self.correction = _checks.non_negative("correction", correction)
         self.training = True
         self.frozen = False
-        self._make_parameters((self.num_features,), self.affine, bias)
+        self._make_parameters((self._num_features,), self.affine, bias)
         self.track_running_stats = _checks.flag("track_running_stats", track_running_stats)
         # Who gets the statistics of each batch in training, in place of the running statistics.
         self._observer: Callable[[Any], None] | None = None
+
+    @property
+    def num_features(self) -> int:
+        """Number of channels C."""
+        return self._num_features
 
     @property
     def track_running_stats(self) -> bool:

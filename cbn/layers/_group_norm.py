@@ -84,22 +84,32 @@ class GroupNorm(NormLayer):
         bias: bool = True,
         channel_axis: int = 1,
     ) -> None:
-        self.num_groups = _checks.positive_integer("num_groups", num_groups)
-        self.num_channels = _checks.positive_integer("num_channels", num_channels)
-        _checks.group_count(self.num_groups, self.num_channels)
+        self._num_groups = _checks.positive_integer("num_groups", num_groups)
+        self._num_channels = _checks.positive_integer("num_channels", num_channels)
+        _checks.group_count(num_groups, num_channels)
         self.eps = _checks.non_negative("eps", eps)
         self.affine = _checks.flag("affine", affine)
         _checks.device(device)
         self.dtype = _checks.dtype(dtype)
         self._channel_axis = _checks.channel_axis(channel_axis)
         self.training = True
-        self._make_parameters((self.num_channels,), self.affine, bias)
+        self._make_parameters((self._num_channels,), self.affine, bias)
         self._set_grouping()
 
     def _set_grouping(self) -> None:
         self._grouping_of = _group_norm.groups_of(
-            self.num_groups, self._channel_axis, self.num_channels
+            self._num_groups, self._channel_axis, self._num_channels
         )
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups that the channels are in."""
+        return self._num_groups
+
+    @property
+    def num_channels(self) -> int:
+        """Number of channels C."""
+        return self._num_channels
 
     @property
     def channel_axis(self) -> int:
@@ -112,7 +122,7 @@ class GroupNorm(NormLayer):
             x,
             self._grouping_of,
             self.dtype,
-            (self.num_channels,),
+            (self._num_channels,),
             self.weight,
             self.bias,
             self.eps,
@@ -124,8 +134,7 @@ class GroupNorm(NormLayer):
     forward = __call__
 
     def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> _groups.Gradients:
-        shape = (self.num_channels,)
-        return _groups.backward(self._forward, grad_output, shape, self.weight, out)
+        return _groups.backward(self._forward, grad_output, self.weight, out)
 
     @classmethod
     def _parameter_shape_of(cls, config: _state.Config) -> Shape:

@@ -99,7 +99,6 @@ class _InstanceNorm(ChannelNorm):
             correction,
         )
         self._set_grouping()
-        self._used_running_stats = False
 
     def _set_grouping(self) -> None:
         batch_rank = max(map(len, self._layouts))
@@ -108,7 +107,7 @@ class _InstanceNorm(ChannelNorm):
     def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
         """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
         tracks = self._track_running_stats
-        if tracks and (self.frozen or not self.training):
+        if self.frozen or (tracks and not self.training):
             y, self._forward = _batch_norm.forward_inference(
                 x,
                 self._axes,
@@ -120,7 +119,6 @@ class _InstanceNorm(ChannelNorm):
                 self.eps,
                 out,
             )
-            self._used_running_stats = True
             return y
         observer = self._observer
         updates = self.training and tracks and observer is None
@@ -141,7 +139,6 @@ class _InstanceNorm(ChannelNorm):
             self.correction,
             out,
         )
-        self._used_running_stats = False
         if observer is not None:
             observer(self._forward)
         return y
@@ -149,10 +146,9 @@ class _InstanceNorm(ChannelNorm):
     forward = __call__
 
     def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> _groups.Gradients:
-        if self._used_running_stats:
-            return _batch_norm.backward(self._forward, grad_output, self.weight, out)
-        shape = (self.num_features,)
-        return _groups.backward(self._forward, grad_output, shape, self.weight, out)
+        if _groups.is_forward(self._forward):
+            return _groups.backward(self._forward, grad_output, self.weight, out)
+        return _batch_norm.backward(self._forward, grad_output, self.weight, out)
 
 
 @documented_by(_InstanceNorm)

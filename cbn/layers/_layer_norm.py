@@ -32,18 +32,23 @@ class _RowNorm(NormLayer):
         device: str | None,
         dtype: DTypeLike | None,
     ) -> None:
-        self.normalized_shape = _checks.normalized_shape(normalized_shape)
+        self._normalized_shape = _checks.normalized_shape(normalized_shape)
         self.elementwise_affine = _checks.flag("elementwise_affine", elementwise_affine)
         _checks.device(device)
         self.dtype = _checks.dtype(dtype)
         self.eps = float(np.finfo(self.dtype).eps) if eps is None else eps
         self.eps = _checks.non_negative("eps", self.eps)
         self.training = True
-        self._make_parameters(self.normalized_shape, self.elementwise_affine, bias)
+        self._make_parameters(self._normalized_shape, self.elementwise_affine, bias)
         self._set_grouping()
 
     def _set_grouping(self) -> None:
-        self._grouping_of = _layer_norm.rows_of(self.normalized_shape)
+        self._grouping_of = _layer_norm.rows_of(self._normalized_shape)
+
+    @property
+    def normalized_shape(self) -> Shape:
+        """Lengths of the last axes, over which the layer normalises."""
+        return self._normalized_shape
 
     def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
         """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
@@ -51,7 +56,7 @@ class _RowNorm(NormLayer):
             x,
             self._grouping_of,
             self.dtype,
-            self.normalized_shape,
+            self._normalized_shape,
             self.weight,
             self.bias,
             self.eps,
@@ -63,8 +68,7 @@ class _RowNorm(NormLayer):
     forward = __call__
 
     def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> _groups.Gradients:
-        shape = self.normalized_shape
-        return _groups.backward(self._forward, grad_output, shape, self.weight, out)
+        return _groups.backward(self._forward, grad_output, self.weight, out)
 
     def _config(self) -> _state.Config:
         return {**super()._config(), "normalized_shape": list(self.normalized_shape)}
