@@ -182,6 +182,11 @@ cdef inline Py_ssize_t channels_of(const Geometry* g, Py_ssize_t strip) noexcept
     return min(g.strip_channels, (batch_of(g, strip) + 1) * g.C - first_channel(g, strip))
 
 
+cdef inline Py_ssize_t start_of(const Geometry* g, Py_ssize_t piece) noexcept nogil:
+    """Where in the runs of a channel a piece begins."""
+    return piece % g.inner_pieces * g.S // g.inner_pieces
+
+
 cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece) noexcept nogil:
     cdef Sheet sheet
     cdef Py_ssize_t b = batch_of(g, strip)
@@ -196,7 +201,7 @@ cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece
         outer = (part + 1) * g.N // g.outer_pieces - n
     if g.inner_pieces > 1:
         part = piece % g.inner_pieces
-        s = part * g.S // g.inner_pieces
+        s = start_of(g, piece)
         inner = (part + 1) * g.S // g.inner_pieces - s
     sheet.offset = (b * (g.N - 1) * g.C + first_channel(g, strip)) * g.S + n * line + s
     sheet.start = s

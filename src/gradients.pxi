@@ -167,13 +167,14 @@ cdef inline Sums sums_of_plane(const real* grad_output, const real* weight, cons
 
 
 cdef void sums_of_parts(const real* grad_output, const real* x, const Geometry* g, Sheet sheet,
-                        real mean, Sums* into) noexcept nogil:  # OUT (parts,)
+                        real mean, Py_ssize_t parts,
+                        Sums* into) noexcept nogil:  # OUT (parts,)
     """The sums of each part of a channel, in a piece that may begin and end within one."""
     cdef Py_ssize_t length = g.S // g.parts, q, first, end
     cdef Py_ssize_t start = sheet.start, stop = start + sheet.rows * sheet.width + sheet.tail
-    cdef Py_ssize_t offset = sheet.offset
-    for q in range(g.parts):
-        first, end = max(start, q * length), min(stop, (q + 1) * length)
+    cdef Py_ssize_t offset = sheet.offset, reached = start // length
+    for q in range(parts):
+        first, end = max(start, (reached + q) * length), min(stop, (reached + q + 1) * length)
         into[q].grad_output = into[q].grad_output_centred = 0
         if first < end:
             sheet.offset = offset + first - start
@@ -242,7 +243,7 @@ cdef void reduce_gradients(const real* grad_output, const real* x, const Pass* p
     cdef const Geometry* g = &p.geometry
     cdef Sheet sheet = sheet_of(g, strip, piece)
     cdef Py_ssize_t first = first_channel(g, strip), end = first + sheet.channels, n, c
-    cdef Py_ssize_t parts = g.parts if keeps_parts(g) else 1
+    cdef Py_ssize_t parts = parts_kept(g)
     cdef Sums* into = <Sums*>p.partial + (piece * g.channels + first) * parts
     if g.by_value:
         share_columns(grad_output, x, p, strip, piece, &sheet)
@@ -273,7 +274,7 @@ cdef void reduce_channels(const real* grad_output, const real* x, const Pass* p,
                 into[c] = sums_of_plane(grad_output, weights_of(x, p, first + c) + sheet.start, x,
                                         sheet, high[c])
             elif parts > 1:
-                sums_of_parts(grad_output, x, g, sheet[0], high[c], into + c * parts)
+                sums_of_parts(grad_output, x, g, sheet[0], high[c], parts, into + c * parts)
             else:
                 into[c] = sums_of_plane(grad_output, NULL, x, sheet, high[c])
         sheet.offset = offset

@@ -4,7 +4,7 @@
 # C-contiguous, aligned, in native byte order and of the right sizes; x, grad_output, out,
 # grad_weight and grad_bias share one element type, float32 or float64; weight, bias, mean and var
 # may each be float32, float64 or None; statistics are the mean, what float64 rounds off it, and the
-# variance of a batch: float64 of shape (3, C).
+# variance of every channel: float64 of shape (3, channels).
 
 from cpython.tuple cimport PyTuple_GET_ITEM
 from cython.parallel cimport parallel, prange
@@ -156,14 +156,14 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, int num_thre
     p.stream = size >= STREAM_BYTES and out_data != x_data and out_data != grad_data
     # The table of coefficients, what the pieces find (with given statistics, nothing), weights and
     # biases of parts of channels, and shares in their gradients.
-    cdef size_t table = g.channels * COEFFICIENTS * sizeof(double)
-    cdef size_t kept = g.parts if gradients and keeps_parts(g) else 1
+    cdef size_t table = g.channels * COEFFICIENTS * (sizeof(float) if single else sizeof(double))
+    table += table % sizeof(double)   # what comes next is aligned
     cdef size_t found = 0 if p.kind == GIVEN else g.channels * g.pieces * (
-        kept * sizeof(Sums) if gradients else sizeof(Moments))
+        parts_kept(g) * sizeof(Sums) if gradients else sizeof(Moments))
     cdef size_t parameters = 0 if g.parts == 1 else 2 * g.parameters * sizeof(double)
     cdef size_t shares = 0
     if gradients and shares_parameters(g):
-        p.sharers = sharers_of(g, True)
+        p.sharers = sharers_of(g)
         shares = p.sharers * 2 * g.parameters * sizeof(double)
     p.coefficients = malloc(table + found + parameters + shares)
     if p.coefficients == NULL:

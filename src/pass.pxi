@@ -19,10 +19,10 @@ cdef struct Pass:
     PerChannel var
     double eps
     bint stream             # write past the cache
-    double* statistics      # OUT (3, C): mean, mean_low and var of the batch
-    void* grad_weight       # OUT (C,) of the element type of x, or NULL
+    double* statistics      # OUT (3, channels): mean, mean_low and var
+    void* grad_weight       # OUT (parameters,) of the element type of x, or NULL
     void* grad_bias
-    void* partial           # (pieces, channels) Moments, or (pieces, channels, parts kept) Sums
+    void* partial           # (pieces, channels) Moments, or (pieces, channels, parts_kept) Sums
     void* coefficients      # (COEFFICIENTS, channels) of the element type of x
     void* parameters        # (2, parameters) of that type: weights and biases of parts of channels
     # The gradients of parameters that several channels share: OUT (sharers, 2, parameters), of the
@@ -35,13 +35,20 @@ cdef inline bint shares_parameters(const Geometry* g) noexcept nogil:
     return g.parts > 1 or g.period < g.channels
 
 
-cdef inline bint keeps_parts(const Geometry* g) noexcept nogil:
-    """Whether sums for gradients are kept apart for each part of a channel."""
-    return g.parts > 1 and not g.by_value
+cdef inline Py_ssize_t parts_kept(const Geometry* g) noexcept nogil:
+    """The parts of a channel whose sums for gradients a piece keeps: those that it reaches."""
+    if g.parts == 1 or g.by_value:
+        return 1
+    return min(g.parts, g.parts // g.inner_pieces + 2)   # one of them cut at either end
 
 
-cdef inline Py_ssize_t sharers_of(const Geometry* g, bint gathers) noexcept nogil:
-    if gathers and g.by_value:
+cdef inline Py_ssize_t first_part(const Geometry* g, Py_ssize_t piece) noexcept nogil:
+    """The first of them."""
+    return 0 if g.inner_pieces == 1 else start_of(g, piece) // (g.S // g.parts)
+
+
+cdef inline Py_ssize_t sharers_of(const Geometry* g) noexcept nogil:
+    if g.by_value:
         return g.strips * g.outer_pieces
     return g.channels // g.period
 

@@ -46,25 +46,31 @@ cdef inline Sums merge_channel(const real* x,   # for its element type only
                                const Pass* p, Py_ssize_t c, double reciprocal) noexcept nogil:
     """Merge what the pieces found of a channel, and keep its part in gradients that are shared."""
     cdef const Geometry* g = &p.geometry
-    cdef Py_ssize_t kept = g.parts if keeps_parts(g) else 1, q
+    cdef Py_ssize_t kept = parts_kept(g), piece, first, q
     cdef const Sums* found = <const Sums*>p.partial + c * kept
     cdef const real* weight = weights_of(x, p, c)
     cdef double* grad_bias = p.shares + c // g.period * 2 * g.parameters + c % g.period * g.parts
     cdef double* grad_weight = grad_bias + g.parameters
-    cdef Sums sums, part
+    cdef Sums sums
     if kept == 1:
         sums = merge_sums(found, g.pieces, g.channels)
         if g.parts == 1 and p.shares != NULL:
             grad_bias[0] = sums.grad_output
             grad_weight[0] = sums.grad_output_centred * reciprocal
         return sums
+    for q in range(g.parts):
+        grad_bias[q] = grad_weight[q] = 0
+    for piece in range(g.pieces):
+        first = first_part(g, piece)
+        for q in range(min(kept, g.parts - first)):
+            grad_bias[first + q] += found[q].grad_output
+            grad_weight[first + q] += found[q].grad_output_centred
+        found += g.channels * kept
     sums.grad_output = sums.grad_output_centred = 0
-    for q in range(kept):
-        part = merge_sums(found + q, g.pieces, g.channels * kept)
-        grad_bias[q] = part.grad_output
-        grad_weight[q] = part.grad_output_centred * reciprocal
-        sums.grad_output += weight[q] * part.grad_output
-        sums.grad_output_centred += weight[q] * part.grad_output_centred
+    for q in range(g.parts):
+        sums.grad_output += weight[q] * grad_bias[q]
+        sums.grad_output_centred += weight[q] * grad_weight[q]
+        grad_weight[q] *= reciprocal
     return sums
 
 
