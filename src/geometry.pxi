@@ -56,8 +56,9 @@ cdef enum:
     LONG_RUN = 512       # S from which a channel is walked by plane, ...
     FEW_ROWS = 8         # ... or from FEW_LANES, where N would leave a sheet fewer rows than this
     # Channels that share parameters and whose gradients a strip gathers: so many that the sums,
-    # 16 bytes a parameter and strip, are few beside the values; in small arrays fewer, so that
-    # there are strips for all threads.
+    # 16 bytes a parameter and strip, are few beside the values, and that they have SMALL_PIECE
+    # values (of rows of 32, 64 took a fifth longer); in small arrays fewer, so that there are
+    # strips for all threads.
     GATHERED = 64
     LEAST_GATHERED = 8
     GATHERING_STRIPS = 16
@@ -153,7 +154,8 @@ cdef Geometry cut(View view,
     elif gathers:
         sharing = C // g.period
         g.strip_channels = g.period * min(sharing, max(LEAST_GATHERED, min(
-            GATHERED, PIECE // g.parameters, ceil_div(sharing, GATHERING_STRIPS))))
+            max(GATHERED, SMALL_PIECE // g.parameters), PIECE // g.parameters,
+            ceil_div(sharing, GATHERING_STRIPS))))
     elif N * S < SMALL_STRIP:
         g.strip_channels = ceil_div(C, ceil_div(C, min(WIDTH, SMALL_STRIP // (N * S))))
     g.batch_strips = ceil_div(C, g.strip_channels)
