@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accuracy import COLUMNS, note, print_tables
+from accuracy import note, print_tables
 from hard import SCALES, Exact, Hard, all_kinds, draw, errors
 from norms import GROUPS, NORMS
 from shapes import EPS, Array
@@ -47,9 +47,8 @@ def main() -> None:
                 for library, *largest in measure(name, groups, shape, kind):
                     note(worst, f"{library}, {name} norm", kind, largest)
                 progress.update()
-    print_tables(worst)
+    print_tables(worst)  # where they say channels, these are groups
     print(f"\ncbn {cbn.__version__}, NumPy {np.__version__}, PyTorch {torch.__version__}")
-    print(f"{len(kinds)} kinds of data, {len(COLUMNS)} columns")
 
 
 def measure(
