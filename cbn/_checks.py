@@ -748,10 +748,11 @@ def data_reach_layers(source: str, count: int) -> None:
 
 def enough_in_all(name: str, counts: Array, correction: float) -> None:
     """All batches together must be able to give an unbiased variance."""
-    if counts.size and counts.min() <= correction:
+    needed = max(1.0, correction)
+    if counts.size and counts.min() <= needed:
         raise ValueError(
-            f"{name or 'layer'}: expected more than {correction:g} values per channel in all "
-            f"batches, got {counts.min():g}; give more batches"
+            f"{name or 'layer'}: expected more than {needed:g} value{'s' if needed > 1 else ''} "
+            f"per channel in all, got {counts.min():g}; give more data"
         )
 
 

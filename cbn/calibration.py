@@ -53,7 +53,9 @@ def recalibrate(
     model : object
         As for :func:`named_norm_layers`.
     batches : iterable
-        Of any sizes, a generator too: it is run through once. Empty batches count as none.
+        Of any sizes, down to one value per channel (an instance norm needs more than
+        ``correction`` in each sample); a generator too: it is run through once. Empty batches
+        count as none.
     forward : callable
         Runs the model on one batch. What it returns is not used.
     progress : bool

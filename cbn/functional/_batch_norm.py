@@ -303,11 +303,12 @@ def forward_training(
     correction: float,
     nonfinite: str,
     out: Array | None,
+    of_one: bool = False,
 ) -> tuple[Array, Forward]:
     """Normalise by the statistics of x, and learn them.
 
     With a counter of batches, momentum may be None: the average over all of them. nonfinite is a
-    layer's.
+    layer's. of_one: whether one value per channel will do, whose variance is 0.
     """
     done: tuple[Array, Forward] | None = _dispatch.kernels.express_training(
         x,
@@ -344,7 +345,8 @@ def forward_training(
     eps = _checks.non_negative("eps", eps)
     correction = _checks.non_negative("correction", correction)
     nonfinite = _checks.nonfinite(nonfinite)
-    _checks.enough_values("x", array.shape, count, 0 if running_mean is None else correction)
+    if not of_one:
+        _checks.enough_values("x", array.shape, count, 0 if running_mean is None else correction)
     overwrites_x = _arrays.overwrites(
         out,
         array,

@@ -202,6 +202,7 @@ class _BatchNorm(ChannelNorm):
             self.correction,
             self.nonfinite if self.training else "propagate",
             out,
+            of_one=observer is not None,  # it merges the statistics of all batches
         )
         self._forward = forward
         N, _, S = forward[3]
