@@ -746,6 +746,15 @@ def data_reach_layers(source: str, count: int) -> None:
         )
 
 
+def still_measured(name: str, training: bool, frozen: bool) -> None:
+    if not training or frozen:
+        raise ValueError(
+            f"{name or 'layer'}: expected to stay in training mode and not frozen until the last "
+            f"batch, got {'frozen' if frozen else 'eval mode'} after a call of forward; switch "
+            f"after recalibrate"
+        )
+
+
 def enough_in_all(name: str, counts: Array, correction: float) -> None:
     """All batches together must be able to give an unbiased variance."""
     needed = max(1.0, correction)

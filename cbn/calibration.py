@@ -71,7 +71,8 @@ def recalibrate(
     TypeError
         If ``batches`` is not iterable or ``forward`` not callable.
     ValueError
-        If the model has no layer to recalibrate, no data reach any, or there are too few values.
+        If the model has no layer to recalibrate, no data reach any, there are too few values, or
+        ``forward`` leaves a layer in eval mode or frozen.
     FloatingPointError
         If the statistics of a layer with ``nonfinite="raise"`` are not finite.
     ImportError
@@ -168,9 +169,12 @@ def _measure(
     with _observed(layers) as populations:
         for batch in batches:
             forward(batch)
+            for name, layer in layers.items():
+                _checks.still_measured(name, layer.training, layer.frozen)
     reached = {name: population for name, population in populations.items() if population.calls}
     _checks.data_reach_layers(source, len(reached))
     statistics = {name: population.running_statistics(name) for name, population in reached.items()}
+    statistics_writable(layers)  # still: forward may have changed that
     for name, (mean, var) in statistics.items():
         layer = layers[name]
         for array, value in (

@@ -323,8 +323,29 @@ def test_no_data(batches):
 def test_forward_in_eval_mode(rng):
     bn = norm()
     with refused(f"batches: {NO_DATA}"):
-        cbn.recalibrate(bn, [rng.normal(size=(8, C))], lambda batch: bn.eval()(batch))
+        cbn.recalibrate(bn, [rng.normal(size=(8, C))], lambda batch: (bn.eval()(batch), bn.train()))
     assert bn.training
+
+
+@pytest.mark.parametrize(
+    ("switch", "seen"), [(cbn.BatchNorm1d.eval, "eval mode"), (cbn.freeze, "frozen")]
+)
+def test_forward_that_switches_would_measure_the_first_batch_only(switch, seen, rng):
+    model = {"norm": norm(), "other": norm()}
+    before = statistics(*model.values())
+
+    def forward(batch):
+        model["norm"](batch)
+        switch(model["norm"])
+        model["other"](batch)
+
+    with refused(
+        "norm: expected to stay in training mode and not frozen until the last batch, got "
+        f"{seen} after a call of forward; switch after recalibrate"
+    ):
+        cbn.recalibrate(model, rng.normal(size=(2, 8, C)), forward)
+    assert statistics(*model.values()) == before
+    assert model["norm"].training
 
 
 @pytest.mark.parametrize(
@@ -348,6 +369,19 @@ def test_read_only_statistics_are_refused_before_the_pass():
     bn.running_mean.flags.writeable = False
     with refused("running_mean: expected a writable array to load into, got a read-only one"):
         cbn.recalibrate(bn, [None], pytest.fail)
+
+
+def test_statistics_that_forward_makes_read_only(rng):
+    model = {"a": norm(), "b": norm()}
+    before = statistics(*model.values())
+
+    def forward(batch):
+        model["b"](model["a"](batch))
+        model["b"].running_var.flags.writeable = False
+
+    with refused("b.running_var: expected a writable array to load into, got a read-only one"):
+        cbn.recalibrate(model, [rng.normal(size=(8, C))], forward)
+    assert statistics(*model.values()) == before
 
 
 FOUND = "layers are found in dicts, lists, tuples and attributes"
