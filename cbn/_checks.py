@@ -336,18 +336,33 @@ SMALL_BATCH = 4
 
 
 class SmallBatchWarning(UserWarning):
-    """A layer was trained on a batch of fewer than 4 values per channel; given once per layer.
+    """A layer was called in training on fewer than 4 values per channel; given once per layer.
 
-    Statistics of so few values are mostly noise, in the output and in the running statistics.
+    For an instance norm, per channel of a sample. Statistics of so few values are mostly noise, in
+    the output and in the running statistics. The warning comes before anything is computed: where
+    a filter makes it an error, the call changes nothing, and so it is at every such call. Python's
+    own filter shows warnings with equal text from one line once, so that of several layers called
+    by one line, as in a loop, one may speak for all.
     """
 
 
 def warn_of_small_batch(count: int, shape: Shape) -> None:
-    """Warn the line that called a layer, three frames above."""
+    """Warn the line that called a layer, four frames above."""
     warnings.warn(
         f"x: expected at least {SMALL_BATCH} values per channel when training, got {count} in "
         f"shape {shape}; use a larger batch, or GroupNorm or LayerNorm, which do not depend on "
         f"the batch, or cbn.recalibrate(model, batches, forward) after training",
+        SmallBatchWarning,
+        stacklevel=5,
+    )
+
+
+def warn_of_small_samples(count: int, shape: Shape) -> None:
+    """Warn the line that called a layer, three frames above."""
+    warnings.warn(
+        f"x: expected at least {SMALL_BATCH} values per channel of a sample when training, got "
+        f"{count} in shape {shape}; use larger samples, or GroupNorm or LayerNorm, whose "
+        f"statistics are of several channels",
         SmallBatchWarning,
         stacklevel=4,
     )

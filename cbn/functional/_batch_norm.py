@@ -304,30 +304,33 @@ def forward_training(
     nonfinite: str,
     out: Array | None,
     of_one: bool = False,
+    warns: bool = False,
 ) -> tuple[Array, Forward]:
     """Normalise by the statistics of x, and learn them.
 
     With a counter of batches, momentum may be None: the average over all of them. nonfinite is a
-    layer's. of_one: whether one value per channel will do, whose variance is 0.
+    layer's. of_one: whether one value per channel will do, whose variance is 0. warns: whether to
+    warn of few values, once all checks have passed and before anything is computed.
     """
-    done: tuple[Array, Forward] | None = _dispatch.kernels.express_training(
-        x,
-        axes,
-        dtype,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        weight,
-        bias,
-        momentum,
-        eps,
-        correction,
-        nonfinite,
-        out,
-        _threads.threads_for,
-    )
-    if done is not None:
-        return done
+    if not warns:
+        done: tuple[Array, Forward] | None = _dispatch.kernels.express_training(
+            x,
+            axes,
+            dtype,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            weight,
+            bias,
+            momentum,
+            eps,
+            correction,
+            nonfinite,
+            out,
+            _threads.threads_for,
+        )
+        if done is not None:
+            return done
 
     if num_batches_tracked is not None:
         _checks.batch_count(num_batches_tracked)
@@ -357,6 +360,8 @@ def forward_training(
         weight=weight,
         bias=bias,
     )
+    if warns and 0 < count < _checks.SMALL_BATCH:
+        _checks.warn_of_small_batch(count, array.shape)
     buffer, y = _arrays.allocate(out, array.shape, array.dtype)
 
     statistics = np.zeros((3, C))

@@ -185,10 +185,12 @@ def forward(
     eps: float,
     correction: float,
     out: Array | None,
+    warns: bool = False,
 ) -> tuple[Array, _groups.Forward]:
     """Normalise by the statistics of x, and learn their averages over the samples.
 
-    With a counter of batches, momentum may be None: the average over all of them.
+    With a counter of batches, momentum may be None: the average over all of them. warns: whether to
+    warn of few values, before anything is computed.
     """
     if num_batches_tracked is not None:
         _checks.batch_count(num_batches_tracked)
@@ -206,6 +208,8 @@ def forward(
     shape = array.shape
     B, N, C, S, *_ = grouping_of(shape)
     _checks.enough_values_of_samples(shape, N * S if B * C else 0, correction if learns else 0)
+    if warns and N * S < _checks.SMALL_BATCH and _checks.data("x", x, dtype).size:
+        _checks.warn_of_small_samples(N * S, shape)
 
     y, kept = _groups.forward(x, grouping_of, dtype, (channels,), weight, bias, eps, True, out)
     if y.size and (learns or num_batches_tracked is not None):

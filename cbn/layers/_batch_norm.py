@@ -6,10 +6,11 @@ channels), decides which statistics to use, and calls :mod:`cbn.functional`.
 
 from __future__ import annotations
 
+import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from cbn import _checks
-from cbn._checks import Array
+from cbn._checks import SMALL_BATCH, Array
 from cbn.functional import _batch_norm as functional
 from cbn.layers._base import documented_by
 from cbn.layers._channel_norm import ChannelNorm
@@ -86,7 +87,6 @@ class _BatchNorm(ChannelNorm):
     """
 
     _saved = (*ChannelNorm._saved, "nonfinite")
-    _warned = False  # of a small batch
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class _BatchNorm(ChannelNorm):
         -----
         SmallBatchWarning
             In training, once per layer, when there are fewer than 4 values per channel. Where a
-            filter makes it an error, the batch has been learnt all the same.
+            filter makes it an error, the call is refused.
 
         Notes
         -----
@@ -188,6 +188,13 @@ class _BatchNorm(ChannelNorm):
         updates = learns and self._track_running_stats
         if updates and self.num_batches_tracked is None:
             _checks.batch_count(None)
+        warns = (
+            self.training
+            and observer is None
+            and not self._warned
+            # The size alone tells nearly every array from a small batch.
+            and (type(x) is not np.ndarray or x.size < SMALL_BATCH * self.num_features)
+        )
         y, forward = functional.forward_training(
             x,
             self._axes,
@@ -203,14 +210,14 @@ class _BatchNorm(ChannelNorm):
             self.nonfinite if self.training else "propagate",
             out,
             of_one=observer is not None,  # it merges the statistics of all batches
+            warns=warns,
         )
         self._forward = forward
-        N, _, S = forward[3]
+        if warns:
+            N, _, S = forward[3]
+            self._warned |= 0 < N * S < SMALL_BATCH
         if observer is not None:
             observer(forward)
-        elif 0 < N * S < _checks.SMALL_BATCH and self.training and not self._warned:
-            self._warned = True
-            _checks.warn_of_small_batch(N * S, forward[1])
         return y
 
     forward = __call__

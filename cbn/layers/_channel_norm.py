@@ -32,6 +32,7 @@ class ChannelNorm(NormLayer):
     )
     _smallest: ClassVar[dict[str, Any]] = {"num_features": 1}
     nonfinite = "propagate"
+    _warned = False  # of a small batch
 
     def __init__(
         self,

@@ -122,6 +122,7 @@ class _InstanceNorm(ChannelNorm):
             return y
         observer = self._observer
         updates = self.training and tracks and observer is None
+        warns = self.training and observer is None and not self._warned
         if updates and self.num_batches_tracked is None:
             _checks.batch_count(None)
         y, self._forward = _instance_norm.forward(
@@ -138,7 +139,11 @@ class _InstanceNorm(ChannelNorm):
             self.eps,
             self.correction,
             out,
+            warns,
         )
+        if warns:
+            _, N, _, S, *_ = self._forward[3]
+            self._warned |= y.size > 0 and N * S < _checks.SMALL_BATCH
         if observer is not None:
             observer(self._forward)
         return y
@@ -159,9 +164,9 @@ class InstanceNorm1d(_InstanceNorm):
     --------
     >>> import numpy as np, cbn
     >>> norm = cbn.InstanceNorm1d(2)
-    >>> norm(np.array([[[1, 3], [10, 30]]], dtype=np.float32)).round(3)
-    array([[[-1.,  1.],
-            [-1.,  1.]]], dtype=float32)
+    >>> norm(np.array([[[1, 1, 3, 3], [10, 10, 30, 30]]], dtype=np.float32)).round(3)
+    array([[[-1., -1.,  1.,  1.],
+            [-1., -1.,  1.,  1.]]], dtype=float32)
     """
 
     _layouts = ("NCL", "CL")
