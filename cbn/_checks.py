@@ -35,6 +35,7 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 NONFINITE = ("propagate", "raise", "skip")
 # For numpy.shares_memory: an exact answer for any pair of slices, a bound on the time for the rest.
 OVERLAP_WORK = 10_000
+MOST_AXES = 64  # of NumPy's arrays
 # OpenMP ends the process when it cannot start a thread; no machine has more cores than this.
 MOST_THREADS = 4096
 
@@ -186,6 +187,19 @@ OF_ATTRIBUTES: dict[str, Callable[[str, Any], Any]] = {
 # ---------------------------------------------------------------------------------------- arrays
 
 
+def _read(name: str, value: Any) -> Array:
+    """What NumPy makes of a value."""
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{name}: expected an array, got sequences of unequal lengths") from None
+    except (RuntimeError, TypeError) as error:  # PyTorch's, of what has a gradient, or of bfloat16
+        raise TypeError(
+            f"{name}: expected what NumPy can read, got {type(value).__name__}; "
+            f"convert it first ({error})"
+        ) from error
+
+
 def _as_array(name: str, value: Any, like: np.dtype[Any] | None) -> Array:
     """An array of floats in any layout; what has no element type of its own takes that of like."""
     if value is None:
@@ -195,10 +209,7 @@ def _as_array(name: str, value: Any, like: np.dtype[Any] | None) -> Array:
             f"{name}: expected an array without a mask, got a masked array; "
             f"fill it first with {name}.filled(value)"
         )
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        raise ValueError(f"{name}: expected an array, got sequences of unequal lengths") from None
+    array = _read(name, value)
     if not hasattr(value, "dtype") and array.dtype.kind in "fiu":
         array = array.astype(like or np.float64)
     if array.dtype.newbyteorder("=") not in FLOATS:
@@ -261,6 +272,11 @@ def normalized_shape(value: Any) -> Shape:
     shape = tuple(positive_integer("normalized_shape", length) for length in value)
     if not shape:
         raise ValueError("normalized_shape: expected at least one length, got none")
+    if len(shape) > MOST_AXES:
+        raise ValueError(
+            f"normalized_shape: expected at most {MOST_AXES} lengths, as many as NumPy's arrays "
+            f"have axes, got {len(shape)}"
+        )
     return shape
 
 
@@ -610,17 +626,14 @@ def state_mapping(state: Any) -> None:
 def writable(name: str, value: Any) -> None:
     if not isinstance(value, np.ndarray) or not value.flags.writeable:
         seen = "a read-only one" if isinstance(value, np.ndarray) else type(value).__name__
-        raise ValueError(f"{name}: expected a writable array to load into, got {seen}")
+        raise ValueError(f"{name}: expected a writable array, got {seen}")
 
 
 def state_value(key: str, value: Any, current: Any) -> Array:
     """A copy of the value, of the shape and dtype of the array that it can replace."""
     writable(key, current)
     name = f"state[{key!r}]"
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        raise ValueError(f"{name}: expected an array, got sequences of unequal lengths") from None
+    array = _read(name, value)
     if array.dtype.kind not in ("iu" if current.dtype.kind == "i" else "f"):
         kind = "an integer" if current.dtype.kind == "i" else "a floating-point"
         raise TypeError(f"{name}: expected {kind} dtype, got {array.dtype}")
@@ -659,9 +672,11 @@ def same_class(saved: Any, expected: str) -> None:
 def config_keys(
     config: Mapping[str, Any], expected: Mapping[str, Any], name: str = "config"
 ) -> None:
-    if config.keys() != expected.keys():
+    missing, unexpected = expected.keys() - config.keys(), config.keys() - expected.keys()
+    if missing or unexpected:
         raise ValueError(
-            f"{name}: expected the keys {sorted(expected)}, got {sorted(config)[: len(expected)]}"
+            f"{name}: expected the keys {sorted(expected)}, got missing keys {sorted(missing)} and "
+            f"unexpected keys {sorted(unexpected)[:8]}"
         )
 
 
@@ -744,7 +759,9 @@ def learning_layer(layer: Any, has_statistics: bool, frozen: bool) -> None:
 
 
 def iterable(name: str, value: Any) -> None:
-    if not isinstance(value, Iterable):
+    # What "for" takes: by __iter__, or as a sequence of items. Not by a call of iter(), which may
+    # start the workers of a loader.
+    if not isinstance(value, Iterable) and not hasattr(type(value), "__getitem__"):
         raise TypeError(f"{name}: expected an iterable of batches, got {type(value).__name__}")
 
 

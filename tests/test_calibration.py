@@ -163,6 +163,25 @@ def test_a_stream_is_run_through_once(rng):
     assert_population(bn, x, 4)
 
 
+class Dataset:
+    """A sequence that has no __iter__, as map-style data sets have none."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return self.batches[index]
+
+
+def test_whatever_a_loop_takes(rng):
+    x, bn = rng.normal(1, 2, (20, C)), norm()
+    cbn.recalibrate(bn, Dataset(np.split(x, 4)), bn)
+    assert_population(bn, x, 4)
+
+
 def test_the_order_of_threads_loses_no_batch(rng):
     x = rng.normal(1, 2, (400, C))
     bn = norm()
@@ -367,7 +386,7 @@ def test_too_few_values_in_all(correction, shape, text, rng):
 def test_read_only_statistics_are_refused_before_the_pass():
     bn = norm()
     bn.running_mean.flags.writeable = False
-    with refused("running_mean: expected a writable array to load into, got a read-only one"):
+    with refused("running_mean: expected a writable array, got a read-only one"):
         cbn.recalibrate(bn, [None], pytest.fail)
 
 
@@ -379,7 +398,7 @@ def test_statistics_that_forward_makes_read_only(rng):
         model["b"](model["a"](batch))
         model["b"].running_var.flags.writeable = False
 
-    with refused("b.running_var: expected a writable array to load into, got a read-only one"):
+    with refused("b.running_var: expected a writable array, got a read-only one"):
         cbn.recalibrate(model, [rng.normal(size=(8, C))], forward)
     assert statistics(*model.values()) == before
 

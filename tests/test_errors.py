@@ -251,6 +251,42 @@ def test_ragged_lists(call):
     check_refused(prepare(Scene(), [[1.0, 2.0], [3.0]]), ValueError, text)
 
 
+class Unreadable:
+    """As a tensor of PyTorch is that NumPy cannot look at."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __array__(self, dtype=None, copy=None):
+        raise self.error
+
+
+UNREADABLE = "{}: expected what NumPy can read, got {}; convert it first ({})"
+
+
+@pytest.mark.parametrize("call", DATA_CALLS)
+@pytest.mark.parametrize("error", [RuntimeError("has a gradient"), TypeError("no such dtype")])
+def test_what_numpy_cannot_read(call, error):
+    name, prepare = DATA_CALLS[call]
+    text = UNREADABLE.format(name, "Unreadable", error)
+    check_refused(prepare(Scene(), Unreadable(error)), TypeError, text)
+
+
+def test_parameters_of_torch(torch):
+    parameter, bn = torch.nn.Linear(C, C).weight, cbn.BatchNorm1d(C).eval()
+    bfloat = torch.ones(C, dtype=torch.bfloat16)
+    for call, name, value in (
+        (bn, "x", parameter),
+        (partial(cbn.fold_linear, bias=None, bn=bn), "weight", parameter),
+        (lambda value: bn.load_state_dict({"bias": value}, False), "state['bias']", parameter[0]),
+        (lambda value: bn.load_state_dict({"bias": value}, False), "state['bias']", bfloat),
+    ):
+        with pytest.raises(TypeError) as caught:
+            call(value)
+        text = UNREADABLE.format(name, type(value).__name__, "")
+        assert str(caught.value).startswith(text[:-1])
+
+
 @pytest.mark.parametrize("call", ["layer", "layer-eval", "layer-backward", "function-backward"])
 def test_the_other_float(call):
     name, prepare = DATA_CALLS[call]
@@ -587,7 +623,7 @@ def test_load_state_dict_strict_is_a_flag():
 )
 def test_load_state_dict_into_what_cannot_be_written(value, seen):
     bn = Scene().with_(running_var=value)
-    text = f"running_var: expected a writable array to load into, got {seen}"
+    text = f"running_var: expected a writable array, got {seen}"
     check_refused(partial(bn.load_state_dict, changed(weight=np.full(C, 5.0))), ValueError, text)
 
 

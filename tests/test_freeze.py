@@ -147,7 +147,7 @@ def test_reset():
 def test_reset_is_all_or_nothing():
     model = {"a": norm(), "b": norm()}
     model["b"].running_var.flags.writeable = False
-    text = "b.running_var: expected a writable array to load into, got a read-only one"
+    text = "b.running_var: expected a writable array, got a read-only one"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         cbn.reset_norm_stats(model)
     assert statistics(model["a"]) == [[2] * C, [4] * C, 0]

@@ -419,7 +419,8 @@ FILES = {
     "no-class": (config(lambda c: c.pop("class")), "class: expected 'model', got None"),
     "more-keys": (
         config(lambda c: c.update(x=1)),
-        "config: expected the keys ['class', 'layers'], got",
+        "config: expected the keys ['class', 'layers'], got missing keys [] and unexpected keys "
+        "['x']",
     ),
     "list": (
         config(lambda c: c.update(layers=[])),
@@ -434,8 +435,9 @@ FILES = {
         "head.norm: expected eps=1e-05, as in this model, got None",
     ),
     "unknown-key": (
-        config(lambda c: c["layers"]["head.norm"].update(gamma=1)),
-        "head.norm: expected the keys ['affine', ",
+        config(lambda c: c["layers"]["head.norm"].update(zeta=1)),
+        f"head.norm: expected the keys {sorted(cbn.BatchNorm1d(1)._config())}, got missing keys [] "
+        "and unexpected keys ['zeta']",
     ),
     "long": (
         {"config": np.array("x" * 99_999)},

@@ -345,6 +345,16 @@ LENGTH = "normalized_shape: expected a positive integer, got "
 MISMATCH = "weight: expected float32 of shape {}, got float32 of shape {}"
 
 
+@pytest.mark.parametrize("make_norm", [cbn.LayerNorm, cbn.RMSNorm])
+def test_as_many_axes_as_numpy_has(make_norm):
+    assert make_norm([1] * 64).weight.ndim == 64
+    text = (
+        "normalized_shape: expected at most 64 lengths, as many as NumPy's arrays have axes, got 70"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        make_norm([1] * 70)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
@@ -364,7 +374,7 @@ MISMATCH = "weight: expected float32 of shape {}, got float32 of shape {}"
             {"normalized_shape": [2**62, 2**62]},
             MISMATCH.format((2**62, 2**62), (4, 6)),
         ),
-        ("RMSNorm", {"normalized_shape": [1] * 99}, "weight: expected float32 of shape (1, 1"),
+        ("RMSNorm", {"normalized_shape": [1] * 99}, "normalized_shape: expected at most 64"),
         ("RMSNorm", {"eps": -1}, "eps: expected a finite number >= 0, got -1"),
         ("RMSNorm", {"elementwise_affine": 1}, "elementwise_affine: expected True or False, got 1"),
         ("RMSNorm", {"class": "LayerNorm"}, "class: expected 'RMSNorm', got 'LayerNorm'"),

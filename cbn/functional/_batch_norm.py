@@ -266,10 +266,10 @@ def batch_norm_backward(
 # ------------------------------------------------------------------- what the layers are made of
 
 
-# Any array of at least two axes; NumPy has at most 64.
+# Any array of at least two axes.
 AXES = {
-    1: Axes((-1, -1, *[1] * 63), None, "at least 2 axes"),
-    -1: Axes((-1, -1, *range(1, 64)), None, "at least 2 axes"),
+    1: Axes((-1, -1, *[1] * (_checks.MOST_AXES - 1)), None, "at least 2 axes"),
+    -1: Axes((-1, -1, *range(1, _checks.MOST_AXES)), None, "at least 2 axes"),
 }
 
 View = tuple[int, int, int]
