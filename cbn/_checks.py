@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -661,7 +662,20 @@ def savable(
 
 
 class StateFileError(ValueError):
-    """A state file is damaged, foreign, or of another class; the message says what is wrong."""
+    """A state file is damaged, foreign, or of another class or model; the message says which."""
+
+
+class OfAnotherModel(ValueError):
+    """What a file says of its layers may be right, but not for this model."""
+
+
+def unfit_file(path: str, error: Exception) -> NoReturn:
+    expected = "a state file of cbn, got one that is damaged or foreign"
+    if isinstance(error, OfAnotherModel):
+        expected = "a state file of this model, got one of another"
+    raise StateFileError(
+        f"{path}: expected {expected}: {str(error) or type(error).__name__}"
+    ) from error
 
 
 def same_class(saved: Any, expected: str) -> None:
@@ -705,22 +719,32 @@ def same_layers(
     missing = [name for name in expected if name not in saved]
     unexpected = [name for name in saved if name not in expected]
     if missing or unexpected:
-        raise ValueError(
+        raise OfAnotherModel(
             f"layers: expected those of this model, got missing layers {missing[:8]} and "
             f"unexpected layers {unexpected[:8]}"
         )
     for name, config in expected.items():
-        layer = name or "model"
-        for key, value in config.items():
-            if key not in modes and saved[name].get(key) != value:
-                raise ValueError(
-                    f"{layer}: expected {key}={value!r}, as in this model, got "
-                    f"{repr(saved[name].get(key))[:40]}"
+        layer, seen = name or "model", saved[name]
+        if seen.get("class") == config["class"]:  # another has other keys
+            config_keys(seen, config, layer)
+        for key in ("class", *config):
+            if key not in modes and seen.get(key) != config[key]:
+                raise OfAnotherModel(
+                    f"{layer}: expected {key}={config[key]!r}, as in this model, got "
+                    f"{repr(seen.get(key))[:40]}"
                 )
-        config_keys(saved[name], config, layer)
 
 
 # ------------------------------------------------------------------------------------------ models
+
+
+@contextmanager
+def of_layer(prefix: str) -> Iterator[None]:
+    """Name the layer of a model before its attribute."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{prefix}{error}") from error
 
 
 def distinct_names(names: list[str]) -> None:

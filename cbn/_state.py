@@ -128,10 +128,7 @@ def damage_named(path: Path) -> Iterator[None]:
         # system are not the file's.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        raise _checks.StateFileError(
-            f"{os.fsdecode(path)}: expected a state file of cbn, got one that is damaged or "
-            f"foreign: {str(error) or type(error).__name__}"
-        ) from error
+        _checks.unfit_file(os.fsdecode(path), error)
 
 
 def _header(archive: ZipFile, info: ZipInfo, size: int) -> Header:

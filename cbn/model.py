@@ -312,6 +312,7 @@ def save(model: object, path: _state.Path) -> None:
     from cbn import _state  # here, because zipfile and json are half of cbn's import time
 
     layers = _norm_layers(model)
+    config = _config(layers)
     for name, layer in layers.items():
         # By the class of cbn: one derived from it may have another constructor.
         cls = next(
@@ -319,12 +320,13 @@ def save(model: object, path: _state.Path) -> None:
             for cls in type(layer).__mro__
             if issubclass(cls, NormLayer) and cls.__module__.startswith("cbn.layers.")
         )
-        expected = cls._expected_state({**layer._config(), "class": cls.__name__})
+        with _checks.of_layer(_joined(name, "")):
+            expected = cls._expected_state({**config["layers"][name], "class": cls.__name__})
         _checks.savable(layer._state(), expected, _joined(name, ""))
     arrays = _arrays(layers)
     for name in arrays:
         _checks.member_name(name)
-    _state.save(path, _config(layers), arrays)
+    _state.save(path, config, arrays)
 
 
 def load(model: object, path: _state.Path) -> None:
@@ -349,8 +351,9 @@ def load(model: object, path: _state.Path) -> None:
     StateFileError
         If the file is damaged or foreign, or a layer or its configuration differs; the message
         names it. A kind of ValueError.
-    ValueError
-        If the model has no norm layer, or one of its arrays is read-only.
+    TypeError, ValueError
+        If the model has no norm layer, one of its arrays is read-only, or an attribute of a layer
+        has been given a value that no layer can be made with.
     """
     import json
 
@@ -384,7 +387,11 @@ def _norm_layers(model: object) -> dict[str, NormLayer]:
 
 
 def _config(layers: Mapping[str, NormLayer]) -> _state.Config:
-    return {"class": CLASS, "layers": {name: layer._config() for name, layer in layers.items()}}
+    configs = {}
+    for name, layer in layers.items():
+        with _checks.of_layer(_joined(name, "")):
+            configs[name] = layer._config()
+    return {"class": CLASS, "layers": configs}
 
 
 def _arrays(layers: Mapping[str, NormLayer]) -> dict[str, Array]:

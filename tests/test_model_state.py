@@ -271,7 +271,7 @@ def test_a_model_without_norm_layers(function, path):
             {"num_batches_tracked": np.array(-1)},
             "head.norm.num_batches_tracked: expected a writable array of shape () with an integer",
         ),
-        ({"momentum": np.nan}, "momentum: expected a finite number, or None for the cumulative"),
+        ({"momentum": np.nan}, "head.norm.momentum: expected a finite number, or None for"),
     ],
     ids=["shape", "counter", "momentum"],
 )
@@ -281,6 +281,18 @@ def test_save_refuses_what_load_would(attributes, text, tmp_path):
     with pytest.raises(ValueError, match=f"^{re.escape(text)}"):
         cbn.save(model, tmp_path / "norms.npz")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("function", [cbn.save, cbn.load])
+@pytest.mark.parametrize("attribute", ["eps", "training"])
+def test_the_layer_of_an_attribute_of_the_wrong_kind_is_named(attribute, function, path):
+    model = build(seed=1)
+    cbn.save(model, path)
+    before = path.read_bytes()
+    vars(model["features"][1])[attribute] = "no"
+    with pytest.raises(TypeError, match=rf"^features\.1\.{attribute}: expected .*, got 'no'$"):
+        function(model, path)
+    assert path.read_bytes() == before
 
 
 def test_a_failed_write_leaves_what_was_there(path, monkeypatch):
@@ -300,10 +312,14 @@ def test_a_failed_write_leaves_what_was_there(path, monkeypatch):
 # ---------------------------------------------------------------------------- what load refuses
 
 
-def assert_refused(model, path, reason):
+UNFIT = "a state file of cbn, got one that is damaged or foreign"
+ANOTHER = "a state file of this model, got one of another"
+
+
+def assert_refused(model, path, reason, expected=UNFIT):
     """The file is refused for this reason, and the model is as it was."""
     before = cbn.state_dict(model)
-    text = f"{path}: expected a state file of cbn, got one that is damaged or foreign: {reason}"
+    text = f"{path}: expected {expected}: {reason}"
     with pytest.raises(cbn.StateFileError, match=f"^{re.escape(text)}"):
         cbn.load(model, path)
     assert_same_state(model, before)
@@ -344,18 +360,19 @@ def layers_of(**layers):
 )
 def test_another_configuration(saved, reason, path):
     cbn.save({"a": saved}, path)
-    assert_refused(layers_of(a=cbn.BatchNorm1d(C)), path, reason)
+    assert_refused(layers_of(a=cbn.BatchNorm1d(C)), path, reason, ANOTHER)
 
 
 def test_other_layers(path):
     cbn.save(layers_of(a=cbn.BatchNorm1d(C), b=cbn.BatchNorm1d(C)), path)
     model = layers_of(b=cbn.BatchNorm1d(C), c=cbn.BatchNorm1d(C))
-    assert_refused(model, path, LAYERS + "['c'] and unexpected layers ['a']")
+    assert_refused(model, path, LAYERS + "['c'] and unexpected layers ['a']", ANOTHER)
 
 
 def test_a_larger_model(path):
     cbn.save([cbn.BatchNorm1d(C) for _ in range(40)], path)
-    assert_refused([cbn.BatchNorm1d(C)], path, LAYERS + "[] and unexpected layers ['1', '2', ")
+    reason = LAYERS + "[] and unexpected layers ['1', '2', "
+    assert_refused([cbn.BatchNorm1d(C)], path, reason, ANOTHER)
 
 
 def test_the_file_of_a_layer(path):
@@ -432,7 +449,8 @@ FILES = {
     ),
     "no-eps": (
         config(lambda c: c["layers"]["head.norm"].pop("eps")),
-        "head.norm: expected eps=1e-05, as in this model, got None",
+        f"head.norm: expected the keys {sorted(cbn.BatchNorm1d(1)._config())}, got missing keys "
+        "['eps'] and unexpected keys []",
     ),
     "unknown-key": (
         config(lambda c: c["layers"]["head.norm"].update(zeta=1)),
