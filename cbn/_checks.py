@@ -142,13 +142,17 @@ def nonfinite(value: Any) -> str:
 def finite_statistics(channels: list[int]) -> None:
     """Refuse a batch whose statistics are not finite, or too large to keep, in these channels."""
     if channels:
-        shown = ", ".join(map(str, channels[:8])) + (", ..." if len(channels) > 8 else "")
         raise FloatingPointError(
             f"x: expected a finite mean and variance of every channel, got NaN, infinity or more "
-            f"than the running statistics can hold in {len(channels)} of them ({shown}); nothing "
+            f"than the running statistics can hold in {_count_of(channels)}; nothing "
             "has been changed. nonfinite='skip' keeps the running statistics of such channels as "
             "they are; those of dtype float64 can hold more"
         )
+
+
+def _count_of(channels: list[int]) -> str:
+    shown = ", ".join(map(str, channels[:8])) + (", ..." if len(channels) > 8 else "")
+    return f"{len(channels)} of them ({shown})"
 
 
 def device(value: Any) -> None:
@@ -878,3 +882,13 @@ def transposed_conv_weight(shape: Shape, num_features: int) -> int:
             f"{shape[1]} outputs each and divides the {shape[0]} inputs, got none for shape {shape}"
         )
     return groups
+
+
+def finite_folding(channels: list[int]) -> None:
+    """Refuse a new weight or bias that is not finite in these channels."""
+    if channels:
+        raise ValueError(
+            f"bn: expected a finite weight and bias of every channel after folding, got NaN, "
+            f"infinity or more than the dtype of weight can hold in {_count_of(channels)}; "
+            f"bn.running_var + bn.eps must be above 0, and all arrays finite"
+        )

@@ -59,7 +59,8 @@ def fold_conv(
         If ``bn`` is not a BatchNorm, or an array is not of float32 or float64.
     ValueError
         If ``bn`` is in training mode, frozen or not, has no running statistics or another number
-        of channels than the convolution, or a shape is wrong.
+        of channels than the convolution, a shape is wrong, or the result would not be finite, as
+        with a variance of 0 and no eps.
 
     References
     ----------
@@ -80,15 +81,13 @@ def fold_conv(
     C, kernel = bn.num_features, (1,) * (array.ndim - 2)
     if _checks.flag("transposed", transposed):
         groups = _checks.transposed_conv_weight(array.shape, C)
-        scale, new_bias = _scale_and_bias(bias, bn)
         # One row for each input, which is that of its group.
-        rows = np.repeat(scale.reshape(groups, -1), array.shape[0] // groups, axis=0)
-        factor = rows.reshape(*rows.shape, *kernel)
+        rows = np.repeat(np.arange(C).reshape(groups, -1), array.shape[0] // groups, axis=0)
+        channels = rows.reshape(*rows.shape, *kernel)
     else:
         _checks.conv_weight(array.shape, C)
-        scale, new_bias = _scale_and_bias(bias, bn)
-        factor = scale.reshape(C, 1, *kernel)
-    return (array * factor).astype(array.dtype), new_bias.astype(array.dtype)
+        channels = np.arange(C).reshape(C, 1, *kernel)
+    return _folded(array, channels, bias, bn)
 
 
 def fold_linear(weight: ArrayLike, bias: ArrayLike | None, bn: BatchNorm) -> tuple[Array, Array]:
@@ -135,12 +134,13 @@ def fold_linear(weight: ArrayLike, bias: ArrayLike | None, bn: BatchNorm) -> tup
     _checks.foldable(bn, _BATCH_NORMS)
     array = _checks.data("weight", weight)
     _checks.linear_weight(array.shape, bn.num_features)
-    scale, new_bias = _scale_and_bias(bias, bn)
-    return (array * scale[:, np.newaxis]).astype(array.dtype), new_bias.astype(array.dtype)
+    return _folded(array, np.arange(bn.num_features)[:, np.newaxis], bias, bn)
 
 
-def _scale_and_bias(bias: ArrayLike | None, bn: BatchNorm) -> tuple[Array, Array]:
-    """What multiplies the weight of each output channel, and the new bias, both in float64."""
+def _folded(
+    weight: Array, channels: Array, bias: ArrayLike | None, bn: BatchNorm
+) -> tuple[Array, Array]:
+    """The new weight and bias; channels, broadcast over weight, are the outputs it is part of."""
     C = bn.num_features
     mean = _checks.statistic("running_mean", bn.running_mean, C).astype(np.float64)
     var = _checks.statistic("running_var", bn.running_var, C).astype(np.float64)
@@ -148,7 +148,13 @@ def _scale_and_bias(bias: ArrayLike | None, bn: BatchNorm) -> tuple[Array, Array
     beta = _checks.per_channel_or_none("bn.bias", bn.bias, C)
     old_bias = _checks.per_channel_or_none("bias", bias, C)
 
-    deviation = np.sqrt(var + _checks.non_negative("eps", bn.eps))
-    scale = (1 if gamma is None else gamma) / deviation
-    centred = (0 if old_bias is None else old_bias) - mean
-    return scale, centred * scale + (0 if beta is None else beta)
+    eps = _checks.non_negative("eps", bn.eps)
+    with np.errstate(all="ignore"):  # the check below has the channels
+        scale = (1 if gamma is None else gamma) / np.sqrt(var + eps)
+        centred = (0 if old_bias is None else old_bias) - mean
+        new_bias = (centred * scale + (0 if beta is None else beta)).astype(weight.dtype)
+        new_weight = (weight * scale[channels]).astype(weight.dtype)
+    finite = np.isfinite(scale) & np.isfinite(new_bias)
+    finite[np.broadcast_to(channels, weight.shape)[~np.isfinite(new_weight)]] = False
+    _checks.finite_folding(np.flatnonzero(~finite).tolist())
+    return new_weight, new_bias

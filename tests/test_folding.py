@@ -255,6 +255,42 @@ def test_refused(arguments, error, text):
         cbn.fold_conv(*arguments)
 
 
+UNFOLDED = (
+    "bn: expected a finite weight and bias of every channel after folding, got NaN, infinity or "
+    "more than the dtype of weight can hold in 1 of them (2); bn.running_var + bn.eps must be "
+    "above 0, and all arrays finite"
+)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "weight", "bias"),
+    [
+        ({"running_var": 0}, 1, None),
+        ({"running_var": -4}, 1, None),
+        ({"running_var": np.nan}, 1, None),
+        ({"running_mean": np.inf}, 1, None),
+        ({"running_var": 1e-30, "running_mean": 1e30}, 0, None),  # more than float32 in the bias
+        ({"running_var": 1e-30}, 1e25, None),  # and in the weight
+        ({}, np.nan, None),
+        ({}, 1, np.inf),
+    ],
+    ids=str,
+)
+def test_what_would_not_be_finite(attributes, weight, bias):
+    bn = cbn.BatchNorm2d(4, eps=0).eval()
+    for name, value in attributes.items():
+        getattr(bn, name)[2] = value
+    bias = None if bias is None else np.array([0, 0, bias, 0])
+    conv, transposed = np.ones((4, 1, 2), np.float32), np.ones((4, 2, 1), np.float32)
+    conv[2, 0, 1] = weight
+    transposed[3, 0] = weight  # the first output of the second group
+    for arguments in ((conv, bias, bn), (transposed, bias, bn, True)):
+        with pytest.raises(ValueError, match=f"^{re.escape(UNFOLDED)}$"):
+            cbn.fold_conv(*arguments)
+    with pytest.raises(ValueError, match=f"^{re.escape(UNFOLDED)}$"):
+        cbn.fold_linear(conv[:, 0], bias, bn)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
