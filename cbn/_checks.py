@@ -756,7 +756,8 @@ def distinct_names(names: list[str]) -> None:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(
             f"model: expected a name of its own for every norm layer, got {twice!r} for two; "
-            f"rename a key (dots in keys, and 1 beside '1', make names that are the same)"
+            f"rename a key (dots in keys, 1 beside '1', and a key beside an attribute of the same "
+            f"name make names that are the same)"
         )
 
 

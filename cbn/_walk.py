@@ -1,14 +1,23 @@
-"""Walking through a model: any nesting of dicts, lists, tuples and objects with attributes.
+"""Walking through a model: any nesting of dicts, lists, tuples, deques, objects with attributes.
 
 Nothing of the model is executed on the way. What an object holds is read where the interpreter
 keeps it, from its ``__dict__`` and its slots, so that no property, no ``__getattr__`` and no lazy
-proxy runs. Arrays, modules, classes and functions are ends: nothing is looked for inside.
+proxy runs. Arrays, modules, classes and functions are ends: nothing is looked for inside. So are
+sets, whose parts have no names.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
 from collections.abc import Iterator
-from types import FunctionType, GetSetDescriptorType, MemberDescriptorType, ModuleType
+from gc import get_referents
+from types import (
+    FunctionType,
+    GetSetDescriptorType,
+    MappingProxyType,
+    MemberDescriptorType,
+    ModuleType,
+)
 from typing import Any, TypeVar
 
 import numpy as np
@@ -58,16 +67,25 @@ def _parts(value: object) -> Iterator[tuple[object, object]]:
     kind = type(value)
     if issubclass(kind, ENDS) or _is_array(kind):
         return
+    if kind is MappingProxyType:  # its methods call those of what it is a view of
+        yield from _parts(get_referents(value)[0])
+        return
     # The methods of the built-in types, not those that a subclass may have put over them.
-    if issubclass(kind, dict):
+    if issubclass(kind, OrderedDict):
+        yield from list(OrderedDict.items(value))  # type: ignore[arg-type]
+    elif issubclass(kind, dict):
         yield from list(dict.items(value))  # type: ignore[arg-type]
     elif issubclass(kind, list):
         yield from enumerate(list.copy(value))  # type: ignore[arg-type]
     elif issubclass(kind, tuple):
         yield from enumerate(tuple.__iter__(value))  # type: ignore[arg-type]
+    elif issubclass(kind, deque):
+        yield from enumerate(list(deque.__iter__(value)))  # type: ignore[arg-type]
+    # A slot declared again hides the first, and an entry of __dict__ under its name.
+    slots: dict[str, object] = {}
     for cls in reversed(kind.__mro__):
-        yield from _slots(cls, value)
-    yield from list(dict.items(_instance_dict(value)))
+        slots.update(_slots(cls, value))
+    yield from (slots | _instance_dict(value) | slots).items()
 
 
 def _is_array(kind: type) -> bool:

@@ -47,9 +47,10 @@ def named_norm_layers(model: object) -> list[tuple[str, NormLayer]]:
     Parameters
     ----------
     model : object
-        Any nesting of dicts, lists, tuples and objects with attributes, cycles included. Private
-        attributes and slots count as well; a property is never executed. Arrays, modules, classes
-        and functions are not searched.
+        Any nesting of dicts, lists, tuples, deques and objects with attributes, cycles included.
+        Private attributes and slots count as well; a property is never executed. Not searched are
+        sets, arrays (NumPy's of objects, and whatever has ``__array__``), modules, classes,
+        functions and what ``functools.partial`` has bound.
 
     Returns
     -------
@@ -61,7 +62,8 @@ def named_norm_layers(model: object) -> list[tuple[str, NormLayer]]:
     Raises
     ------
     ValueError
-        If two layers get the same name, as with ``{"a.b": layer, "a": {"b": another}}``.
+        If two layers get the same name, as with ``{"a.b": layer, "a": {"b": another}}``, or a key
+        of a dict and an attribute beside it.
 
     Examples
     --------

@@ -58,6 +58,15 @@ class IteratedSlots:
         self.norm = layer()
 
 
+class SlotAgain(OneSlot):
+    __slots__ = ("norm", "__dict__")  # noqa: RUF023
+
+    def __init__(self):
+        super().__init__()
+        OneSlot.norm.__set__(self, layer())  # the slot of this name that nobody can reach
+        vars(self)["norm"] = layer()
+
+
 @dataclasses.dataclass(slots=True)
 class Data:
     second: object
@@ -68,9 +77,15 @@ class DictModel(dict):
     pass
 
 
-def dict_model():
-    model = DictModel(item=layer())
+def dict_model(key="item"):
+    model = DictModel({key: layer()})
     model.attribute = layer()
+    return model
+
+
+def reordered():
+    model = collections.OrderedDict(a=layer(), b=layer())
+    model.move_to_end("a")
     return model
 
 
@@ -88,12 +103,17 @@ def dict_model():
         (Slotted(), ["norm2", "_norm", "_Slotted__norm", "norm1"]),
         (SlottedMore(), ["norm2", "_norm", "_Slotted__norm", "norm1", "extra", "free"]),
         (OneSlot(), ["norm"]),
+        (SlotAgain(), ["norm"]),
         (IteratedSlots(), ["norm"]),
         (Data(layer(), layer()), ["second", "first"]),
         (dict_model(), ["item", "attribute"]),
         ({1: layer(), ("a", 2): layer(), None: layer()}, ["1", "('a', 2)", "None"]),
         ({"a.b": layer(), "": {"": layer()}}, ["a.b", "."]),
         (collections.OrderedDict(z=layer(), a=layer()), ["z", "a"]),
+        (reordered(), ["b", "a"]),
+        (collections.deque([layer(), [layer()]]), ["0", "1.0"]),
+        (types.MappingProxyType({"b": layer(), "a": layer()}), ["b", "a"]),
+        (types.MappingProxyType(collections.UserDict(a=layer())), ["data.a"]),
         (types.SimpleNamespace(z=layer(), a=layer()), ["z", "a"]),
         (collections.UserDict(a=layer()), ["data.a"]),
         (ValueError(layer()), []),
@@ -107,6 +127,11 @@ def test_names(model, expected):
 def test_the_layers_are_those_of_the_model():
     model = {"a": layer(), "b": [layer()]}
     assert cbn.named_norm_layers(model) == [("a", model["a"]), ("b.0", model["b"][0])]
+
+
+def test_the_slot_is_the_one_that_an_attribute_has():
+    model = SlotAgain()
+    assert cbn.named_norm_layers(model) == [("norm", model.norm)]
 
 
 def test_a_layer_reached_twice_is_there_once_under_its_first_name():
@@ -166,11 +191,27 @@ class LazyItems(dict):
     items = __iter__ = __getitem__ = keys = Lazy.fail
 
 
+class LazyOrder(collections.OrderedDict):
+    items = __iter__ = __getitem__ = keys = Lazy.fail
+
+
+class LazyQueue(collections.deque):
+    copy = __copy__ = __iter__ = __getitem__ = __len__ = Lazy.fail
+
+
 def test_nothing_is_executed():
     lazy = Lazy()
     object.__getattribute__(lazy, "__dict__")["kept"] = layer()
-    model = {"lazy": lazy, "dict": OwnDict(), "items": LazyItems(a=layer())}
-    assert names(model) == ["lazy.kept", "dict.norm", "items.a"]
+    model = {
+        "lazy": lazy,
+        "dict": OwnDict(),
+        "items": LazyItems(a=layer()),
+        "order": LazyOrder(a=layer()),
+        "queue": LazyQueue([layer()]),
+        "view": types.MappingProxyType(LazyItems(a=layer())),
+    }
+    expected = ["lazy.kept", "dict.norm", "items.a", "order.a", "queue.0", "view.a"]
+    assert names(model) == expected
 
 
 def function():
@@ -219,6 +260,7 @@ text.norm = layer()
         np.array([layer()], object),
         text,
         {layer()},
+        frozenset([layer()]),
     ],
     ids=lambda end: type(end).__name__,
 )
@@ -257,13 +299,15 @@ def test_as_named_modules_of_torch(torch):
     [
         ({"a.b": layer(), "a": {"b": layer()}}, "a.b"),
         ({1: layer(), "1": layer()}, "1"),
+        (dict_model("attribute"), "attribute"),
     ],
-    ids=["dot", "number"],
+    ids=["dot", "number", "attribute"],
 )
 def test_the_same_name_twice_is_refused(model, name):
     text = (
         f"model: expected a name of its own for every norm layer, got {name!r} for two; rename a "
-        f"key (dots in keys, and 1 beside '1', make names that are the same)"
+        f"key (dots in keys, 1 beside '1', and a key beside an attribute of the same name make "
+        f"names that are the same)"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         cbn.named_norm_layers(model)
