@@ -70,6 +70,20 @@ def _parts(value: object) -> Iterator[tuple[object, object]]:
     if kind is MappingProxyType:  # its methods call those of what it is a view of
         yield from _parts(get_referents(value)[0])
         return
+    yield from _items(value)
+    # A slot declared again hides the first, and an entry of __dict__ under its name.
+    slots: dict[str, object] = {}
+    for cls in reversed(kind.__mro__):
+        slots.update(_slots(cls, value))
+    for name, part in (slots | _instance_dict(value) | slots).items():
+        if name == "_modules" and issubclass(type(part), dict):
+            yield from _items(part)  # a module of PyTorch holds its children there
+        else:
+            yield name, part
+
+
+def _items(value: object) -> Iterator[tuple[object, object]]:
+    kind = type(value)
     # The methods of the built-in types, not those that a subclass may have put over them.
     if issubclass(kind, OrderedDict):
         yield from list(OrderedDict.items(value))  # type: ignore[arg-type]
@@ -81,11 +95,6 @@ def _parts(value: object) -> Iterator[tuple[object, object]]:
         yield from enumerate(tuple.__iter__(value))  # type: ignore[arg-type]
     elif issubclass(kind, deque):
         yield from enumerate(list(deque.__iter__(value)))  # type: ignore[arg-type]
-    # A slot declared again hides the first, and an entry of __dict__ under its name.
-    slots: dict[str, object] = {}
-    for cls in reversed(kind.__mro__):
-        slots.update(_slots(cls, value))
-    yield from (slots | _instance_dict(value) | slots).items()
 
 
 def _is_array(kind: type) -> bool:

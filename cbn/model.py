@@ -57,7 +57,8 @@ def named_norm_layers(model: object) -> list[tuple[str, NormLayer]]:
     list of (str, layer)
         Each layer once, under the first name by which it is reached, in the order of definition.
         A name consists of keys, indices and attributes, ``"features.1"``; keys that are not strings
-        count as ``str(key)``. The name of a model that is itself a norm layer is ``""``.
+        count as ``str(key)``, and a child of a PyTorch module has PyTorch's name. The name of a
+        model that is itself a norm layer is ``""``.
 
     Raises
     ------

@@ -277,7 +277,13 @@ def test_tensors_are_not_searched(torch):
 def test_layers_on_a_module_of_torch(torch):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
     model[0].norm = layer()
-    assert names(model) == ["_modules.0.norm"]
+    assert names(model) == ["0.norm"]
+    model.block = torch.nn.Module()
+    model.block.norm, model.block.parts = layer(), [layer(), model]
+    model.norm = layer()
+    assert names({"model": model}) == [
+        f"model.{name}" for name in ("0.norm", "block.norm", "block.parts.0", "norm")
+    ]
 
 
 def test_as_named_modules_of_torch(torch):
