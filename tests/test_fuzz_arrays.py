@@ -310,6 +310,7 @@ def norms(draw, name, dtype, functions):
     return Norm(layer, shape, name, keywords, channels, False)
 
 
+@pytest.mark.filterwarnings("ignore::cbn.SmallBatchWarning")
 @pytest.mark.parametrize("name", ["instance", "group", "layer", "rms"])
 @fuzz
 @given(data=st.data(), dtype=DTYPES, training=st.booleans(), functions=st.booleans())

@@ -818,7 +818,7 @@ def test_what_cannot_be_written_is_neither_loaded_nor_reset(kind):
     last = list(layer.state_dict())[-1]
     getattr(layer, last).flags.writeable = False
     state = {key: value + 1 for key, value in layer.state_dict().items()}
-    text = f"{last}: expected a writable array to load into, got a read-only one"
+    text = f"{last}: expected a writable array, got a read-only one"
     check_refused(partial(layer.load_state_dict, state), ValueError, text)
     check_refused(partial(layer.reset_parameters), ValueError, text)
     if kind.startswith("instance"):
