@@ -65,9 +65,10 @@ if watch_forks_and_threads() != 0:   # a child would hang
     raise MemoryError("pthread_atfork: expected memory to watch forks, got none")
 
 cdef enum:
-    # Outputs from this size are written past the cache: no L2 holds them, and chains of layers that
-    # read each other's outputs of 8 to 24 MiB took a quarter less.
-    STREAM_BYTES = 1 << 23
+    # Outputs from this size are written past the cache: no L2 holds them. Chains of layers that
+    # read each other's outputs then took a tenth less at 6 MiB and a quarter less from 8 to 48 MiB,
+    # as long at 4 MiB, and a tenth longer below.
+    STREAM_BYTES = 1 << 22
 
 
 def walk(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S):

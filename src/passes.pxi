@@ -48,16 +48,20 @@ cdef inline Sums merge_channel(const real* x,   # for its element type only
     cdef const Geometry* g = &p.geometry
     cdef Py_ssize_t kept = parts_kept(g), piece, first, q
     cdef const Sums* found = <const Sums*>p.partial + c * kept
-    cdef const real* weight = weights_of(x, p, c)
-    cdef double* grad_bias = p.shares + c // g.period * 2 * g.parameters + c % g.period * g.parts
-    cdef double* grad_weight = grad_bias + g.parameters
+    cdef const real* weight
+    cdef double* grad_bias
+    cdef double* grad_weight
     cdef Sums sums
-    if kept == 1:
+    if g.by_value:
+        return merge_sums(found, g.pieces, g.channels)
+    grad_bias = p.shares + c // g.period * 2 * g.parameters + c % g.period * g.parts
+    grad_weight = grad_bias + g.parameters
+    if g.parts == 1:
         sums = merge_sums(found, g.pieces, g.channels)
-        if g.parts == 1 and p.shares != NULL:
-            grad_bias[0] = sums.grad_output
-            grad_weight[0] = sums.grad_output_centred * reciprocal
+        grad_bias[0] = sums.grad_output
+        grad_weight[0] = sums.grad_output_centred * reciprocal
         return sums
+    weight = weights_of(x, p, c)
     for q in range(g.parts):
         grad_bias[q] = grad_weight[q] = 0
     for piece in range(g.pieces):
