@@ -229,6 +229,11 @@ cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece
     return sheet
 
 
+cdef inline Py_ssize_t shortest_run(const Geometry* g) noexcept nogil:
+    """By plane, the values that are written with the same coefficients, or parameters by value."""
+    return g.S if g.by_value else g.S // g.parts
+
+
 cdef inline void spread(const real* value, Py_ssize_t channels, Py_ssize_t span,
                         Py_ssize_t repeat,
                         real* columns) noexcept nogil:  # OUT
