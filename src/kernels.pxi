@@ -65,10 +65,10 @@ if watch_forks_and_threads() != 0:   # a child would hang
     raise MemoryError("pthread_atfork: expected memory to watch forks, got none")
 
 cdef enum:
-    # Outputs from this size are written past the cache: no L2 holds them. Chains of layers that
-    # read each other's outputs then took a tenth less at 6 MiB and a quarter less from 8 to 48 MiB,
-    # as long at 4 MiB, and a tenth longer below.
-    STREAM_BYTES = 1 << 22
+    # The output of a pass whose arrays are of this size together is written past the cache: no L2
+    # holds them. Chains of layers that read each other's outputs of 8 to 48 MiB took a quarter
+    # less, gradients of 6 MiB a fifth less; forward passes of 6 MiB differed either way.
+    STREAM_BYTES = 1 << 24
     # But not where planes, or parts of them, are shorter: they are written one by one, and their
     # first and last lines not whole. Those of 49 took a third longer, of 98 as long, of 196 less.
     SHORTEST_STREAMED = 128
@@ -157,7 +157,8 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, int num_thre
     cdef bint gradients = p.kind == GRADIENTS or p.kind == FROZEN_GRADIENTS
     cdef size_t size = PyArray_NBYTES(x)
     # An output that is also an input is in the cache already, line by line.
-    p.stream = (size >= STREAM_BYTES and out_data != x_data and out_data != grad_data
+    p.stream = (size * (3 if p.kind == GRADIENTS else 2) >= STREAM_BYTES
+                and out_data != x_data and out_data != grad_data
                 and (not g.by_plane or shortest_run(g) >= SHORTEST_STREAMED))
     # The table of coefficients, what the pieces find (with given statistics, nothing), weights and
     # biases of parts of channels, and shares in their gradients.
