@@ -67,7 +67,7 @@ if watch_forks_and_threads() != 0:   # a child would hang
 cdef enum:
     # The output of a pass whose arrays are of this size together is written past the cache: no L2
     # holds them. Chains of layers that read each other's outputs of 8 to 48 MiB took a quarter
-    # less, gradients of 6 MiB a fifth less; forward passes of 6 MiB differed either way.
+    # less, gradients of 6 MiB an eighth less; forward passes of 6 MiB differed either way.
     STREAM_BYTES = 1 << 24
     # But not where planes, or parts of them, are shorter: they are written one by one, and their
     # first and last lines not whole. Those of 49 took a third longer, of 98 as long, of 196 less.
