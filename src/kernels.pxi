@@ -7,9 +7,13 @@
 # variance of every channel: float64 of shape (3, channels).
 
 from cpython.tuple cimport PyTuple_GET_ITEM
-from cython.parallel cimport parallel, prange
+from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport INFINITY, fabs, frexp, ldexp, sqrt
+from libc.stdio cimport FILE, fclose, fopen, fscanf
 from libc.stdlib cimport free, malloc
+from posix.time cimport (
+    CLOCK_MONOTONIC, CLOCK_THREAD_CPUTIME_ID, clock_gettime, clockid_t, timespec,
+)
 from numpy cimport (
     NPY_DOUBLE, NPY_FLOAT, NPY_INT64, PyArray_CheckExact, PyArray_DATA, PyArray_DESCR,
     PyArray_DIM, PyArray_DIMS, PyArray_EMPTY, PyArray_ISCARRAY_RO, PyArray_ISWRITEABLE,
@@ -21,6 +25,7 @@ cdef extern from "threads.h":
     int omp_get_max_threads() nogil
     int omp_get_thread_limit() nogil
     int usable_cpus() nogil
+    int online_cpus()
     void wait_for_team() nogil
     const char* openmp_library()
     int openmp_version()
@@ -32,7 +37,9 @@ cdef extern from "floating_point.h" nogil:
 
 cdef extern from "teams.h":
     int begin_call(int num_threads, Py_ssize_t values)
+    int has_new_team()
     void end_call()
+    int is_new_child()
     int children_have_teams()
     int watch_forks_and_threads()
 
@@ -54,6 +61,7 @@ ctypedef fused sum_t:   # the type that a block of it is summed in
 
 include "geometry.pxi"
 include "per_channel.pxi"
+include "contention.pxi"
 include "pass.pxi"
 include "moments.pxi"
 include "gradients.pxi"
@@ -171,13 +179,18 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, int num_thre
     if gradients and shares_parameters(g):
         p.sharers = sharers_of(g)
         shares = p.sharers * 2 * g.parameters * sizeof(double)
-    p.coefficients = malloc(table + found + parameters + shares)
+    num_threads = begin_pass(num_threads, PyArray_SIZE(x))
+    cdef size_t paces = 0 if num_threads == 1 else num_threads * ROUNDS * sizeof(Pace)
+    p.coefficients = malloc(table + found + parameters + shares + paces)
     if p.coefficients == NULL:
+        end_call()
         raise MemoryError
     p.partial = <char*>p.coefficients + table
     p.parameters = <char*>p.partial + found
     p.shares = <double*>(<char*>p.parameters + parameters) if shares else NULL
-    num_threads = begin_call(num_threads, PyArray_SIZE(x))
+    p.paces = <Pace*>(<char*>p.parameters + parameters + shares)
+    p.seconds = p.on_one_thread = 0
+    p.clock = CLOCK_THREAD_CPUTIME_ID if PyArray_SIZE(x) >= LONG_CALL else CLOCK_MONOTONIC
     with nogil:
         if single:
             run(<const float*>x_data, <const float*>grad_data, <float*>out_data, p, num_threads)
@@ -186,6 +199,27 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, int num_thre
                 num_threads)
     end_call()
     free(p.coefficients)
+    # The first call of a team has made it, which takes longer than many a call.
+    if num_threads > 1 and contention.judges and not has_new_team():
+        contention.judge(seconds(CLOCK_MONOTONIC), p.seconds, p.on_one_thread)
+
+
+cdef int begin_pass(int num_threads, Py_ssize_t values):
+    """The number of threads for a pass that may have so many."""
+    global contention
+    cdef bint allowed = True
+    if is_new_child():
+        contention = Contention(contention.judges)
+    if num_threads > 1:
+        allowed = contention.allows_team(num_threads)
+    num_threads = begin_call(num_threads if allowed else 1, values)
+    if num_threads > 1:
+        contention.team_calls += 1
+    elif allowed:
+        contention.single_calls += 1
+    else:
+        contention.contended_calls += 1
+    return num_threads
 
 
 cdef ndarray new_statistics(npy_intp C):

@@ -8,6 +8,10 @@ cdef enum Kind:
     FROZEN_GRADIENTS  # reduce, finish, apply: the statistics do not depend on x
 
 
+cdef enum:
+    ROUNDS = 2   # of tiles: those that are reduced, and those that are written
+
+
 cdef struct Pass:
     Kind kind
     Geometry geometry
@@ -29,6 +33,10 @@ cdef struct Pass:
     # biases and of the weights, to be added up.
     double* shares
     Py_ssize_t sharers
+    Pace* paces             # (ROUNDS, threads) of a team
+    clockid_t clock         # that they are measured by
+    double seconds          # OUT: of a team's work, and what one thread would have taken; else 0
+    double on_one_thread
 
 
 cdef inline bint shares_parameters(const Geometry* g) noexcept nogil:

@@ -220,6 +220,7 @@ cdef void run(const real* x, const real* grad_output, real* out, Pass* p,
     # numbers off, in the calling thread or in those of the pool. It gets its own back.
     cdef floating_point_modes modes = current_modes()
     cdef floating_point_modes own = modes   # set, because private variables begin as copies
+    cdef Pace* pace = p.paces
 
     if p.geometry.parts > 1:
         use_parameters(x, p)
@@ -235,28 +236,51 @@ cdef void run(const real* x, const real* grad_output, real* out, Pass* p,
         # Strip by strip, so that it is still in the cache when it is read again; several at a
         # time where they are small.
         at_a_time = max(1, min(strips // num_threads, PIECE // strip_values))
+        p.seconds = seconds(CLOCK_MONOTONIC)
         with parallel(num_threads=num_threads):
             own = change_modes(modes)
+            pace = p.paces + threadid()
+            begin_round(pace, p.clock)
             for strip in prange(strips, schedule="dynamic", chunksize=at_a_time):
                 run_strip(x, grad_output, out, p, strip)
+                pace.channels += channels_of(&p.geometry, strip)
+            end_round(pace, p.clock)
             if chunks:
                 wait_for_team()   # Cython's loops in a parallel block do not
                 for chunk in prange(chunks):
                     finish_chunk(x, p, chunk)
             change_modes(own)
+        p.seconds = seconds(CLOCK_MONOTONIC) - p.seconds
+        p.on_one_thread = fastest(p.paces, num_threads)
     else:
         # Too few strips to keep all threads busy to the end, or parts of rows that would be
         # fetched a second time anyway: tile by tile in the order of the memory, in three rounds.
+        p.seconds = seconds(CLOCK_MONOTONIC)
         with parallel(num_threads=num_threads):
             own = change_modes(modes)
-            for tile in prange(tiles, schedule="dynamic"):
-                reduce_tile(x, grad_output, p, tile % strips, tile // strips)
-            wait_for_team()
+            pace = p.paces + threadid()
+            if p.kind != GIVEN:
+                begin_round(pace, p.clock)
+                for tile in prange(tiles, schedule="dynamic"):
+                    reduce_tile(x, grad_output, p, tile % strips, tile // strips)
+                    pace.channels += channels_of(&p.geometry, tile % strips)
+                end_round(pace, p.clock)
+                wait_for_team()
             for strip in prange(strips):
                 finish_strip(x, p, strip)
             wait_for_team()
             for chunk in prange(chunks):
                 finish_chunk(x, p, chunk)
-            for tile in prange(tiles, schedule="dynamic"):
-                write_tile(x, grad_output, out, p, tile % strips, (tiles - 1 - tile) // strips)
+            if p.kind != STATISTICS:
+                pace = p.paces + num_threads + threadid()
+                begin_round(pace, p.clock)
+                for tile in prange(tiles, schedule="dynamic"):
+                    write_tile(x, grad_output, out, p, tile % strips, (tiles - 1 - tile) // strips)
+                    pace.channels += channels_of(&p.geometry, tile % strips)
+                end_round(pace, p.clock)
             change_modes(own)
+        p.seconds = seconds(CLOCK_MONOTONIC) - p.seconds
+        if p.kind != GIVEN:
+            p.on_one_thread += fastest(p.paces, num_threads)
+        if p.kind != STATISTICS:
+            p.on_one_thread += fastest(p.paces + num_threads, num_threads)

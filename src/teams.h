@@ -35,6 +35,8 @@ static pthread_key_t end_of_thread;
 static __thread int keeps_team;
 static __thread int gives_up_team;         /* after this call */
 static __thread int refused;               /* to give up a team */
+static __thread int new_team;              /* begins with this call */
+static int new_child;                      /* of a fork since this was asked */
 
 static void forget_team(void *keeper) {
     (void)keeper;
@@ -45,7 +47,7 @@ static void forget_team(void *keeper) {
 
 /* The number of threads for a call on so many values that may use num_threads. */
 static int begin_call(int num_threads, ptrdiff_t values) {
-    gives_up_team = 0;
+    gives_up_team = new_team = 0;
     if (calls++ > 0 || num_threads == 1 || alone)
         return 1;
     if (keeps_team)
@@ -54,7 +56,7 @@ static int begin_call(int num_threads, ptrdiff_t values) {
     if (may_keep_teams && __atomic_load_n(&teams, __ATOMIC_RELAXED) < MOST_TEAMS
         && pthread_setspecific(end_of_thread, &keeps_team) == 0) {
         __atomic_add_fetch(&teams, 1, __ATOMIC_RELAXED);
-        keeps_team = 1;
+        keeps_team = new_team = 1;
         return num_threads;
     }
     gives_up_team = pause_all && values >= WORTH_A_TEAM;
@@ -81,6 +83,16 @@ static void in_child(void) {
     calls = 0;
     teams = keeps_team;
     alone = alone || refused;
+    new_child = 1;
+}
+
+static int has_new_team(void) { return new_team; }
+
+/* Whether this is the first question in a child. */
+static int is_new_child(void) {
+    int answer = new_child;
+    new_child = 0;
+    return answer;
 }
 
 static int children_have_teams(void) { return knows_forks || pause_all; }
@@ -112,6 +124,8 @@ static int begin_call(int num_threads, ptrdiff_t values) {
     return 1;
 }
 static void end_call(void) {}
+static int has_new_team(void) { return 0; }
+static int is_new_child(void) { return 0; }
 static int children_have_teams(void) { return 1; }
 static int watch_forks_and_threads(void) { return 0; }
 

@@ -2,6 +2,11 @@
 #ifndef CBN_THREADS_H
 #define CBN_THREADS_H
 
+#include <unistd.h>
+
+/* The CPUs of the machine, whatever this process may use of them. */
+static inline int online_cpus(void) { return (int)sysconf(_SC_NPROCESSORS_ONLN); }
+
 #ifdef _OPENMP
 
 #ifndef _GNU_SOURCE

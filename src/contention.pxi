@@ -1,0 +1,150 @@
+# When a team of threads pays: alone on the machine it does, in company it may not.
+#
+# The threads of a team spin while they wait for each other. Where another library's threads spin
+# too, or another process is busy, a thread that spins keeps the CPU from the very thread that it
+# waits for, one slice of the scheduler (4 ms) after the other, and a call of 0.1 ms takes 8 ms. So
+# every call of a team is judged by what one thread would have taken. After one that took longer,
+# calls run on one thread for a while. benchmarks/company.py measures what it is good for.
+#
+# The call itself tells what one thread would have taken: each thread of its team notes how much it
+# did and how long it worked, and the fastest of them is the one that was least interrupted.
+
+cdef enum:
+    # Values of a call that lasts long enough for every thread to be interrupted: there each reads the
+    # clock of its own CPU time. That is a system call, which a shorter one would notice.
+    LONG_CALL = 1 << 19
+
+cdef double TOLERANCE = 1.2       # times what one thread takes, which is an estimate
+cdef double SLACK = 1e-4          # seconds that a team may lose beside, ...
+cdef double WAKE_UP = 5e-4        # ... and where it may have gone to sleep, ...
+cdef double AWAKE = 1e-3          # ... because it has had nothing to do for longer than this
+cdef double PRICE = 10            # seconds of good calls that make up for one that is lost, ...
+cdef double MOST_CREDIT = 0.1     # ... of which no more than these count
+cdef double FIRST_PAUSE = 0.02    # seconds on one thread after a call that took too long, ...
+cdef double LONGEST_PAUSE = 0.64  # ... twice as many after each that follows, but no more
+cdef double LOOK_AGAIN = 0.02     # seconds between looks at the machine, ...
+cdef double LAST_LOOK = 4         # ... which go on for so many times the pause
+
+
+cdef struct Pace:
+    # How much a thread has done in a round of tiles, and how long it took.
+    double began
+    double seconds
+    Py_ssize_t channels     # in every tile that it took
+    Py_ssize_t[5] padding   # to the end of the cache line, which no other thread writes to
+
+
+cdef inline double seconds(clockid_t clock) noexcept nogil:
+    cdef timespec now
+    clock_gettime(clock, &now)
+    return <double>now.tv_sec + 1e-9 * <double>now.tv_nsec
+
+
+cdef inline void begin_round(Pace* pace, clockid_t clock) noexcept nogil:
+    pace.channels = 0
+    pace.began = seconds(clock)
+
+
+cdef inline void end_round(Pace* pace, clockid_t clock) noexcept nogil:
+    pace.seconds = seconds(clock) - pace.began
+
+
+cdef double fastest(const Pace* paces, int num_threads) noexcept nogil:
+    """The seconds of a round at the pace of the fastest thread, if it did everything."""
+    cdef double least = INFINITY
+    cdef Py_ssize_t channels = 0
+    cdef int thread
+    for thread in range(num_threads):
+        if paces[thread].channels > 0:
+            channels += paces[thread].channels
+            least = min(least, paces[thread].seconds / paces[thread].channels)
+    return least * channels if channels else 0
+
+
+cdef int runnable_threads():
+    """How many threads of the machine run or wait for a CPU; 0 where the system does not tell."""
+    cdef int number = 0
+    cdef FILE* file = fopen("/proc/loadavg", "re")
+    if file != NULL:
+        if fscanf(file, "%*f %*f %*f %d/", &number) != 1:
+            number = 0
+        fclose(file)
+    return number
+
+
+cdef class Contention:
+    """Which calls run on one thread because a team has suffered, and how many calls there were.
+
+    Times are in seconds, of any clock.
+    """
+
+    cdef public bint judges                    # off: for tests that need a team, on any machine
+    cdef readonly Py_ssize_t team_calls
+    cdef readonly Py_ssize_t single_calls      # that were small, beside others, or told to
+    cdef readonly Py_ssize_t contended_calls   # on one thread because of contention
+    cdef readonly bint pausing
+    cdef readonly double pause                 # the last one, or the one that goes on; 0: none yet
+    cdef double failed_at
+    cdef double looks_at
+    cdef double ended_at                       # the last call of a team
+    cdef double credit                         # seconds
+    cdef double good                           # seconds of good calls since the last pause
+
+    def __cinit__(self, bint judges=True):
+        self.judges = judges
+
+    cpdef judge(self, double now, double took, double on_one_thread):
+        """Begin a pause if calls of a team take too long."""
+        cdef bint awake = now - took < self.ended_at + AWAKE
+        self.ended_at = now
+        if took <= TOLERANCE * on_one_thread + (SLACK if awake else WAKE_UP):
+            self.good += took
+            self.credit = min(self.credit + took, MOST_CREDIT)
+            return
+        # Any machine hesitates now and then, which is no reason to give up a team.
+        self.credit -= PRICE * (took - on_one_thread)
+        if self.credit >= 0:
+            return
+        # In company, too, the first calls after a pause are good: a thread that has slept is served
+        # before others. So pauses are short again only when a team has worked for as long as one.
+        self.pause = (FIRST_PAUSE if self.good >= self.pause
+                      else min(2 * self.pause, LONGEST_PAUSE))
+        self.credit = self.good = 0
+        self.pausing = True
+        self.failed_at = now
+        self.looks_at = now + self.pause
+
+    cpdef bint looks(self, double now):
+        """Whether the pause has lasted long enough to look at the machine."""
+        return self.pausing and now >= self.looks_at
+
+    cpdef look(self, double now, bint has_room):
+        """End the pause, or prolong it while the CPUs are taken.
+
+        It ends in any case after LAST_LOOK times its length: what is seen are the threads of the
+        whole machine, which may be others than those that this process meets.
+        """
+        cdef double ends_at = self.failed_at + LAST_LOOK * self.pause
+        if has_room or now >= ends_at:
+            self.pausing = False
+        else:
+            self.looks_at = min(now + LOOK_AGAIN, ends_at)
+
+    cdef bint allows_team(self, int num_threads):
+        """Whether a call may have a team of so many threads."""
+        cdef double now
+        if not self.pausing:
+            return True
+        now = seconds(CLOCK_MONOTONIC)
+        if self.looks(now):
+            self.look(now, runnable_threads() + num_threads - 1 <= ONLINE_CPUS)
+        return not self.pausing
+
+
+cdef int ONLINE_CPUS = online_cpus()
+cdef Contention contention = Contention()
+
+
+def calls():
+    """How the calls of this process ran, and whether they keep to one thread now."""
+    return contention
