@@ -12,6 +12,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -72,6 +73,15 @@ def thread_variable(name: str, text: str) -> int:
             f"got {text!r}; correct it or unset it"
         )
     return count
+
+
+def extensions_built(folder: Path, built: bool) -> None:
+    if not built:
+        raise ImportError(
+            f"cbn: expected extensions built for this Python in {folder}, got none; "
+            "build them with 'pip install -e .' in the checkout, "
+            "or start Python elsewhere to import an installed cbn"
+        )
 
 
 def instruction_set(

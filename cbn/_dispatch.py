@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
-from cbn import _checks, _cpu
+from cbn import _checks
 
 # Newest first, with the x86-64 level that each needs.
 LEVELS = {"x86_64_v4": 4, "x86_64_v3": 3, "baseline": 0}
@@ -26,6 +27,8 @@ def built() -> list[str]:
 
 def supported_by_cpu() -> list[str]:
     """Those that this CPU and operating system run, newest first."""
+    from cbn import _cpu  # built too: not before it is known to be there
+
     level = _cpu.x86_64_level()
     return [isa for isa in LEVELS if LEVELS[isa] <= level]
 
@@ -40,6 +43,7 @@ def load(isa: str) -> ModuleType:
     return import_module(f"cbn._kernels_{isa}")
 
 
+_checks.extensions_built(Path(__file__).parent, bool(find_spec("cbn._cpu") and built()))
 forced = os.environ.get(VARIABLE)
 if forced is not None:
     _checks.instruction_set(VARIABLE, forced, list(LEVELS), built(), supported())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator
 from contextvars import ContextVar
 
 from cbn import _checks, _cpus
@@ -34,7 +33,8 @@ def _default() -> tuple[int, str]:
 SERIAL_BELOW = 32_768
 
 _process_wide, _origin = _default()
-_here: ContextVar[int | None] = ContextVar("cbn_num_threads", default=None)
+# The numbers of the ``with`` blocks that this thread or task is in, the innermost last.
+_here: ContextVar[tuple[int, ...]] = ContextVar("cbn_num_threads", default=())
 
 
 def get_num_threads() -> int:
@@ -55,7 +55,7 @@ def get_num_threads() -> int:
     ...     cbn.get_num_threads()
     2
     """
-    return _here.get() or _process_wide
+    return (_process_wide, *_here.get())[-1]
 
 
 def process_wide() -> tuple[int, str]:
@@ -101,9 +101,11 @@ def set_num_threads(num_threads: int) -> int:
     return old
 
 
-@contextmanager
-def num_threads(num_threads: int) -> Iterator[None]:
+class num_threads(ContextDecorator):
     """Use this number of threads within a ``with`` block, in this thread (or task) only.
+
+    An object may be kept and used again, also within its own block and by several threads at once;
+    as a decorator it is for every call of a function.
 
     Parameters
     ----------
@@ -121,8 +123,13 @@ def num_threads(num_threads: int) -> Iterator[None]:
     >>> with cbn.num_threads(1):
     ...     mean, var, count = cbn.functional.batch_norm_stats([[1.0], [3.0]])
     """
-    token = _here.set(_checks.thread_count("num_threads", num_threads))
-    try:
-        yield
-    finally:
-        _here.reset(token)
+
+    def __init__(self, num_threads: int) -> None:
+        self._num_threads = _checks.thread_count("num_threads", num_threads)
+
+    def __enter__(self) -> None:
+        # What changes lies in the context, not in the object, which may be in use elsewhere.
+        _here.set((*_here.get(), self._num_threads))
+
+    def __exit__(self, *exception: object) -> None:
+        _here.set(_here.get()[:-1])

@@ -291,9 +291,9 @@ cpdef gradients(ndarray grad_output, ndarray x, Py_ssize_t N, Py_ssize_t C, Py_s
 
 
 cdef View view_from(tuple view):
-    cdef View v
-    v.B, v.N, v.C, v.S, v.parts, v.period = view
-    return v
+    cdef Py_ssize_t B, N, C, S, parts, period
+    B, N, C, S, parts, period = view
+    return sample_view(B, N, C, S, parts, period)
 
 
 cpdef group_statistics(ndarray x, tuple view, double eps, bint centred,

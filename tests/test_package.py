@@ -34,6 +34,54 @@ def test_import_loads_numpy_and_little_else():
     assert new & HEAVY == set()
 
 
+def test_the_formulas_are_loaded_when_they_are_asked_for():
+    code = """import cbn, sys
+assert "cbn.reference" not in sys.modules and "reference" in dir(cbn)
+print(cbn.reference.rms_norm([[1.0, 7.0]], 2, eps=0.0).tolist(), hasattr(cbn, "nothing"))"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[[0.2, 1.4]] False\n"
+
+
+def test_an_unknown_name_is_an_error_as_of_any_module():
+    with pytest.raises(AttributeError, match=r"^module 'cbn' has no attribute 'nothing'$"):
+        _ = cbn.nothing
+
+
+@pytest.mark.parametrize("without", ["*.so", "_kernels_*.so"], ids=["nothing", "no_kernels"])
+def test_an_import_of_what_was_not_built_says_how_to_build(tmp_path, without):
+    checkout = shutil.copytree(
+        Path(cbn.__file__).parent, tmp_path / "cbn", ignore=shutil.ignore_patterns(without)
+    )
+    # An editable install would lend its own extensions.
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in f.__module__]"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}; import cbn"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.stderr.splitlines()[-1] == (
+        f"ImportError: cbn: expected extensions built for this Python in {checkout}, got none; "
+        "build them with 'pip install -e .' in the checkout, or start Python elsewhere to import "
+        "an installed cbn"
+    )
+
+
+def test_an_import_of_a_broken_build_says_what_is_broken(tmp_path):
+    checkout = shutil.copytree(Path(cbn.__file__).parent, tmp_path / "cbn")
+    broken = Path(cbn._dispatch.load("baseline").__file__).name
+    (checkout / broken).write_bytes(b"cut short")
+    run = subprocess.run(
+        [sys.executable, "-c", "import cbn"],
+        cwd=tmp_path,
+        env={**os.environ, "CBN_ISA": "baseline"},
+        capture_output=True,
+        text=True,
+    )
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: ")
+    assert broken in last
+
+
 def test_public_names():
     layers = ["GroupNorm", "LayerNorm", "RMSNorm"]
     layers += [f"{kind}Norm{d}d" for kind in ("Batch", "Instance") for d in (1, 2, 3)]
@@ -43,7 +91,7 @@ def test_public_names():
     models += ["reset_norm_stats", "unfreeze", "state_dict", "load_state_dict", "save", "load"]
     models += ["fold_conv", "fold_linear"]
     assert sorted(cbn.__all__) == sorted(
-        [*layers, *models, *notices, "functional", "show_config", *threads]
+        [*layers, *models, *notices, "functional", "reference", "show_config", *threads]
     )
     assert all(hasattr(cbn, name) for name in cbn.__all__)
     norms = [f"{kind}_norm" for kind in ("batch", "group", "instance", "layer", "rms")]

@@ -152,6 +152,51 @@ def test_contexts_nest():
     assert cbn.get_num_threads() == 2
 
 
+def test_an_object_is_used_again_and_within_itself():
+    cbn.set_num_threads(2)
+    three, seen = cbn.num_threads(3), []
+    for _ in range(2):
+        with three:
+            with cbn.num_threads(5), three:
+                seen.append(cbn.get_num_threads())
+            seen.append(cbn.get_num_threads())
+        seen.append(cbn.get_num_threads())
+    assert seen == [3, 3, 2] * 2
+
+
+def test_an_object_is_used_by_several_threads_at_once():
+    cbn.set_num_threads(2)
+    three, barrier = cbn.num_threads(3), threading.Barrier(2, timeout=30)
+
+    def work(leaves_first):
+        with three:
+            barrier.wait()  # both are inside
+            if not leaves_first:
+                barrier.wait()  # until the other has left
+            inside = cbn.get_num_threads()
+        after = cbn.get_num_threads()
+        if leaves_first:
+            barrier.wait()
+        return inside, after
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        assert list(pool.map(work, [True, False])) == [(3, 2), (3, 2)]
+
+
+def test_an_object_is_a_decorator_too():
+    cbn.set_num_threads(2)
+    three = cbn.num_threads(3)
+
+    @three
+    def inside(depth):
+        return [cbn.get_num_threads(), *(inside(depth - 1) if depth else [])]
+
+    with three:
+        assert inside(2) == [3, 3, 3]
+    assert inside(1) == [3, 3]
+    assert cbn.get_num_threads() == 2
+
+
 def test_a_context_ends_with_an_exception():
     cbn.set_num_threads(2)
     with pytest.raises(KeyError), cbn.num_threads(3):
