@@ -263,10 +263,20 @@ def axis_of_channels(name: str, shape: Shape, axes: Axes) -> int:
         raise ValueError(f"{name}: expected {axes.expected}, got {rank} axes in shape {shape}")
     if axes.channels not in (None, shape[axis]):
         raise ValueError(
-            f"{name}: expected {axes.channels} channels on axis {axis}, "
-            f"got {shape[axis]} in shape {shape}"
+            f"{name}: expected {axes.channels} channels on axis {axis}, got {shape[axis]} in shape "
+            f"{shape}{_other_channel_axis(shape, axis, axes.channels)}"
         )
     return axis
+
+
+def _other_channel_axis(shape: Shape, axis: int, channels: int | None) -> str:
+    """The remedy of a layer for the other layout, where that would fit."""
+    last = len(shape) - 1
+    if axis != last and shape[last] == channels:
+        return "; if the channels are last, make the layer with channel_axis=-1"
+    if axis == last > 1 and shape[1] == channels:
+        return "; if the channels are first, make the layer with channel_axis=1"
+    return ""
 
 
 def normalized_shape(value: Any) -> Shape:
@@ -324,8 +334,8 @@ def grouped(
     if num_channels not in (None, shape[channel_axis]):
         axis = channel_axis % len(shape)
         raise ValueError(
-            f"{name}: expected {num_channels} channels on axis {axis}, "
-            f"got {shape[channel_axis]} in shape {shape}"
+            f"{name}: expected {num_channels} channels on axis {axis}, got {shape[axis]} in shape "
+            f"{shape}{_other_channel_axis(shape, axis, num_channels)}"
         )
     group_count(num_groups, shape[channel_axis])
 
@@ -855,21 +865,34 @@ def foldable(bn: Any, kinds: tuple[type, ...]) -> None:
 def conv_weight(shape: Shape, num_features: int) -> None:
     if len(shape) < 3:
         raise ValueError(f"weight: expected shape (out, in / groups, *kernel), got {shape}")
-    _same_channels(shape, num_features)
+    remedies = []
+    if shape[-1] == num_features:
+        remedies.append(
+            "if it is (*kernel, in, out), as in Keras and Flax, give "
+            "numpy.moveaxis(weight, (-1, -2), (0, 1))"
+        )
+    _same_channels(shape, num_features, remedies)
 
 
 def linear_weight(shape: Shape, num_features: int) -> None:
     if len(shape) != 2:
         raise ValueError(f"weight: expected shape (out, in), got {shape}")
-    _same_channels(shape, num_features)
-
-
-def _same_channels(shape: Shape, num_features: int) -> None:
-    if shape[0] != num_features:
-        raise ValueError(
-            f"weight: expected {num_features} output channels, as bn has, got {shape[0]} in shape "
-            f"{shape}"
+    remedies = []
+    if shape[1] == num_features:
+        remedies.append("if it is (in, out), as in Keras and Flax, transpose it: give weight.T")
+    if num_features == 1:
+        remedies.append(
+            f"if its one channel is meant for all outputs, repeat the norm: give one of {shape[0]} "
+            f"channels with the arrays of bn repeated"
         )
+    _same_channels(shape, num_features, remedies)
+
+
+def _same_channels(shape: Shape, num_features: int, remedies: list[str]) -> None:
+    if shape[0] != num_features:
+        expected = f"{num_features} output channel{'s' if num_features > 1 else ''}, as bn has"
+        text = f"weight: expected {expected}, got {shape[0]} in shape {shape}"
+        raise ValueError("; ".join([text, *remedies]))
 
 
 def transposed_conv_weight(shape: Shape, num_features: int) -> int:

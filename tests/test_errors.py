@@ -140,6 +140,8 @@ def test_rank(layer, axis, training, ndim):
         (cbn.BatchNorm1d, -1, (3, 4), 1),
         (cbn.BatchNorm1d, -1, (3, 3, 4), 2),
         (cbn.BatchNorm2d, 1, (3, 4, 3, 3), 1),
+        (cbn.BatchNorm2d, 1, (3, 4, 3, 5), 1),
+        (cbn.BatchNorm2d, -1, (3, 5, 3, 4), 3),
         (cbn.BatchNorm2d, 1, (4, 3, 3), 0),
         (cbn.BatchNorm2d, -1, (3, 3, 3, 4), 3),
         (cbn.BatchNorm2d, -1, (3, 3, 4), 2),
@@ -153,6 +155,10 @@ def test_rank(layer, axis, training, ndim):
 def test_number_of_channels(layer, channel_axis, shape, axis):
     call = partial(layer(C, channel_axis=channel_axis), np.ones(shape, np.float32))
     text = f"x: expected 3 channels on axis {axis}, got 4 in shape {shape}"
+    if shape[-1] == C:
+        text += "; if the channels are last, make the layer with channel_axis=-1"
+    elif len(shape) > 2 and shape[1] == C:
+        text += "; if the channels are first, make the layer with channel_axis=1"
     check_refused(call, ValueError, text)
 
 

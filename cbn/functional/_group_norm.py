@@ -28,6 +28,10 @@ def group_norm(
     C / num_groups channels at all positions of one sample, and a weight and a bias for each
     channel.
 
+    A group of one value, as of num_groups=C on (N, C), has a variance of 0: with an eps
+    above 0 its output is the bias, whatever the value; PyTorch does the same. Instance norm, whose
+    channels are these groups, refuses it.
+
     Parameters
     ----------
     x : array_like
