@@ -479,9 +479,23 @@ def initial_statistic(
         raise ValueError(
             f"{name}: expected a scalar or shape ({num_features},), got shape {array.shape}"
         )
-    if name == "running_var" and not np.all(array >= 0):
-        raise ValueError(f"{name}: expected values >= 0, got {np.min(array)}")
     return np.full(num_features, array, dtype=element)
+
+
+def usable_variance(name: str, var: Array, eps: float, nan: bool = True) -> None:
+    """Refuse what cannot be normalised by: var + eps must be above 0, as the kernels add them.
+
+    nan: whether a NaN passes, and makes its channel NaN.
+    """
+    total = var.astype(np.float64) + eps
+    unusable = np.flatnonzero(total <= 0 if nan else ~(total > 0))
+    if len(unusable):
+        first, more = unusable[0], len(unusable) - 1
+        raise ValueError(
+            f"{name}: expected {name} + eps above 0 in every channel, got {var[first]:g} with "
+            f"eps={eps:g} in channel {first}{f' and {more} more' if more else ''}; a variance is "
+            f"at least 0, and one of 0 needs an eps above 0"
+        )
 
 
 def tracked(name: str, track_running_stats: bool) -> None:
@@ -914,5 +928,5 @@ def finite_folding(channels: list[int]) -> None:
         raise ValueError(
             f"bn: expected a finite weight and bias of every channel after folding, got NaN, "
             f"infinity or more than the dtype of weight can hold in {_count_of(channels)}; "
-            f"bn.running_var + bn.eps must be above 0, and all arrays finite"
+            f"all arrays must be finite, and the scale and shift of bn within that dtype"
         )

@@ -197,6 +197,14 @@ def overlap_text(name, strides):
     )
 
 
+def unusable(seen, eps=1e-5, channel="2", name="running_var"):
+    """Of a variance that nothing can be normalised by."""
+    return (
+        f"{name}: expected {name} + eps above 0 in every channel, got {seen} with eps={eps:g} in "
+        f"channel {channel}; a variance is at least 0, and one of 0 needs an eps above 0"
+    )
+
+
 IN_PLACE = "which training updates in place"
 BAD_RUNNING = {
     "list": ([0.0, 1.0, 2.0], TypeError, f"expected an array, {IN_PLACE}, got list"),

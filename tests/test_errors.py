@@ -24,6 +24,7 @@ from refusals import (
     overlap_text,
     overlapping,
     read_only,
+    unusable,
 )
 
 import cbn
@@ -82,12 +83,10 @@ UNTRACKED = "expected None with track_running_stats=False, got a value that noth
                 ValueError,
                 "running_var: expected a scalar or shape (3,), got shape (3, 1)",
             ),
-            ({"running_var": -1}, ValueError, "running_var: expected values >= 0, got -1.0"),
-            (
-                {"running_var": [1, 2, float("nan")]},
-                ValueError,
-                "running_var: expected values >= 0, got nan",
-            ),
+            ({"running_var": -1}, ValueError, unusable("-1", channel="0 and 2 more")),
+            ({"running_var": [1, 2, float("nan")]}, ValueError, unusable("nan")),
+            ({"running_var": [1, 0, 0], "eps": 0}, ValueError, unusable("0", 0, "1 and 1 more")),
+            ({"running_var": [1, 2, -1e-5], "dtype": float}, ValueError, unusable("-1e-05")),
             (
                 {"track_running_stats": False, "running_mean": 0.0},
                 ValueError,

@@ -74,8 +74,9 @@ def batch_norm(
     TypeError
         If an argument is of the wrong kind or element type.
     ValueError
-        If a shape or value is wrong, a batch has too few values to train on, or ``out`` is not
-        writable or overlaps ``x`` in part.
+        If a shape or value is wrong, a batch has too few values to train on, ``running_var + eps``
+        is not above 0 where it is to normalise by, or ``out`` is not writable or overlaps ``x`` in
+        part.
 
     References
     ----------
@@ -230,7 +231,7 @@ def batch_norm_backward(
     Raises
     ------
     TypeError, ValueError
-        As for :func:`batch_norm`.
+        As for :func:`batch_norm`; ``var + eps`` must be above 0 in either mode.
 
     References
     ----------
@@ -254,11 +255,12 @@ def batch_norm_backward(
 
     array = _checks.data("x", x)
     view = _view(array.shape, _checks.axis_of_channels("x", array.shape, axes))
-    statistics = _dispatch.kernels.given_statistics(
-        _checks.per_channel("mean", mean, view[1]), _checks.per_channel("var", var, view[1])
-    )
+    mean = _checks.per_channel("mean", mean, view[1])
+    var = _checks.per_channel("var", var, view[1])
     frozen = not _checks.flag("training", training)
     eps = _checks.non_negative("eps", eps)
+    _checks.usable_variance("var", var, eps)
+    statistics = _dispatch.kernels.given_statistics(mean, var)
     forward = (array, array.shape, array.dtype, view, statistics, eps, frozen)
     return backward(forward, grad_output, weight, out, x)[:3]
 
@@ -425,6 +427,7 @@ def forward_inference(
     weight = _checks.per_channel_or_none("weight", weight, C)
     bias = _checks.per_channel_or_none("bias", bias, C)
     eps = _checks.non_negative("eps", eps)
+    _checks.usable_variance("running_var", var, eps)
     overwrites_x = _arrays.overwrites(
         out, array, "x", x, running_mean=mean, running_var=var, weight=weight, bias=bias
     )

@@ -69,8 +69,8 @@ def instance_norm(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not as above, or with ``use_input_stats`` a channel of a sample has only
-        one value.
+        If an argument is not as above, with ``use_input_stats`` a channel of a sample has only one
+        value, or without it ``running_var + eps`` is not above 0.
 
     References
     ----------
