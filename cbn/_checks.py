@@ -215,14 +215,45 @@ def _as_array(name: str, value: Any, like: np.dtype[Any] | None) -> Array:
             f"fill it first with {name}.filled(value)"
         )
     array = _read(name, value)
-    if not hasattr(value, "dtype") and array.dtype.kind in "fiu":
+    if array.dtype.kind in "fiu" and not _has_element_type(value):
         array = array.astype(like or np.float64)
     if array.dtype.newbyteorder("=") not in FLOATS:
         raise TypeError(
             f"{name}: expected float32 or float64, got {array.dtype}; "
-            f"convert it first, for example with {name}.astype(numpy.float32)"
+            f"convert it first, for example with {_conversion(name, value, 'float32')}"
         )
     return array
+
+
+# All but the last of the ways in which NumPy reads an array, which is the buffer protocol.
+_ARRAY_PROTOCOLS = ("dtype", "__array__", "__array_interface__", "__array_struct__")
+_PLAIN_NUMBERS = frozenset((bool, int, float, complex))
+
+
+def _has_element_type(value: Any) -> bool:
+    """Whether a value says itself what its elements are; a list does where one of its items does.
+
+    Lists, tuples and Python's numbers do not.
+    """
+    if any(hasattr(value, protocol) for protocol in _ARRAY_PROTOCOLS):
+        return True
+    if isinstance(value, (list, tuple)):
+        # By the types of all items at once: a long list of floats is one step.
+        return not _PLAIN_NUMBERS.issuperset(map(type, value)) and any(
+            map(_has_element_type, value)
+        )
+    try:
+        memoryview(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _conversion(name: str, value: Any, dtype: str) -> str:
+    """What to type to convert a value."""
+    if hasattr(value, "astype"):
+        return f"{name}.astype(numpy.{dtype})"
+    return f"numpy.asarray({name}, numpy.{dtype})"
 
 
 def data(name: str, value: ArrayLike, like: np.dtype[Any] | None = None) -> Array:
@@ -235,16 +266,26 @@ def data(name: str, value: ArrayLike, like: np.dtype[Any] | None = None) -> Arra
     value : array_like
         Of float32 or float64, in any layout and byte order; or (nested) lists of numbers.
     like : dtype, optional
-        The element type it must have; lists are converted to it.
+        The element type it must have; lists of Python's numbers are converted to it.
     """
+    return readable(_held(name, value, like))
+
+
+def array(name: str, value: ArrayLike, like: np.dtype[Any] | None = None) -> Array:
+    """Data where the caller has them, in any layout: an array as it is, the rest as in data()."""
+    return value if type(value) is np.ndarray else _held(name, value, like)
+
+
+def _held(name: str, value: ArrayLike, like: np.dtype[Any] | None) -> Array:
+    """An array in any layout, held to an element type."""
     array = _as_array(name, value, like)
     seen = array.dtype.newbyteorder("=")
     if like is not None and seen != like:
         raise TypeError(
             f"{name}: expected {like}, got {seen}; "
-            f"convert it with {name}.astype(numpy.{like}), or use {seen} throughout"
+            f"convert it with {_conversion(name, value, like.name)}, or use {seen} throughout"
         )
-    return readable(array)
+    return array
 
 
 def readable(array: Array) -> Array:
@@ -303,14 +344,8 @@ def last_axes(name: str, shape: Shape, normalized_shape: Shape) -> None:
         )
 
 
-def array(name: str, value: ArrayLike) -> Array:
-    """Data as an array in any layout."""
-    return value if type(value) is np.ndarray else _as_array(name, value, None)
-
-
-def channels_of(name: str, value: ArrayLike, channel_axis: int, least_axes: int) -> int:
+def channels_of(name: str, shape: Shape, channel_axis: int, least_axes: int) -> int:
     """The number of channels of data of any rank from least_axes on."""
-    shape = array(name, value).shape
     if len(shape) < least_axes:
         raise ValueError(
             f"{name}: expected at least {least_axes} axes, got {len(shape)} in shape {shape}"

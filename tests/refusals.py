@@ -126,6 +126,7 @@ SHAPE = (4, C, 2, 2)
 STRIDES = (48, 16, 8, 4)
 
 CONVERT = "; convert it first, for example with {name}.astype(numpy.float32)"
+CONVERT_LIST = "; convert it first, for example with numpy.asarray({name}, numpy.float32)"
 
 NOT_FLOATS = {
     "int": (np.ones(SHAPE, np.int32), "int32"),

@@ -11,6 +11,7 @@ from refusals import (
     BAD_OUTS,
     BAD_RUNNING,
     CONVERT,
+    CONVERT_LIST,
     NO_FORWARD,
     NON_NEGATIVE,
     NOT_FLOATS,
@@ -235,7 +236,8 @@ def test_none_for_data(call):
 def test_not_floats(kind, call):
     value, dtype = NOT_FLOATS[kind]
     name, prepare = DATA_CALLS[call]
-    text = f"{name}: expected float32 or float64, got {dtype}" + CONVERT.format(name=name)
+    remedy = CONVERT_LIST if isinstance(value, list) else CONVERT
+    text = f"{name}: expected float32 or float64, got {dtype}" + remedy.format(name=name)
     check_refused(prepare(Scene(), value), TypeError, text)
 
 

@@ -72,7 +72,8 @@ def group_norm(
     grouping = groups_of(
         _checks.positive_integer("num_groups", num_groups), _checks.channel_axis(channel_axis)
     )
-    channels = _checks.channels_of("x", x, channel_axis, 2)
+    x = _checks.array("x", x)
+    channels = _checks.channels_of("x", x.shape, channel_axis, 2)
     return _groups.forward(x, grouping, None, (channels,), weight, bias, eps, True, out)[0]
 
 
@@ -130,7 +131,8 @@ def group_norm_backward(
     grouping = groups_of(
         _checks.positive_integer("num_groups", num_groups), _checks.channel_axis(channel_axis)
     )
-    shape = (_checks.channels_of("x", x, channel_axis, 2),)
+    x = _checks.array("x", x)
+    shape = (_checks.channels_of("x", x.shape, channel_axis, 2),)
     forward = _groups.of_input(x, grouping, shape, eps, True)
     return _groups.backward(forward, grad_output, weight, out, x)[:3]
 
