@@ -225,14 +225,45 @@ def _as_array(name: str, value: Any, like: np.dtype[Any] | None) -> Array:
             f"fill it first with {name}.filled(value)"
         )
     array = _read(name, value)
-    if not hasattr(value, "dtype") and array.dtype.kind in "fiu":
+    if array.dtype.kind in "fiu" and not _has_element_type(value):
         array = array.astype(like or np.float64)
     if array.dtype.newbyteorder("=") not in FLOATS:
         raise TypeError(
             f"{name}: expected float32 or float64, got {array.dtype}; "
-            f"convert it first, for example with {name}.astype(numpy.float32)"
+            f"convert it first, for example with {_conversion(name, value, 'float32')}"
         )
     return array
+
+
+# All but the last of the ways in which NumPy reads an array, which is the buffer protocol.
+_ARRAY_PROTOCOLS = ("dtype", "__array__", "__array_interface__", "__array_struct__")
+_PLAIN_NUMBERS = frozenset((bool, int, float, complex))
+
+
+def _has_element_type(value: Any) -> bool:
+    """Whether a value says itself what its elements are; a list does where one of its items does.
+
+    Lists, tuples and Python's numbers do not.
+    """
+    if any(hasattr(value, protocol) for protocol in _ARRAY_PROTOCOLS):
+        return True
+    if isinstance(value, (list, tuple)):
+        # By the types of all items at once: a long list of floats is one step.
+        return not _PLAIN_NUMBERS.issuperset(map(type, value)) and any(
+            map(_has_element_type, value)
+        )
+    try:
+        memoryview(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _conversion(name: str, value: Any, dtype: str) -> str:
+    """What to type to convert a value."""
+    if hasattr(value, "astype"):
+        return f"{name}.astype(numpy.{dtype})"
+    return f"numpy.asarray({name}, numpy.{dtype})"
 
 
 def data(name: str, value: ArrayLike, like: np.dtype[Any] | None = None) -> Array:
@@ -245,16 +276,26 @@ def data(name: str, value: ArrayLike, like: np.dtype[Any] | None = None) -> Arra
     value : array_like
         Of float32 or float64, in any layout and byte order; or (nested) lists of numbers.
     like : dtype, optional
-        The element type it must have; lists are converted to it.
+        The element type it must have; lists of Python's numbers are converted to it.
     """
+    return readable(_held(name, value, like))
+
+
+def array(name: str, value: ArrayLike, like: np.dtype[Any] | None = None) -> Array:
+    """Data where the caller has them, in any layout: an array as it is, the rest as in data()."""
+    return value if type(value) is np.ndarray else _held(name, value, like)
+
+
+def _held(name: str, value: ArrayLike, like: np.dtype[Any] | None) -> Array:
+    """An array in any layout, held to an element type."""
     array = _as_array(name, value, like)
     seen = array.dtype.newbyteorder("=")
     if like is not None and seen != like:
         raise TypeError(
             f"{name}: expected {like}, got {seen}; "
-            f"convert it with {name}.astype(numpy.{like}), or use {seen} throughout"
+            f"convert it with {_conversion(name, value, like.name)}, or use {seen} throughout"
         )
-    return readable(array)
+    return array
 
 
 def readable(array: Array) -> Array:
@@ -273,10 +314,20 @@ def axis_of_channels(name: str, shape: Shape, axes: Axes) -> int:
         raise ValueError(f"{name}: expected {axes.expected}, got {rank} axes in shape {shape}")
     if axes.channels not in (None, shape[axis]):
         raise ValueError(
-            f"{name}: expected {axes.channels} channels on axis {axis}, "
-            f"got {shape[axis]} in shape {shape}"
+            f"{name}: expected {axes.channels} channels on axis {axis}, got {shape[axis]} in shape "
+            f"{shape}{_other_channel_axis(shape, axis, axes.channels)}"
         )
     return axis
+
+
+def _other_channel_axis(shape: Shape, axis: int, channels: int | None) -> str:
+    """The remedy of a layer for the other layout, where that would fit."""
+    last = len(shape) - 1
+    if axis != last and shape[last] == channels:
+        return "; if the channels are last, make the layer with channel_axis=-1"
+    if axis == last > 1 and shape[1] == channels:
+        return "; if the channels are first, make the layer with channel_axis=1"
+    return ""
 
 
 def normalized_shape(value: Any) -> Shape:
@@ -303,14 +354,8 @@ def last_axes(name: str, shape: Shape, normalized_shape: Shape) -> None:
         )
 
 
-def array(name: str, value: ArrayLike) -> Array:
-    """Data as an array in any layout."""
-    return value if type(value) is np.ndarray else _as_array(name, value, None)
-
-
-def channels_of(name: str, value: ArrayLike, channel_axis: int, least_axes: int) -> int:
+def channels_of(name: str, shape: Shape, channel_axis: int, least_axes: int) -> int:
     """The number of channels of data of any rank from least_axes on."""
-    shape = array(name, value).shape
     if len(shape) < least_axes:
         raise ValueError(
             f"{name}: expected at least {least_axes} axes, got {len(shape)} in shape {shape}"
@@ -334,8 +379,8 @@ def grouped(
     if num_channels not in (None, shape[channel_axis]):
         axis = channel_axis % len(shape)
         raise ValueError(
-            f"{name}: expected {num_channels} channels on axis {axis}, "
-            f"got {shape[channel_axis]} in shape {shape}"
+            f"{name}: expected {num_channels} channels on axis {axis}, got {shape[axis]} in shape "
+            f"{shape}{_other_channel_axis(shape, axis, num_channels)}"
         )
     group_count(num_groups, shape[channel_axis])
 
@@ -479,9 +524,23 @@ def initial_statistic(
         raise ValueError(
             f"{name}: expected a scalar or shape ({num_features},), got shape {array.shape}"
         )
-    if name == "running_var" and not np.all(array >= 0):
-        raise ValueError(f"{name}: expected values >= 0, got {np.min(array)}")
     return np.full(num_features, array, dtype=element)
+
+
+def usable_variance(name: str, var: Array, eps: float, nan: bool = True) -> None:
+    """Refuse what cannot be normalised by: var + eps must be above 0, as the kernels add them.
+
+    nan: whether a NaN passes, and makes its channel NaN.
+    """
+    total = var.astype(np.float64) + eps
+    unusable = np.flatnonzero(total <= 0 if nan else ~(total > 0))
+    if len(unusable):
+        first, more = unusable[0], len(unusable) - 1
+        raise ValueError(
+            f"{name}: expected {name} + eps above 0 in every channel, got {var[first]:g} with "
+            f"eps={eps:g} in channel {first}{f' and {more} more' if more else ''}; a variance is "
+            f"at least 0, and one of 0 needs an eps above 0"
+        )
 
 
 def tracked(name: str, track_running_stats: bool) -> None:
@@ -865,21 +924,34 @@ def foldable(bn: Any, kinds: tuple[type, ...]) -> None:
 def conv_weight(shape: Shape, num_features: int) -> None:
     if len(shape) < 3:
         raise ValueError(f"weight: expected shape (out, in / groups, *kernel), got {shape}")
-    _same_channels(shape, num_features)
+    remedies = []
+    if shape[-1] == num_features:
+        remedies.append(
+            "if it is (*kernel, in, out), as in Keras and Flax, give "
+            "numpy.moveaxis(weight, (-1, -2), (0, 1))"
+        )
+    _same_channels(shape, num_features, remedies)
 
 
 def linear_weight(shape: Shape, num_features: int) -> None:
     if len(shape) != 2:
         raise ValueError(f"weight: expected shape (out, in), got {shape}")
-    _same_channels(shape, num_features)
-
-
-def _same_channels(shape: Shape, num_features: int) -> None:
-    if shape[0] != num_features:
-        raise ValueError(
-            f"weight: expected {num_features} output channels, as bn has, got {shape[0]} in shape "
-            f"{shape}"
+    remedies = []
+    if shape[1] == num_features:
+        remedies.append("if it is (in, out), as in Keras and Flax, transpose it: give weight.T")
+    if num_features == 1:
+        remedies.append(
+            f"if its one channel is meant for all outputs, repeat the norm: give one of {shape[0]} "
+            f"channels with the arrays of bn repeated"
         )
+    _same_channels(shape, num_features, remedies)
+
+
+def _same_channels(shape: Shape, num_features: int, remedies: list[str]) -> None:
+    if shape[0] != num_features:
+        expected = f"{num_features} output channel{'s' if num_features > 1 else ''}, as bn has"
+        text = f"weight: expected {expected}, got {shape[0]} in shape {shape}"
+        raise ValueError("; ".join([text, *remedies]))
 
 
 def transposed_conv_weight(shape: Shape, num_features: int) -> int:
@@ -901,5 +973,5 @@ def finite_folding(channels: list[int]) -> None:
         raise ValueError(
             f"bn: expected a finite weight and bias of every channel after folding, got NaN, "
             f"infinity or more than the dtype of weight can hold in {_count_of(channels)}; "
-            f"bn.running_var + bn.eps must be above 0, and all arrays finite"
+            f"all arrays must be finite, and the scale and shift of bn within that dtype"
         )

@@ -59,8 +59,8 @@ def fold_conv(
         If ``bn`` is not a BatchNorm, or an array is not of float32 or float64.
     ValueError
         If ``bn`` is in training mode, frozen or not, has no running statistics or another number
-        of channels than the convolution, a shape is wrong, or the result would not be finite, as
-        with a variance of 0 and no eps.
+        of channels than the convolution, a shape is wrong, ``bn.running_var + bn.eps`` is not above
+        0, or the result would not be finite.
 
     References
     ----------
@@ -144,11 +144,12 @@ def _folded(
     C = bn.num_features
     mean = _checks.statistic("running_mean", bn.running_mean, C).astype(np.float64)
     var = _checks.statistic("running_var", bn.running_var, C).astype(np.float64)
+    eps = _checks.non_negative("eps", bn.eps)
+    _checks.usable_variance("bn.running_var", var, eps)
     gamma = _checks.per_channel_or_none("bn.weight", bn.weight, C)
     beta = _checks.per_channel_or_none("bn.bias", bn.bias, C)
     old_bias = _checks.per_channel_or_none("bias", bias, C)
 
-    eps = _checks.non_negative("eps", bn.eps)
     with np.errstate(all="ignore"):  # the check below has the channels
         scale = (1 if gamma is None else gamma) / np.sqrt(var + eps)
         centred = (0 if old_bias is None else old_bias) - mean

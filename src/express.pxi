@@ -110,13 +110,31 @@ cdef bint is_non_negative(object value):
     return is_finite(value) and <double>value >= 0
 
 
+cdef bint are_usable(const real* var, Py_ssize_t C, double eps) noexcept nogil:
+    """Whether no channel would be divided by the root of zero, or of less; a NaN stays a NaN."""
+    cdef int unusable = 0
+    cdef Py_ssize_t c
+    for c in range(C):   # no early end, so that it is done with vectors
+        unusable |= <int>(var[c] + eps <= 0)
+    return not unusable
+
+
+cdef bint is_variance(object var, Py_ssize_t C, object eps):
+    """One value per channel that can be normalised by with this eps."""
+    if not (is_per_channel(var, C) and is_non_negative(eps)):
+        return False
+    if is_single(<ndarray>var):
+        return are_usable(<const float*>PyArray_DATA(<ndarray>var), C, <double>eps)
+    return are_usable(<const double*>PyArray_DATA(<ndarray>var), C, <double>eps)
+
+
 cdef ndarray infer(x, axes, dtype, mean, var, weight, bias, eps, out, threads_for,
                    Py_ssize_t* N, Py_ssize_t* C, Py_ssize_t* S):  # OUT
     """The output, or None."""
     if not (view_of(x, axes, dtype, N, C, S)
-            and is_per_channel(mean, C[0]) and is_per_channel(var, C[0])
+            and is_per_channel(mean, C[0]) and is_variance(var, C[0], eps)
             and is_per_channel_or_none(weight, C[0]) and is_per_channel_or_none(bias, C[0])
-            and is_non_negative(eps) and is_plain_out(out, x)
+            and is_plain_out(out, x)
             and are_all_apart(out, mean, var, weight, bias)):
         return None
     if out is None:
@@ -200,8 +218,7 @@ def express_forward(x, axes, mean, var, eps, training):
     """Return a Forward of cbn/functional/_batch_norm.py from what was kept elsewhere, or None."""
     cdef Py_ssize_t N, C, S
     if not (view_of(x, axes, None, &N, &C, &S)
-            and is_per_channel(mean, C) and is_per_channel(var, C) and is_non_negative(eps)
-            and type(training) is bool):
+            and is_per_channel(mean, C) and is_variance(var, C, eps) and type(training) is bool):
         return None
     return (x, x.shape, <object>PyArray_DESCR(x), (N, C, S), given_statistics(mean, var), eps,
             not training)

@@ -126,6 +126,7 @@ SHAPE = (4, C, 2, 2)
 STRIDES = (48, 16, 8, 4)
 
 CONVERT = "; convert it first, for example with {name}.astype(numpy.float32)"
+CONVERT_LIST = "; convert it first, for example with numpy.asarray({name}, numpy.float32)"
 
 NOT_FLOATS = {
     "int": (np.ones(SHAPE, np.int32), "int32"),
@@ -194,6 +195,14 @@ def overlap_text(name, strides):
     return (
         f"out: expected memory apart from {name}, or {name} itself, got a partial overlap "
         f"(shape (4, 3, 2, 2), strides {strides} over strides {STRIDES})"
+    )
+
+
+def unusable(seen, eps=1e-5, channel="2", name="running_var"):
+    """Of a variance that nothing can be normalised by."""
+    return (
+        f"{name}: expected {name} + eps above 0 in every channel, got {seen} with eps={eps:g} in "
+        f"channel {channel}; a variance is at least 0, and one of 0 needs an eps above 0"
     )
 
 

@@ -11,6 +11,7 @@ from refusals import (
     BAD_OUTS,
     BAD_RUNNING,
     CONVERT,
+    CONVERT_LIST,
     NO_FORWARD,
     NON_NEGATIVE,
     NOT_FLOATS,
@@ -24,6 +25,7 @@ from refusals import (
     overlap_text,
     overlapping,
     read_only,
+    unusable,
 )
 
 import cbn
@@ -82,12 +84,10 @@ UNTRACKED = "expected None with track_running_stats=False, got a value that noth
                 ValueError,
                 "running_var: expected a scalar or shape (3,), got shape (3, 1)",
             ),
-            ({"running_var": -1}, ValueError, "running_var: expected values >= 0, got -1.0"),
-            (
-                {"running_var": [1, 2, float("nan")]},
-                ValueError,
-                "running_var: expected values >= 0, got nan",
-            ),
+            ({"running_var": -1}, ValueError, unusable("-1", channel="0 and 2 more")),
+            ({"running_var": [1, 2, float("nan")]}, ValueError, unusable("nan")),
+            ({"running_var": [1, 0, 0], "eps": 0}, ValueError, unusable("0", 0, "1 and 1 more")),
+            ({"running_var": [1, 2, -1e-5], "dtype": float}, ValueError, unusable("-1e-05")),
             (
                 {"track_running_stats": False, "running_mean": 0.0},
                 ValueError,
@@ -140,6 +140,8 @@ def test_rank(layer, axis, training, ndim):
         (cbn.BatchNorm1d, -1, (3, 4), 1),
         (cbn.BatchNorm1d, -1, (3, 3, 4), 2),
         (cbn.BatchNorm2d, 1, (3, 4, 3, 3), 1),
+        (cbn.BatchNorm2d, 1, (3, 4, 3, 5), 1),
+        (cbn.BatchNorm2d, -1, (3, 5, 3, 4), 3),
         (cbn.BatchNorm2d, 1, (4, 3, 3), 0),
         (cbn.BatchNorm2d, -1, (3, 3, 3, 4), 3),
         (cbn.BatchNorm2d, -1, (3, 3, 4), 2),
@@ -153,6 +155,10 @@ def test_rank(layer, axis, training, ndim):
 def test_number_of_channels(layer, channel_axis, shape, axis):
     call = partial(layer(C, channel_axis=channel_axis), np.ones(shape, np.float32))
     text = f"x: expected 3 channels on axis {axis}, got 4 in shape {shape}"
+    if shape[-1] == C:
+        text += "; if the channels are last, make the layer with channel_axis=-1"
+    elif len(shape) > 2 and shape[1] == C:
+        text += "; if the channels are first, make the layer with channel_axis=1"
     check_refused(call, ValueError, text)
 
 
@@ -230,7 +236,8 @@ def test_none_for_data(call):
 def test_not_floats(kind, call):
     value, dtype = NOT_FLOATS[kind]
     name, prepare = DATA_CALLS[call]
-    text = f"{name}: expected float32 or float64, got {dtype}" + CONVERT.format(name=name)
+    remedy = CONVERT_LIST if isinstance(value, list) else CONVERT
+    text = f"{name}: expected float32 or float64, got {dtype}" + remedy.format(name=name)
     check_refused(prepare(Scene(), value), TypeError, text)
 
 

@@ -219,6 +219,13 @@ GROUPS = (
             "weight: expected 3 output channels, as bn has, got 2 in shape (2, 2, 1, 1)",
         ),
         (
+            (np.ones((1, 1, 2, 3), np.float32), None, EVAL),
+            ValueError,
+            "weight: expected 3 output channels, as bn has, got 1 in shape (1, 1, 2, 3); if it is "
+            "(*kernel, in, out), as in Keras and Flax, give numpy.moveaxis(weight, (-1, -2), "
+            "(0, 1))",
+        ),
+        (
             (CONV[:, :, 0, 0], None, EVAL),
             ValueError,
             "weight: expected shape (out, in / groups, *kernel), got (3, 2)",
@@ -257,16 +264,14 @@ def test_refused(arguments, error, text):
 
 UNFOLDED = (
     "bn: expected a finite weight and bias of every channel after folding, got NaN, infinity or "
-    "more than the dtype of weight can hold in 1 of them (2); bn.running_var + bn.eps must be "
-    "above 0, and all arrays finite"
+    "more than the dtype of weight can hold in 1 of them (2); all arrays must be finite, and the "
+    "scale and shift of bn within that dtype"
 )
 
 
 @pytest.mark.parametrize(
     ("attributes", "weight", "bias"),
     [
-        ({"running_var": 0}, 1, None),
-        ({"running_var": -4}, 1, None),
         ({"running_var": np.nan}, 1, None),
         ({"running_mean": np.inf}, 1, None),
         ({"running_var": 1e-30, "running_mean": 1e30}, 0, None),  # more than float32 in the bias
@@ -299,6 +304,19 @@ def test_what_would_not_be_finite(attributes, weight, bias):
             (CONV[1:, :, 0, 0], None, EVAL),
             ValueError,
             "weight: expected 3 output channels, as bn has, got 2 in shape (2, 2)",
+        ),
+        (
+            (CONV[:, :, 0, 0].T, None, EVAL),
+            ValueError,
+            "weight: expected 3 output channels, as bn has, got 2 in shape (2, 3); if it is "
+            "(in, out), as in Keras and Flax, transpose it: give weight.T",
+        ),
+        (
+            (CONV[:, :, 0, 0], None, cbn.BatchNorm1d(1).eval()),
+            ValueError,
+            "weight: expected 1 output channel, as bn has, got 3 in shape (3, 2); if its one "
+            "channel is meant for all outputs, repeat the norm: give one of 3 channels with the "
+            "arrays of bn repeated",
         ),
         ((CONV[:, :, 0, 0], None, cbn.BatchNorm1d(3)), ValueError, TRAINING),
         (

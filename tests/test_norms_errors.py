@@ -10,6 +10,7 @@ from refusals import (
     BAD_OUTS,
     BAD_RUNNING,
     CONVERT,
+    CONVERT_LIST,
     NO_FORWARD,
     NON_NEGATIVE,
     NOT_FLOATS,
@@ -237,6 +238,8 @@ def test_rank_of_instance_norm(layer, axis, tracking, ndim):
         (cbn.InstanceNorm3d, -1, (3, 3, 3, 4), 3),
         (partial(cbn.GroupNorm, 3), 1, (3, 4), 1),
         (partial(cbn.GroupNorm, 3), 1, (3, 4, 3, 3), 1),
+        (partial(cbn.GroupNorm, 3), 1, (3, 4, 3, 5), 1),
+        (partial(cbn.GroupNorm, 3), -1, (3, 5, 3, 4), 3),
         (partial(cbn.GroupNorm, 3), -1, (3, 4), 1),
         (partial(cbn.GroupNorm, 3), -1, (3, 3, 3, 4), 3),
     ],
@@ -245,6 +248,10 @@ def test_rank_of_instance_norm(layer, axis, tracking, ndim):
 def test_number_of_channels(layer, channel_axis, shape, axis):
     call = partial(layer(C, channel_axis=channel_axis), np.ones(shape, np.float32))
     text = f"x: expected 3 channels on axis {axis}, got 4 in shape {shape}"
+    if shape[-1] == C:
+        text += "; if the channels are last, make the layer with channel_axis=-1"
+    elif len(shape) > 2 and shape[1] == C:
+        text += "; if the channels are first, make the layer with channel_axis=1"
     check_refused(call, ValueError, text)
 
 
@@ -360,7 +367,8 @@ def test_none_for_data(kind, call):
 def test_not_floats(what, kind, call):
     value, dtype = NOT_FLOATS[what]
     name, prepare = DATA_CALLS[call]
-    text = f"{name}: expected float32 or float64, got {dtype}" + CONVERT.format(name=name)
+    remedy = CONVERT_LIST if isinstance(value, list) else CONVERT
+    text = f"{name}: expected float32 or float64, got {dtype}" + remedy.format(name=name)
     check_refused(prepare(Scene(kind), value), TypeError, text)
 
 

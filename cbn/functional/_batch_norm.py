@@ -74,8 +74,9 @@ def batch_norm(
     TypeError
         If an argument is of the wrong kind or element type.
     ValueError
-        If a shape or value is wrong, a batch has too few values to train on, or ``out`` is not
-        writable or overlaps ``x`` in part.
+        If a shape or value is wrong, a batch has too few values to train on, ``running_var + eps``
+        is not above 0 where it is to normalise by, or ``out`` is not writable or overlaps ``x`` in
+        part.
 
     References
     ----------
@@ -230,7 +231,7 @@ def batch_norm_backward(
     Raises
     ------
     TypeError, ValueError
-        As for :func:`batch_norm`.
+        As for :func:`batch_norm`; ``var + eps`` must be above 0 in either mode.
 
     References
     ----------
@@ -250,15 +251,17 @@ def batch_norm_backward(
     axes = AXES[_checks.channel_axis(channel_axis)]
     forward: Forward | None = _dispatch.kernels.express_forward(x, axes, mean, var, eps, training)
     if forward is not None:
-        return backward(forward, grad_output, weight, out, x)[:3]
+        return backward(forward, grad_output, weight, out)[:3]
 
+    x = _checks.array("x", x)
     array = _checks.data("x", x)
     view = _view(array.shape, _checks.axis_of_channels("x", array.shape, axes))
-    statistics = _dispatch.kernels.given_statistics(
-        _checks.per_channel("mean", mean, view[1]), _checks.per_channel("var", var, view[1])
-    )
+    mean = _checks.per_channel("mean", mean, view[1])
+    var = _checks.per_channel("var", var, view[1])
     frozen = not _checks.flag("training", training)
     eps = _checks.non_negative("eps", eps)
+    _checks.usable_variance("var", var, eps)
+    statistics = _dispatch.kernels.given_statistics(mean, var)
     forward = (array, array.shape, array.dtype, view, statistics, eps, frozen)
     return backward(forward, grad_output, weight, out, x)[:3]
 
@@ -334,13 +337,14 @@ def forward_training(
 
     if num_batches_tracked is not None:
         _checks.batch_count(num_batches_tracked)
+    x = _checks.array("x", x, dtype)
     array = _checks.data("x", x, dtype)
     view = N, C, S = _view(array.shape, _checks.axis_of_channels("x", array.shape, axes))
     count = N * S
     _checks.both_or_none(running_mean, running_var)
     running_mean = _checks.running_or_none("running_mean", running_mean, C)
     running_var = _checks.running_or_none("running_var", running_var, C)
-    _checks.learnt_apart(running_mean, running_var, _arrays.memory_of(x, array))
+    _checks.learnt_apart(running_mean, running_var, x)
     weight = _checks.per_channel_or_none("weight", weight, C)
     bias = _checks.per_channel_or_none("bias", bias, C)
     if momentum is not None or num_batches_tracked is None:
@@ -352,9 +356,8 @@ def forward_training(
         _checks.enough_values("x", array.shape, count, 0 if running_mean is None else correction)
     overwrites_x = _arrays.overwrites(
         out,
-        array,
-        "x",
         x,
+        "x",
         running_mean=running_mean,
         running_var=running_var,
         weight=weight,
@@ -418,6 +421,7 @@ def forward_inference(
     if done is not None:
         return done
 
+    x = _checks.array("x", x, dtype)
     array = _checks.data("x", x, dtype)
     view = _, C, _ = _view(array.shape, _checks.axis_of_channels("x", array.shape, axes))
     mean = _checks.statistic("running_mean", running_mean, C)
@@ -425,8 +429,9 @@ def forward_inference(
     weight = _checks.per_channel_or_none("weight", weight, C)
     bias = _checks.per_channel_or_none("bias", bias, C)
     eps = _checks.non_negative("eps", eps)
+    _checks.usable_variance("running_var", var, eps)
     overwrites_x = _arrays.overwrites(
-        out, array, "x", x, running_mean=mean, running_var=var, weight=weight, bias=bias
+        out, x, "x", running_mean=mean, running_var=var, weight=weight, bias=bias
     )
     buffer, y = _arrays.allocate(out, array.shape, array.dtype)
 
@@ -445,9 +450,9 @@ def backward(
     grad_output: ArrayLike,
     weight: ArrayLike | None,
     out: Array | None,
-    given_x: ArrayLike | None = None,
+    given_x: Array | None = None,
 ) -> Gradients:
-    """Return the gradients of a forward pass."""
+    """Return the gradients of a forward pass, whose input the caller may have in another layout."""
     done: Gradients | None = _dispatch.kernels.express_backward(
         grad_output, forward, weight, out, _threads.threads_for
     )
@@ -456,6 +461,7 @@ def backward(
 
     x, shape, dtype, view, statistics, eps, frozen = forward
     C = view[1]
+    grad_output = _checks.array("grad_output", grad_output, dtype)
     grad = _checks.data("grad_output", grad_output, dtype)
     _checks.same_shape("grad_output", grad.shape, shape, "the input of the forward call")
     weight = _checks.per_channel_or_none("weight", weight, C)
@@ -463,10 +469,10 @@ def backward(
         _checks.input_overwritten()
     if x is not None:
         _checks.input_intact(x, shape, dtype)
-    _arrays.overwrites(out, grad, "grad_output", grad_output, weight=weight)
+    _arrays.overwrites(out, grad_output, "grad_output", weight=weight)
     overwrote_x = False
     if out is not None and x is not None:
-        overwrote_x = _checks.overlaps(out, "x", _arrays.memory_of(given_x, x))
+        overwrote_x = _checks.overlaps(out, "x", x if given_x is None else given_x)
     buffer, grad_input = _arrays.allocate(out, shape, dtype)
 
     grad_weight, grad_bias = np.zeros(C, dtype), np.zeros(C, dtype)

@@ -28,6 +28,10 @@ def group_norm(
     C / num_groups channels at all positions of one sample, and a weight and a bias for each
     channel.
 
+    A group of one value, as of num_groups=C on (N, C), has a variance of 0: with an eps
+    above 0 its output is the bias, whatever the value; PyTorch does the same. Instance norm, whose
+    channels are these groups, refuses it.
+
     Parameters
     ----------
     x : array_like
@@ -68,7 +72,8 @@ def group_norm(
     grouping = groups_of(
         _checks.positive_integer("num_groups", num_groups), _checks.channel_axis(channel_axis)
     )
-    channels = _checks.channels_of("x", x, channel_axis, 2)
+    x = _checks.array("x", x)
+    channels = _checks.channels_of("x", x.shape, channel_axis, 2)
     return _groups.forward(x, grouping, None, (channels,), weight, bias, eps, True, out)[0]
 
 
@@ -126,7 +131,8 @@ def group_norm_backward(
     grouping = groups_of(
         _checks.positive_integer("num_groups", num_groups), _checks.channel_axis(channel_axis)
     )
-    shape = (_checks.channels_of("x", x, channel_axis, 2),)
+    x = _checks.array("x", x)
+    shape = (_checks.channels_of("x", x.shape, channel_axis, 2),)
     forward = _groups.of_input(x, grouping, shape, eps, True)
     return _groups.backward(forward, grad_output, weight, out, x)[:3]
 

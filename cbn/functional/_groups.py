@@ -66,13 +66,14 @@ def forward(
         if done is not None:
             return done
 
+    x = _checks.array("x", x, dtype)
     array = _checks.data("x", x, dtype)
     grouping = grouping_of(array.shape)
     B, _, C, *_ = grouping
     weight = _checks.parameter_or_none("weight", weight, parameter_shape)
     bias = _checks.parameter_or_none("bias", bias, parameter_shape)
     eps = _checks.non_negative("eps", eps)
-    overwrites_x = _arrays.overwrites(out, array, "x", x, weight=weight, bias=bias)
+    overwrites_x = _arrays.overwrites(out, x, "x", weight=weight, bias=bias)
     buffer, y = _arrays.allocate(out, array.shape, array.dtype)
 
     statistics = np.zeros((3, B * C))
@@ -99,9 +100,9 @@ def backward(
     grad_output: ArrayLike,
     weight: ArrayLike | None,
     out: Array | None,
-    given_x: ArrayLike | None = None,
+    given_x: Array | None = None,
 ) -> Gradients:
-    """Return the gradients of a forward pass."""
+    """Return the gradients of a forward pass, whose input the caller may have in another layout."""
     done: Gradients | None = _dispatch.kernels.express_group_gradients(
         grad_output, forward, weight, out, _threads.threads_for
     )
@@ -109,14 +110,15 @@ def backward(
         return done
 
     x, shape, dtype, grouping, statistics, eps, centred, parameter_shape = forward
+    grad_output = _checks.array("grad_output", grad_output, dtype)
     grad = _checks.data("grad_output", grad_output, dtype)
     _checks.same_shape("grad_output", grad.shape, shape, "the input of the forward call")
     weight = _checks.parameter_or_none("weight", weight, parameter_shape)
     if x is None:
         _checks.input_overwritten()
     _checks.input_intact(x, shape, dtype)
-    _arrays.overwrites(out, grad, "grad_output", grad_output, weight=weight)
-    overwrote_x = out is not None and _checks.overlaps(out, "x", _arrays.memory_of(given_x, x))
+    _arrays.overwrites(out, grad_output, "grad_output", weight=weight)
+    overwrote_x = out is not None and _checks.overlaps(out, "x", x if given_x is None else given_x)
     buffer, grad_input = _arrays.allocate(out, shape, dtype)
 
     grad_weight, grad_bias = np.zeros((2, *parameter_shape), dtype)

@@ -69,8 +69,8 @@ def instance_norm(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not as above, or with ``use_input_stats`` a channel of a sample has only
-        one value.
+        If an argument is not as above, with ``use_input_stats`` a channel of a sample has only one
+        value, or without it ``running_var + eps`` is not above 0.
 
     References
     ----------
@@ -86,7 +86,8 @@ def instance_norm(
             [-1.,  1.]]])
     """
     channel_axis = _checks.channel_axis(channel_axis)
-    channels = _checks.channels_of("x", x, channel_axis, 3)
+    x = _checks.array("x", x)
+    channels = _checks.channels_of("x", x.shape, channel_axis, 3)
     if not _checks.flag("use_input_stats", use_input_stats):
         axes = _batch_norm.AXES[channel_axis]
         _checks.momentum(momentum)
@@ -165,7 +166,8 @@ def instance_norm_backward(
     [[[[0.204, -0.408, 0.204]]], [-1.225], [1.0]]
     """
     channel_axis = _checks.channel_axis(channel_axis)
-    shape = (_checks.channels_of("x", x, channel_axis, 3),)
+    x = _checks.array("x", x)
+    shape = (_checks.channels_of("x", x.shape, channel_axis, 3),)
     grouping = instances_of(_batch_norm.AXES[channel_axis], channel_axis)
     forward = _groups.of_input(x, grouping, shape, eps, True)
     return _groups.backward(forward, grad_output, weight, out, x)[:3]
@@ -197,15 +199,15 @@ def forward(
     _checks.both_or_none(running_mean, running_var)
     running_mean = _checks.running_or_none("running_mean", running_mean, channels)
     running_var = _checks.running_or_none("running_var", running_var, channels)
-    array = _checks.array("x", x)
-    _checks.learnt_apart(running_mean, running_var, array)
+    x = _checks.array("x", x, dtype)
+    _checks.learnt_apart(running_mean, running_var, x)
     if out is not None and isinstance(out, np.ndarray):
         _checks.apart(out, running_mean=running_mean, running_var=running_var)
     if momentum is not None or num_batches_tracked is None:
         momentum = _checks.momentum(momentum)
     correction = _checks.non_negative("correction", correction)
     learns = running_mean is not None
-    shape = array.shape
+    shape = x.shape
     B, N, C, S, *_ = grouping_of(shape)
     _checks.enough_values_of_samples(shape, N * S if B * C else 0, correction if learns else 0)
     if warns and N * S < _checks.SMALL_BATCH and _checks.data("x", x, dtype).size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -121,6 +122,7 @@ def layer_norm_backward(
     [[[0.204, -0.408, 0.204]], [-1.225, 0.0, 0.0], [1.0, 0.0, 0.0]]
     """
     shape = _checks.normalized_shape(normalized_shape)
+    x = _checks.array("x", x)
     forward = _groups.of_input(x, rows_of(shape), shape, eps, True)
     return _groups.backward(forward, grad_output, weight, out, x)[:3]
 
@@ -173,7 +175,8 @@ def rms_norm(
     array([[0.2, 1.4]])
     """
     shape = _checks.normalized_shape(normalized_shape)
-    eps = default_eps(x) if eps is None else eps
+    x = _checks.array("x", x)
+    eps = default_eps(x.dtype) if eps is None else eps
     return _groups.forward(x, rows_of(shape), None, shape, weight, None, eps, False, out)[0]
 
 
@@ -226,14 +229,15 @@ def rms_norm_backward(
     [[[0.196, -0.028]], [0.2, 0.0]]
     """
     shape = _checks.normalized_shape(normalized_shape)
-    eps = default_eps(x) if eps is None else eps
+    x = _checks.array("x", x)
+    eps = default_eps(x.dtype) if eps is None else eps
     forward = _groups.of_input(x, rows_of(shape), shape, eps, False)
     return _groups.backward(forward, grad_output, weight, out, x)[:2]
 
 
-def default_eps(x: ArrayLike) -> float:
+def default_eps(dtype: np.dtype[Any]) -> float:
     """That of RMS norm, PyTorch's: the spacing of numbers of the element type at 1."""
-    single = _checks.array("x", x).dtype.itemsize == 4  # in any byte order
+    single = dtype.itemsize == 4  # in any byte order
     return float(np.finfo(np.float32 if single else np.float64).eps)
 
 

@@ -173,7 +173,8 @@ class NormLayer(ABC):
         ----------
         state : mapping of str to array_like
             As ``state_dict`` returns it, here or in PyTorch. Values are cast to the dtype of the
-            layer.
+            layer. A variance that nothing can be normalised by (``running_var + eps`` is not above
+            0) loads; a call that would normalise by it is refused.
         strict : bool
             Whether the keys must be exactly those of the layer. Otherwise what is missing keeps
             its value, and what is unexpected is passed over.

@@ -50,7 +50,7 @@ class _BatchNorm(ChannelNorm):
     correction : float
         The running variance is divided by n - correction (1: PyTorch; 0: Keras, Flax, ONNX).
     running_mean, running_var : float or array_like of shape (C,), optional
-        Statistics to start with instead of 0 and 1.
+        Statistics to start with instead of 0 and 1; ``running_var + eps`` must be above 0.
     nonfinite : {"propagate", "raise", "skip"}
         What training does with a batch that gives a channel a mean or a variance that is NaN,
         infinite, or beyond the dtype of the running statistics: let it into them, as in PyTorch;
@@ -121,11 +121,10 @@ class _BatchNorm(ChannelNorm):
         for name, value in (("running_mean", running_mean), ("running_var", running_var)):
             if value is not None:
                 _checks.tracked(name, self.track_running_stats)
-                setattr(
-                    self,
-                    name,
-                    _checks.initial_statistic(name, value, self.num_features, self.dtype),
-                )
+                initial = _checks.initial_statistic(name, value, self.num_features, self.dtype)
+                if name == "running_var":
+                    _checks.usable_variance(name, initial, self.eps, nan=False)
+                setattr(self, name, initial)
 
     # ------------------------------------------------------------------------------------ passes
 
@@ -151,8 +150,9 @@ class _BatchNorm(ChannelNorm):
         TypeError
             If ``x`` or ``out`` is of the wrong element type.
         ValueError
-            If a shape is wrong, there are too few values per channel to train on, or ``out`` is
-            not writable or overlaps ``x`` in part. A refused call changes nothing.
+            If a shape is wrong, there are too few values per channel to train on,
+            ``running_var + eps`` is not above 0 where it is to normalise by, or ``out`` is not
+            writable or overlaps ``x`` in part. A refused call changes nothing.
         FloatingPointError
             In training with ``nonfinite="raise"``.
 

@@ -22,6 +22,10 @@ class GroupNorm(NormLayer):
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with the mean and the biased variance of
     num_channels / num_groups channels at all positions of one sample, in training and in eval mode.
 
+    A group of one value, as of GroupNorm(C, C) on (N, C), has a variance of 0: with an eps
+    above 0 its output is the bias, whatever the value; PyTorch does the same. InstanceNorm, whose
+    channels are these groups, refuses it.
+
     Parameters
     ----------
     num_groups : int
