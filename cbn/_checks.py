@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -367,25 +368,29 @@ class SmallBatchWarning(UserWarning):
     """
 
 
+def _warn(text: str, category: type[Warning]) -> None:
+    """Warn the line that called cbn, however many frames above it is."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, category, stacklevel=level)
+
+
 def warn_of_small_batch(count: int, shape: Shape) -> None:
-    """Warn the line that called a layer, four frames above."""
-    warnings.warn(
+    _warn(
         f"x: expected at least {SMALL_BATCH} values per channel when training, got {count} in "
         f"shape {shape}; use a larger batch, or GroupNorm or LayerNorm, which do not depend on "
         f"the batch, or cbn.recalibrate(model, batches, forward) after training",
         SmallBatchWarning,
-        stacklevel=5,
     )
 
 
 def warn_of_small_samples(count: int, shape: Shape) -> None:
-    """Warn the line that called a layer, three frames above."""
-    warnings.warn(
+    _warn(
         f"x: expected at least {SMALL_BATCH} values per channel of a sample when training, got "
         f"{count} in shape {shape}; use larger samples, or GroupNorm or LayerNorm, whose "
         f"statistics are of several channels",
         SmallBatchWarning,
-        stacklevel=4,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -47,6 +48,30 @@ def load_arrays(
     return keys
 
 
+class _Forward:
+    """The method ``forward`` of cbn's layers: a layer may be given another."""
+
+    def __init__(self, function: FunctionType) -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, layer: NormLayer | None, owner: type | None = None) -> Callable[..., Array]:
+        if layer is None:
+            return self._function
+        given: Callable[..., Array] | None = vars(layer).get(GIVEN_FORWARD)
+        return MethodType(self._function, layer) if given is None else given
+
+    def __set__(self, layer: NormLayer, function: Callable[..., Array]) -> None:
+        vars(layer)[GIVEN_FORWARD] = function
+        type(layer)._call_by_forward()
+
+    def __delete__(self, layer: NormLayer) -> None:
+        del vars(layer)[GIVEN_FORWARD]
+
+
+GIVEN_FORWARD = "_given_forward"
+
+
 class NormLayer(ABC):
     """A layer that normalises: the base of all of cbn, for those who look for them."""
 
@@ -72,9 +97,46 @@ class NormLayer(ABC):
 
     # ------------------------------------------------------------------------------------ passes
 
-    @abstractmethod
+    # Every norm has a __call__ that computes, which saves a small call the way through forward. A
+    # class with another forward, its own or one set on a layer, is called by way of it instead.
+
     def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
-        """Normalise x."""
+        """Normalise x: call ``forward``."""
+        forward = self.forward
+        if getattr(forward, "__func__", None) is type(self).__call__:  # that is: forward = __call__
+            return self._normalise(x, out)
+        return forward(x, out)
+
+    def forward(self, x: ArrayLike, out: Array | None = None) -> Array:
+        """Normalise x, as a call of the layer does.
+
+        To be overridden, as in PyTorch: by a subclass, which reaches this one by
+        ``super().forward(x, out)``, or by a function set on a layer.
+        """
+        return self._normalise(x, out)
+
+    if not TYPE_CHECKING:
+        forward = _Forward(forward)
+
+    @abstractmethod
+    def _normalise(self, x: ArrayLike, out: Array | None = None) -> Array:
+        """Normalise x: the ``__call__`` of the norm, also where ``forward`` is another."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Let calls reach a ``forward`` of its own."""
+        super().__init_subclass__(**arguments)
+        if cls.forward not in (NormLayer.forward, cls.__call__):
+            cls._call_by_forward()
+
+    @classmethod
+    def _call_by_forward(cls) -> None:
+        by_forward = NormLayer.__call__
+        calls = [vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)]
+        others = [call for call in calls if call not in (by_forward, cls._normalise)]
+        cls.__call__ = others[0] if others else by_forward  # type: ignore[method-assign]
+        if others:  # whose super().__call__ may be that of the norm
+            norm = next(base for base in cls.__mro__ if "_normalise" in vars(base))
+            norm.__call__ = by_forward  # type: ignore[method-assign]
 
     def backward(self, grad_output: ArrayLike, out: Array | None = None) -> Array:
         """Return the gradient of the last forward call with respect to its input.
@@ -316,6 +378,8 @@ class NormLayer(ABC):
         """The other half of it."""
         self.__dict__.update(state)
         self._set_grouping()
+        if GIVEN_FORWARD in state:
+            self._call_by_forward()
 
     def _described_by(self, *required: Any, **optional: Any) -> str:
         """For repr: the layer as a call with its arguments."""

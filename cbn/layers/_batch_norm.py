@@ -220,7 +220,7 @@ class _BatchNorm(ChannelNorm):
             observer(forward)
         return y
 
-    forward = __call__
+    _normalise = __call__
 
     def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> functional.Gradients:
         return functional.backward(self._forward, grad_output, self.weight, out)

@@ -131,7 +131,7 @@ class GroupNorm(NormLayer):
         )
         return y
 
-    forward = __call__
+    _normalise = __call__
 
     def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> _groups.Gradients:
         return _groups.backward(self._forward, grad_output, self.weight, out)

@@ -148,7 +148,7 @@ class _InstanceNorm(ChannelNorm):
             observer(self._forward)
         return y
 
-    forward = __call__
+    _normalise = __call__
 
     def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> _groups.Gradients:
         if _groups.is_forward(self._forward):

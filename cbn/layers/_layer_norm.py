@@ -65,7 +65,7 @@ class _RowNorm(NormLayer):
         )
         return y
 
-    forward = __call__
+    _normalise = __call__
 
     def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> _groups.Gradients:
         return _groups.backward(self._forward, grad_output, self.weight, out)
