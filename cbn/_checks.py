@@ -13,6 +13,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
+from numbers import Real
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -206,15 +208,19 @@ def _read(name: str, value: Any) -> Array:
         ) from error
 
 
-def _as_array(name: str, value: Any, like: np.dtype[Any] | None) -> Array:
-    """An array of floats in any layout; what has no element type of its own takes that of like."""
-    if value is None:
-        raise TypeError(f"{name}: expected an array of float32 or float64, got None")
+def unmasked(name: str, value: Any) -> None:
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name}: expected an array without a mask, got a masked array; "
             f"fill it first with {name}.filled(value)"
         )
+
+
+def _as_array(name: str, value: Any, like: np.dtype[Any] | None) -> Array:
+    """An array of floats in any layout; what has no element type of its own takes that of like."""
+    if value is None:
+        raise TypeError(f"{name}: expected an array of float32 or float64, got None")
+    unmasked(name, value)
     array = _read(name, value)
     if not hasattr(value, "dtype") and array.dtype.kind in "fiu":
         array = array.astype(like or np.float64)
@@ -643,16 +649,87 @@ def state_value(key: str, value: Any, current: Any) -> Array:
     """A copy of the value, of the shape and dtype of the array that it can replace."""
     writable(key, current)
     name = f"state[{key!r}]"
+    unmasked(name, value)
     array = _read(name, value)
-    if array.dtype.kind not in ("iu" if current.dtype.kind == "i" else "f"):
-        kind = "an integer" if current.dtype.kind == "i" else "a floating-point"
-        raise TypeError(f"{name}: expected {kind} dtype, got {array.dtype}")
+    _real_numbers(name, array)
     if array.shape != current.shape:
         raise ValueError(f"{name}: expected shape {current.shape}, got {array.shape}")
-    counts = key.rpartition(".")[2] == "num_batches_tracked"
-    if counts and not 0 <= int(array) <= np.iinfo(np.int64).max:
-        raise ValueError(f"{name}: expected an integer from 0 to 2**63 - 1, got {array}")
-    return np.array(array, dtype=current.dtype)
+    if key.rpartition(".")[2] == "num_batches_tracked":
+        return np.array(_count(name, array, current.dtype), dtype=current.dtype)
+    return _as_held(name, array, current.dtype)
+
+
+def _real_numbers(name: str, array: Array) -> None:
+    """Refuse what is not of real numbers: of any type, those of ml_dtypes and Python included."""
+    kind = array.dtype.kind
+    # A type of somebody else's (2) says itself whether float64 holds its values.
+    if kind in "iuf" or (array.dtype.isbuiltin == 2 and np.can_cast(array.dtype, np.float64)):
+        return
+    seen = str(array.dtype)
+    if kind == "O":
+        others = [each for each in array.flat if isinstance(each, BOOLS) or not _is_real(each)]
+        if not others:
+            return
+        seen = type(others[0]).__name__
+    raise TypeError(f"{name}: expected real numbers, got {seen}; convert them first")
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (Real, Decimal))
+
+
+def _count(name: str, array: Array, element: np.dtype[Any]) -> int:
+    """A number of batches that an integer type can hold."""
+    number = array.item() if array.dtype.kind in "iuO" else float(array)
+    largest = int(np.iinfo(element if element.kind in "iu" else np.int64).max)
+    expected = f"an integer from 0 to 2**{largest.bit_length()} - 1"
+    if not 0 <= number <= largest:
+        raise ValueError(f"{name}: expected {expected}, got {_shown(number)}")
+    if number != int(number):
+        raise ValueError(
+            f"{name}: expected {expected}, got {number}; round an averaged counter first"
+        )
+    return int(number)
+
+
+def _as_held(name: str, array: Array, element: np.dtype[Any]) -> Array:
+    """A copy of real numbers in an element type that can hold them; infinities stay."""
+    numbers = array
+    if array.dtype.kind == "O":
+        values = [_as_float(name, number, element) for number in array.flat]
+        numbers = np.array(values, np.float64).reshape(array.shape)
+    elif array.dtype.isbuiltin == 2:
+        numbers = array.astype(np.float64)
+    with np.errstate(all="ignore"):
+        new = np.array(numbers, dtype=element)
+    if numbers.dtype != element:
+        lost = np.isinf(new) & ~np.isinf(numbers)
+        if lost.any():
+            _beyond(name, numbers[lost][0], element)
+    return new
+
+
+def _as_float(name: str, number: Any, element: np.dtype[Any]) -> float:
+    try:
+        converted = float(number)
+    except OverflowError:
+        converted = math.inf
+    if math.isinf(converted) and number != converted:
+        _beyond(name, number, element)
+    return converted
+
+
+def _beyond(name: str, number: Any, element: np.dtype[Any]) -> NoReturn:
+    raise ValueError(
+        f"{name}: expected numbers that {element} can hold, got {_shown(number)}; rescale the "
+        "layer's input, or use float64 throughout"
+    )
+
+
+def _shown(number: Any) -> str:
+    # Python converts no more than some thousand digits.
+    beyond = isinstance(number, int) and not -(10**400) < number < 10**400
+    return "an integer beyond floats" if beyond else str(number)
 
 
 def savable(

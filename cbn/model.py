@@ -249,7 +249,7 @@ def load_state_dict(
         As for :func:`named_norm_layers`.
     state : mapping of str to array_like
         As :func:`state_dict` returns it, or what PyTorch's ``model.state_dict()`` holds of norm
-        layers. Values are cast to the dtypes of the layers.
+        layers. Real numbers of any type are cast to the dtypes of the layers.
     strict : bool
         Whether the keys must be exactly those of the norm layers. Otherwise what is missing keeps
         its value, and what is unexpected, such as a convolution in PyTorch's, is passed over.
@@ -262,9 +262,9 @@ def load_state_dict(
     Raises
     ------
     TypeError
-        If ``state`` is not a mapping or a value is not of numbers.
+        If ``state`` is not a mapping or a value is not of real numbers, or masked.
     ValueError
-        If a shape differs or, when strict, a key.
+        If a shape differs or, when strict, a key, or a value is beyond the dtype of the layer.
 
     Examples
     --------

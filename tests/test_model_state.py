@@ -104,6 +104,18 @@ def test_load_state_dict_is_all_or_nothing(bad):
     assert_same_state(model, before)
 
 
+@pytest.mark.parametrize("bad", KEYS)
+def test_a_masked_array_is_refused(bad):
+    model, before = build(seed=1), cbn.state_dict(build(seed=1))
+    text = (
+        f"state[{bad!r}]: expected an array without a mask, got a masked array; fill it first with "
+        f"state[{bad!r}].filled(value)"
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+        cbn.load_state_dict(model, {**before, bad: np.ma.array(before[bad])})
+    assert_same_state(model, before)
+
+
 def test_a_counter_below_0_is_refused():
     text = "state['head.norm.num_batches_tracked']: expected an integer from 0 to 2**63 - 1, got -1"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):

@@ -234,8 +234,8 @@ class NormLayer(ABC):
         Parameters
         ----------
         state : mapping of str to array_like
-            As ``state_dict`` returns it, here or in PyTorch. Values are cast to the dtype of the
-            layer.
+            As ``state_dict`` returns it, here or in PyTorch. Real numbers of any type are
+            cast to the dtype of the layer.
         strict : bool
             Whether the keys must be exactly those of the layer. Otherwise what is missing keeps
             its value, and what is unexpected is passed over.
@@ -248,9 +248,9 @@ class NormLayer(ABC):
         Raises
         ------
         TypeError
-            If ``state`` is not a mapping or a value is not of numbers.
+            If ``state`` is not a mapping or a value is not of real numbers, or masked.
         ValueError
-            If a shape differs or, when strict, a key.
+            If a shape differs or, when strict, a key, or a value is beyond the dtype of the layer.
         """
         return load_arrays(self._state(), state, strict, "layer")
 
