@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from inspect import signature
+from io import TextIOBase
 from numbers import Real
 from typing import Any, NamedTuple, NoReturn
 
@@ -755,7 +758,32 @@ class OfAnotherModel(ValueError):
     """What a file says of its layers may be right, but not for this model."""
 
 
+class OfAnotherClass(ValueError):
+    """A file may be good where another is expected; the message is whole but for the path."""
+
+
+def is_path(value: Any, method: str) -> bool:
+    """Whether it is a path; else it is a file that has this method."""
+    if isinstance(value, (str, bytes, os.PathLike)):
+        return True
+    if isinstance(value, TextIOBase) or not callable(getattr(value, method, None)):
+        raise TypeError(f"path: expected a path or an open binary file, got {type(value).__name__}")
+    return False
+
+
+def content(read: Any) -> bytes:
+    """What has been read of an open file."""
+    if not isinstance(read, bytes):
+        raise TypeError(
+            f"path: expected a path or an open binary file, got one that reads "
+            f"{type(read).__name__}"
+        )
+    return read
+
+
 def unfit_file(path: str, error: Exception) -> NoReturn:
+    if isinstance(error, OfAnotherClass):
+        raise StateFileError(f"{path}: {error}") from error
     expected = "a state file of cbn, got one that is damaged or foreign"
     if isinstance(error, OfAnotherModel):
         expected = "a state file of this model, got one of another"
@@ -764,9 +792,42 @@ def unfit_file(path: str, error: Exception) -> NoReturn:
     ) from error
 
 
+# What the file of a model stands under where that of a layer has the name of its class.
+MODEL = "model"
+
+
 def same_class(saved: Any, expected: str) -> None:
-    if saved != expected:
-        raise ValueError(f"class: expected {expected!r}, got {saved!r}")
+    if saved == expected:
+        return
+    if not isinstance(saved, str) or not saved.isidentifier():
+        raise ValueError(f"class: expected {expected!r}, got {str(saved)[:40]!r}")
+    if saved == MODEL:
+        whose, remedy = "a model", "cbn.load(model, path)"
+    else:
+        whose, remedy = saved[:40], f"{saved[:40]}.load(path)"
+    this = "a model" if expected == MODEL else expected
+    raise OfAnotherClass(f"expected a state file of {this}, got one of {whose}; use {remedy}")
+
+
+def restorable(cls: type, norm: type) -> None:
+    """Whether a class derived from a norm is made with the arguments that its files keep."""
+    ours = signature(norm)
+    for base in cls.__mro__[: cls.__mro__.index(norm)]:
+        if "__init__" not in vars(base):
+            continue
+        theirs = signature(vars(base)["__init__"])
+        named = [p.name for p in theirs.parameters.values() if p.kind not in (2, 4)][1:]
+        try:
+            theirs.bind(None, **dict.fromkeys(ours.parameters))
+            fits = set(named) <= ours.parameters.keys()
+        except TypeError:
+            fits = False
+        if not fits:
+            raise TypeError(
+                f"class: expected one made with the arguments of {norm.__name__}, which a file "
+                f"keeps, got {base.__name__}{theirs}; use cbn.save(layer, path), and "
+                "cbn.load(layer, path) on a layer that the program has made"
+            )
 
 
 def config_keys(

@@ -389,12 +389,21 @@ def test_a_larger_model(path):
 
 def test_the_file_of_a_layer(path):
     cbn.BatchNorm1d(C).save(path)
-    assert_refused(cbn.BatchNorm1d(C), path, "class: expected 'model', got 'BatchNorm1d'")
+    text = (
+        f"{path}: expected a state file of a model, got one of BatchNorm1d; "
+        "use BatchNorm1d.load(path)"
+    )
+    with pytest.raises(cbn.StateFileError, match=f"^{re.escape(text)}$"):
+        cbn.load(cbn.BatchNorm1d(C), path)
 
 
 def test_the_file_of_a_model_as_that_of_a_layer(path):
     cbn.save(cbn.BatchNorm1d(C), path)
-    with pytest.raises(cbn.StateFileError, match="class: expected 'BatchNorm1d', got 'model'"):
+    text = (
+        f"{path}: expected a state file of BatchNorm1d, got one of a model; "
+        "use cbn.load(model, path)"
+    )
+    with pytest.raises(cbn.StateFileError, match=f"^{re.escape(text)}$"):
         cbn.BatchNorm1d.load(path)
 
 
@@ -445,7 +454,7 @@ FILES = {
         {"head.norm.num_batches_tracked": np.array(-1)},
         "state['head.norm.num_batches_tracked']: expected an integer from 0 to 2**63 - 1, got -1",
     ),
-    "no-class": (config(lambda c: c.pop("class")), "class: expected 'model', got None"),
+    "no-class": (config(lambda c: c.pop("class")), "class: expected 'model', got 'None'"),
     "more-keys": (
         config(lambda c: c.update(x=1)),
         "config: expected the keys ['class', 'layers'], got missing keys [] and unexpected keys "

@@ -687,13 +687,17 @@ def test_unknown_key(saved, path):
 @pytest.mark.parametrize("layer", [cbn.BatchNorm2d, cbn.BatchNorm3d])
 def test_another_class(layer, path):
     trained(layer).save(path)
-    assert_damaged(path, f"class: expected 'BatchNorm1d', got '{layer.__name__}'")
+    name = layer.__name__
+    text = f"{path}: expected a state file of BatchNorm1d, got one of {name}; use {name}.load(path)"
+    with pytest.raises(cbn.StateFileError, match=f"^{re.escape(text)}$"):
+        cbn.BatchNorm1d.load(path)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("class", None, "class: expected 'BatchNorm1d', got None"),
+        ("class", None, "class: expected 'BatchNorm1d', got 'None'"),
+        ("class", "a b", "class: expected 'BatchNorm1d', got 'a b'"),
         ("num_features", 10**18, "weight: expected float32 of shape (1000000000000000000,), got"),
         ("num_features", 3, "weight: expected float32 of shape (3,), got float32 of shape (2,)"),
         ("num_features", 0, "num_features: expected a positive integer, got 0"),

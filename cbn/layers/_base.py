@@ -254,20 +254,21 @@ class NormLayer(ABC):
         """
         return load_arrays(self._state(), state, strict, "layer")
 
-    def save(self, path: _state.Path) -> None:
+    def save(self, path: _state.Target) -> None:
         """Write the layer to one .npz file, without pickle: configuration, mode and state.
 
         The file is written whole or not at all, under the very name given.
 
         Parameters
         ----------
-        path : str or path
-            The file; one that exists is replaced.
+        path : str, path or open binary file
+            The file; one that exists is replaced. An open file is written to where it is.
 
         Raises
         ------
         TypeError, ValueError
-            If an attribute has been given a value that no layer can be made with.
+            If an attribute has been given a value that no layer can be made with, or the layer is
+            of a class with another constructor than that of cbn: use :func:`cbn.save` then.
         OSError
             If it cannot be written; what was there stays.
 
@@ -283,17 +284,18 @@ class NormLayer(ABC):
         """
         from cbn import _state  # here, because zipfile and json are half of cbn's import time
 
+        _checks.restorable(type(self), self._norm())
         config, state = self._config(), self.state_dict()
         _checks.savable(state, self._expected_state(config))
         _state.save(path, config, state)
 
     @classmethod
-    def load(cls, path: _state.Path) -> Self:
+    def load(cls, path: _state.Target) -> Self:
         """Return a layer from a file that ``save`` wrote, in the mode it was saved in.
 
         Parameters
         ----------
-        path : str or path
+        path : str, path or open binary file
             The file. Nothing in it is trusted: it is read without pickle, and sizes are checked
             before memory is taken.
 
@@ -308,9 +310,12 @@ class NormLayer(ABC):
             If there is no such file.
         StateFileError
             If the file is damaged, foreign, or of another class. A kind of ValueError.
+        TypeError
+            If this class has another constructor than that of cbn.
         """
         from cbn import _state
 
+        _checks.restorable(cls, cls._norm())
         config, state = _state.load(path, cls._expected_state)
         layer = cls._from_config(config)
         with _state.damage_named(path):  # a counter below 0
@@ -319,6 +324,15 @@ class NormLayer(ABC):
 
     _saved: ClassVar[tuple[str, ...]]  # the arguments that a state file keeps
     _smallest: ClassVar[dict[str, Any]]  # those that make the smallest layer
+
+    @classmethod
+    def _norm(cls) -> type[NormLayer]:
+        """The class of cbn that this is or is derived from."""
+        return next(
+            base
+            for base in cls.__mro__
+            if issubclass(base, NormLayer) and base.__module__.startswith("cbn.layers.")
+        )
 
     def _config(self) -> _state.Config:
         """What a state file says of the layer, beside its arrays."""
