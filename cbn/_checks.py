@@ -251,8 +251,8 @@ def data(name: str, value: ArrayLike, like: np.dtype[Any] | None = None) -> Arra
     seen = array.dtype.newbyteorder("=")
     if like is not None and seen != like:
         raise TypeError(
-            f"{name}: expected {like}, got {seen}; "
-            f"convert it with {name}.astype(numpy.{like}), or use {seen} throughout"
+            f"{name}: expected {np.dtype(like)}, got {seen}; "
+            f"convert it with {name}.astype(numpy.{np.dtype(like)}), or use {seen} throughout"
         )
     return readable(array)
 
@@ -432,6 +432,9 @@ def parameter_or_none(name: str, value: ArrayLike | None, shape: Shape) -> Array
     return readable(array)
 
 
+READ_ONLY_REMEDY = "train a copy (copy.deepcopy), or use eval mode"
+
+
 def running_or_none(name: str, value: Any, num_features: int) -> Array | None:
     """One value per channel, to be updated in place."""
     if value is None:
@@ -445,7 +448,7 @@ def running_or_none(name: str, value: Any, num_features: int) -> Array | None:
     if not value.flags.writeable:
         raise ValueError(
             f"{name}: expected a writable array, which training updates in place, "
-            f"got a read-only one of shape {value.shape}"
+            f"got a read-only one of shape {value.shape}; {READ_ONLY_REMEDY}"
         )
     if array.size and not np.may_share_memory(array, value):
         raise ValueError(
@@ -609,6 +612,16 @@ def input_overwritten() -> NoReturn:
 # ----------------------------------------------------------------------------------------- states
 
 
+def batch_to_count(num_batches_tracked: Any) -> None:
+    """Refuse a counter that cannot count another batch."""
+    batch_count(num_batches_tracked)
+    if not num_batches_tracked.flags.writeable:
+        raise ValueError(
+            "num_batches_tracked: expected a writable array, which training updates in place, "
+            f"got a read-only one of shape (); {READ_ONLY_REMEDY}"
+        )
+
+
 def batch_count(num_batches_tracked: Any, prefix: str = "") -> int:
     """How many batches the running statistics have seen."""
     count = num_batches_tracked
@@ -616,7 +629,6 @@ def batch_count(num_batches_tracked: Any, prefix: str = "") -> int:
         not isinstance(count, np.ndarray)
         or count.shape != ()
         or count.dtype.kind not in "iu"
-        or not count.flags.writeable
         or count < 0
     ):
         raise ValueError(
@@ -904,11 +916,17 @@ def distinct_names(names: list[str]) -> None:
         )
 
 
-def some_layers(which: str, count: int, of: int, model: Any) -> None:
+def some_layers(
+    which: str,
+    count: int,
+    of: int,
+    model: Any,
+    remedy: str = "layers are found in dicts, lists, tuples and attributes",
+) -> None:
     if count == 0:
         raise ValueError(
             f"model: expected at least one norm layer {which}, got {type(model).__name__} with "
-            f"none among {of}; layers are found in dicts, lists, tuples and attributes"
+            f"none among {of}; {remedy}"
         )
 
 
@@ -943,6 +961,8 @@ def function(name: str, value: Any) -> None:
 
 
 def data_reach_layers(source: str, count: int) -> None:
+    if count == 0 and source == "batch":
+        raise ValueError("batch: expected at least one value per channel, got an empty batch")
     if count == 0:
         raise ValueError(
             f"{source}: expected data that reach a norm layer in training mode, got none; a "

@@ -94,7 +94,8 @@ def unfrozen_layers(model: object) -> dict[str, ChannelNorm]:
     """Those of them whose running statistics may change; at least one, or an error."""
     found = layers_with_statistics(model)
     layers = {name: layer for name, layer in found.items() if not layer.frozen}
-    _checks.some_layers("that is not frozen", len(layers), len(found), model)
+    remedy = "call cbn.unfreeze(model) first"
+    _checks.some_layers("that is not frozen", len(layers), len(found), model, remedy)
     return layers
 
 

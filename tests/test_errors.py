@@ -13,6 +13,7 @@ from refusals import (
     BAD_OUTS,
     BAD_RUNNING,
     CONVERT,
+    COPY,
     NO_FORWARD,
     NON_NEGATIVE,
     NOT_FLOATS,
@@ -474,7 +475,12 @@ def test_other_plain_values():
         (
             {"running_var": read_only(np.ones(C))},
             "running_var: expected a writable array, which training updates in place, "
-            "got a read-only one of shape (3,)",
+            f"got a read-only one of shape (3,); {COPY}",
+        ),
+        (
+            {"num_batches_tracked": read_only(np.array(0))},
+            "num_batches_tracked: expected a writable array, which training updates in place, "
+            f"got a read-only one of shape (); {COPY}",
         ),
         (
             {"running_mean": None},
@@ -482,11 +488,42 @@ def test_other_plain_values():
             "got running_var without running_mean",
         ),
     ],
-    ids=["eps", "momentum", "correction", "weight", "bias", "read-only", "one-statistic"],
+    ids=[
+        "eps",
+        "momentum",
+        "correction",
+        "weight",
+        "bias",
+        "read-only",
+        "counter",
+        "one-statistic",
+    ],
 )
 def test_layer_with_a_bad_attribute(attributes, text):
     scene = Scene()
     check_refused(partial(scene.with_(**attributes), scene.x), ValueError, text)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, float, "float64"])
+def test_an_element_type_set_on_a_layer_is_named(dtype, tmp_path):
+    bn = cbn.BatchNorm2d(C)
+    bn.dtype = dtype
+    text = (
+        "x: expected float64, got float32; convert it with x.astype(numpy.float64), or use "
+        "float32 throughout"
+    )
+    check_refused(partial(bn, Scene().x), TypeError, text)
+    assert "dtype=float64" in repr(bn)
+    with pytest.raises(ValueError, match=r"expected float64 of shape \(3,\) to save, got float32"):
+        bn.save(tmp_path / "file")
+
+
+def test_a_layer_with_read_only_statistics_is_saved(tmp_path):
+    bn = Scene().bn
+    for array in bn._state().values():
+        array.flags.writeable = False
+    bn.save(tmp_path / "file")
+    np.testing.assert_equal(cbn.BatchNorm2d.load(tmp_path / "file").state_dict(), bn.state_dict())
 
 
 @pytest.mark.parametrize(

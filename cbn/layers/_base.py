@@ -345,7 +345,7 @@ class NormLayer(ABC):
                 config[name] = self.weight is not None
         if "bias" in config:
             config["bias"] = self.bias is not None
-        config["dtype"] = self.dtype.name
+        config["dtype"] = _checks.dtype(self.dtype).name
         config["class"] = type(self).__name__
         config["training"] = _checks.flag("training", self.training)
         return config

@@ -187,7 +187,7 @@ class _BatchNorm(ChannelNorm):
         learns = self.training and not self.frozen and observer is None
         updates = learns and self._track_running_stats
         if updates and self.num_batches_tracked is None:
-            _checks.batch_count(None)
+            _checks.batch_to_count(None)
         warns = (
             self.training
             and observer is None

@@ -131,7 +131,7 @@ class ChannelNorm(NormLayer):
             "track_running_stats": self.track_running_stats,
         }
         if self.dtype != np.float32:
-            optional["dtype"] = self.dtype
+            optional["dtype"] = np.dtype(self.dtype)
         if self.channel_axis != 1:
             optional["channel_axis"] = self.channel_axis
         if self.correction != 1:

@@ -150,7 +150,7 @@ class GroupNorm(NormLayer):
             "bias": self.bias is not None,
         }
         if self.dtype != np.float32:
-            optional["dtype"] = self.dtype
+            optional["dtype"] = np.dtype(self.dtype)
         if self.channel_axis != 1:
             optional["channel_axis"] = self.channel_axis
         return self._described_by(self.num_groups, self.num_channels, **optional)

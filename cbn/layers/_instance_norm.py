@@ -124,7 +124,7 @@ class _InstanceNorm(ChannelNorm):
         updates = self.training and tracks and observer is None
         warns = self.training and observer is None and not self._warned
         if updates and self.num_batches_tracked is None:
-            _checks.batch_count(None)
+            _checks.batch_to_count(None)
         y, self._forward = _instance_norm.forward(
             x,
             self._grouping_of,
