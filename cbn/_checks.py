@@ -139,6 +139,16 @@ def momentum_or_none(value: Any) -> float | None:
     return None if value is None else momentum(value, ", or None for the cumulative average")
 
 
+def warn_of_momentum(value: float | None) -> None:
+    """PyTorch takes any number without a word; the average leaves the range of the data."""
+    if value is not None and not 0 <= value <= 1:
+        _warn(
+            f"momentum: expected a number from 0 to 1, the weight of the new batch, got {value:g}; "
+            "momentum=0.1 is what Keras and ONNX call 0.9",
+            UserWarning,
+        )
+
+
 def nonfinite(value: Any) -> str:
     if not isinstance(value, str) or value not in NONFINITE:
         raise ValueError(f"nonfinite: expected one of {NONFINITE}, got {value!r}")

@@ -370,6 +370,9 @@ class NormLayer(ABC):
         _checks.same_class(config.get("class"), cls.__name__)
         _checks.config_keys(config, cls(**cls._smallest)._config())
         shape = cls._parameter_shape_of(config)
+        for name, check in _checks.OF_ATTRIBUTES.items():
+            if name in config:
+                check(name, config[name])
         small = cls._from_config(config | cls._smallest)
         return {
             name: (array.dtype, shape if name != "num_batches_tracked" else ())

@@ -80,6 +80,11 @@ class _BatchNorm(ChannelNorm):
     TypeError, ValueError
         If an argument is not as above.
 
+    Warns
+    -----
+    UserWarning
+        If ``momentum`` is outside 0 to 1.
+
     References
     ----------
     Ioffe and Szegedy, "Batch Normalization" (2015). Arguments, modes and state follow

@@ -66,6 +66,11 @@ class _InstanceNorm(ChannelNorm):
     TypeError, ValueError
         If an argument is not as above.
 
+    Warns
+    -----
+    UserWarning
+        If ``momentum`` is outside 0 to 1.
+
     References
     ----------
     Ulyanov, Vedaldi and Lempitsky, "Instance Normalization" (2016). Arguments, modes and state
