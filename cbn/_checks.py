@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import math
 import operator
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
+from inspect import signature
+from io import TextIOBase
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -143,6 +149,16 @@ def momentum_or_none(value: Any) -> float | None:
     return None if value is None else momentum(value, ", or None for the cumulative average")
 
 
+def warn_of_momentum(value: float | None) -> None:
+    """PyTorch takes any number without a word; the average leaves the range of the data."""
+    if value is not None and not 0 <= value <= 1:
+        _warn(
+            f"momentum: expected a number from 0 to 1, the weight of the new batch, got {value:g}; "
+            "momentum=0.1 is what Keras and ONNX call 0.9",
+            UserWarning,
+        )
+
+
 def nonfinite(value: Any) -> str:
     if not isinstance(value, str) or value not in NONFINITE:
         raise ValueError(f"nonfinite: expected one of {NONFINITE}, got {value!r}")
@@ -215,15 +231,19 @@ def _read(name: str, value: Any) -> Array:
         ) from error
 
 
-def _as_array(name: str, value: Any, like: np.dtype[Any] | None) -> Array:
-    """An array of floats in any layout; what has no element type of its own takes that of like."""
-    if value is None:
-        raise TypeError(f"{name}: expected an array of float32 or float64, got None")
+def unmasked(name: str, value: Any) -> None:
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name}: expected an array without a mask, got a masked array; "
             f"fill it first with {name}.filled(value)"
         )
+
+
+def _as_array(name: str, value: Any, like: np.dtype[Any] | None) -> Array:
+    """An array of floats in any layout; what has no element type of its own takes that of like."""
+    if value is None:
+        raise TypeError(f"{name}: expected an array of float32 or float64, got None")
+    unmasked(name, value)
     array = _read(name, value)
     if array.dtype.kind in "fiu" and not _has_element_type(value):
         array = array.astype(like or np.float64)
@@ -292,8 +312,9 @@ def _held(name: str, value: ArrayLike, like: np.dtype[Any] | None) -> Array:
     seen = array.dtype.newbyteorder("=")
     if like is not None and seen != like:
         raise TypeError(
-            f"{name}: expected {like}, got {seen}; "
-            f"convert it with {_conversion(name, value, like.name)}, or use {seen} throughout"
+            f"{name}: expected {np.dtype(like)}, got {seen}; "
+            f"convert it with {_conversion(name, value, np.dtype(like).name)}, "
+            f"or use {seen} throughout"
         )
     return array
 
@@ -422,25 +443,29 @@ class SmallBatchWarning(UserWarning):
     """
 
 
+def _warn(text: str, category: type[Warning]) -> None:
+    """Warn the line that called cbn, however many frames above it is."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, category, stacklevel=level)
+
+
 def warn_of_small_batch(count: int, shape: Shape) -> None:
-    """Warn the line that called a layer, four frames above."""
-    warnings.warn(
+    _warn(
         f"x: expected at least {SMALL_BATCH} values per channel when training, got {count} in "
         f"shape {shape}; use a larger batch, or GroupNorm or LayerNorm, which do not depend on "
         f"the batch, or cbn.recalibrate(model, batches, forward) after training",
         SmallBatchWarning,
-        stacklevel=5,
     )
 
 
 def warn_of_small_samples(count: int, shape: Shape) -> None:
-    """Warn the line that called a layer, three frames above."""
-    warnings.warn(
+    _warn(
         f"x: expected at least {SMALL_BATCH} values per channel of a sample when training, got "
         f"{count} in shape {shape}; use larger samples, or GroupNorm or LayerNorm, whose "
         f"statistics are of several channels",
         SmallBatchWarning,
-        stacklevel=4,
     )
 
 
@@ -473,6 +498,9 @@ def parameter_or_none(name: str, value: ArrayLike | None, shape: Shape) -> Array
     return readable(array)
 
 
+READ_ONLY_REMEDY = "train a copy (copy.deepcopy), or use eval mode"
+
+
 def running_or_none(name: str, value: Any, num_features: int) -> Array | None:
     """One value per channel, to be updated in place."""
     if value is None:
@@ -486,7 +514,7 @@ def running_or_none(name: str, value: Any, num_features: int) -> Array | None:
     if not value.flags.writeable:
         raise ValueError(
             f"{name}: expected a writable array, which training updates in place, "
-            f"got a read-only one of shape {value.shape}"
+            f"got a read-only one of shape {value.shape}; {READ_ONLY_REMEDY}"
         )
     if array.size and not np.may_share_memory(array, value):
         raise ValueError(
@@ -664,6 +692,16 @@ def input_overwritten() -> NoReturn:
 # ----------------------------------------------------------------------------------------- states
 
 
+def batch_to_count(num_batches_tracked: Any) -> None:
+    """Refuse a counter that cannot count another batch."""
+    batch_count(num_batches_tracked)
+    if not num_batches_tracked.flags.writeable:
+        raise ValueError(
+            "num_batches_tracked: expected a writable array, which training updates in place, "
+            f"got a read-only one of shape (); {READ_ONLY_REMEDY}"
+        )
+
+
 def batch_count(num_batches_tracked: Any, prefix: str = "") -> int:
     """How many batches the running statistics have seen."""
     count = num_batches_tracked
@@ -671,7 +709,6 @@ def batch_count(num_batches_tracked: Any, prefix: str = "") -> int:
         not isinstance(count, np.ndarray)
         or count.shape != ()
         or count.dtype.kind not in "iu"
-        or not count.flags.writeable
         or count < 0
     ):
         raise ValueError(
@@ -707,16 +744,87 @@ def state_value(key: str, value: Any, current: Any) -> Array:
     """A copy of the value, of the shape and dtype of the array that it can replace."""
     writable(key, current)
     name = f"state[{key!r}]"
+    unmasked(name, value)
     array = _read(name, value)
-    if array.dtype.kind not in ("iu" if current.dtype.kind == "i" else "f"):
-        kind = "an integer" if current.dtype.kind == "i" else "a floating-point"
-        raise TypeError(f"{name}: expected {kind} dtype, got {array.dtype}")
+    _real_numbers(name, array)
     if array.shape != current.shape:
         raise ValueError(f"{name}: expected shape {current.shape}, got {array.shape}")
-    counts = key.rpartition(".")[2] == "num_batches_tracked"
-    if counts and not 0 <= int(array) <= np.iinfo(np.int64).max:
-        raise ValueError(f"{name}: expected an integer from 0 to 2**63 - 1, got {array}")
-    return np.array(array, dtype=current.dtype)
+    if key.rpartition(".")[2] == "num_batches_tracked":
+        return np.array(_count(name, array, current.dtype), dtype=current.dtype)
+    return _as_held(name, array, current.dtype)
+
+
+def _real_numbers(name: str, array: Array) -> None:
+    """Refuse what is not of real numbers: of any type, those of ml_dtypes and Python included."""
+    kind = array.dtype.kind
+    # A type of somebody else's (2) says itself whether float64 holds its values.
+    if kind in "iuf" or (array.dtype.isbuiltin == 2 and np.can_cast(array.dtype, np.float64)):
+        return
+    seen = str(array.dtype)
+    if kind == "O":
+        others = [each for each in array.flat if isinstance(each, BOOLS) or not _is_real(each)]
+        if not others:
+            return
+        seen = type(others[0]).__name__
+    raise TypeError(f"{name}: expected real numbers, got {seen}; convert them first")
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (Real, Decimal))
+
+
+def _count(name: str, array: Array, element: np.dtype[Any]) -> int:
+    """A number of batches that an integer type can hold."""
+    number = array.item() if array.dtype.kind in "iuO" else float(array)
+    largest = int(np.iinfo(element if element.kind in "iu" else np.int64).max)
+    expected = f"an integer from 0 to 2**{largest.bit_length()} - 1"
+    if not 0 <= number <= largest:
+        raise ValueError(f"{name}: expected {expected}, got {_shown(number)}")
+    if number != int(number):
+        raise ValueError(
+            f"{name}: expected {expected}, got {number}; round an averaged counter first"
+        )
+    return int(number)
+
+
+def _as_held(name: str, array: Array, element: np.dtype[Any]) -> Array:
+    """A copy of real numbers in an element type that can hold them; infinities stay."""
+    numbers = array
+    if array.dtype.kind == "O":
+        values = [_as_float(name, number, element) for number in array.flat]
+        numbers = np.array(values, np.float64).reshape(array.shape)
+    elif array.dtype.isbuiltin == 2:
+        numbers = array.astype(np.float64)
+    with np.errstate(all="ignore"):
+        new = np.array(numbers, dtype=element)
+    if numbers.dtype != element:
+        lost = np.isinf(new) & ~np.isinf(numbers)
+        if lost.any():
+            _beyond(name, numbers[lost][0], element)
+    return new
+
+
+def _as_float(name: str, number: Any, element: np.dtype[Any]) -> float:
+    try:
+        converted = float(number)
+    except OverflowError:
+        converted = math.inf
+    if math.isinf(converted) and number != converted:
+        _beyond(name, number, element)
+    return converted
+
+
+def _beyond(name: str, number: Any, element: np.dtype[Any]) -> NoReturn:
+    raise ValueError(
+        f"{name}: expected numbers that {element} can hold, got {_shown(number)}; rescale the "
+        "layer's input, or use float64 throughout"
+    )
+
+
+def _shown(number: Any) -> str:
+    # Python converts no more than some thousand digits.
+    beyond = isinstance(number, int) and not -(10**400) < number < 10**400
+    return "an integer beyond floats" if beyond else str(number)
 
 
 def savable(
@@ -742,7 +850,32 @@ class OfAnotherModel(ValueError):
     """What a file says of its layers may be right, but not for this model."""
 
 
+class OfAnotherClass(ValueError):
+    """A file may be good where another is expected; the message is whole but for the path."""
+
+
+def is_path(value: Any, method: str) -> bool:
+    """Whether it is a path; else it is a file that has this method."""
+    if isinstance(value, (str, bytes, os.PathLike)):
+        return True
+    if isinstance(value, TextIOBase) or not callable(getattr(value, method, None)):
+        raise TypeError(f"path: expected a path or an open binary file, got {type(value).__name__}")
+    return False
+
+
+def content(read: Any) -> bytes:
+    """What has been read of an open file."""
+    if not isinstance(read, bytes):
+        raise TypeError(
+            f"path: expected a path or an open binary file, got one that reads "
+            f"{type(read).__name__}"
+        )
+    return read
+
+
 def unfit_file(path: str, error: Exception) -> NoReturn:
+    if isinstance(error, OfAnotherClass):
+        raise StateFileError(f"{path}: {error}") from error
     expected = "a state file of cbn, got one that is damaged or foreign"
     if isinstance(error, OfAnotherModel):
         expected = "a state file of this model, got one of another"
@@ -751,9 +884,42 @@ def unfit_file(path: str, error: Exception) -> NoReturn:
     ) from error
 
 
+# What the file of a model stands under where that of a layer has the name of its class.
+MODEL = "model"
+
+
 def same_class(saved: Any, expected: str) -> None:
-    if saved != expected:
-        raise ValueError(f"class: expected {expected!r}, got {saved!r}")
+    if saved == expected:
+        return
+    if not isinstance(saved, str) or not saved.isidentifier():
+        raise ValueError(f"class: expected {expected!r}, got {str(saved)[:40]!r}")
+    if saved == MODEL:
+        whose, remedy = "a model", "cbn.load(model, path)"
+    else:
+        whose, remedy = saved[:40], f"{saved[:40]}.load(path)"
+    this = "a model" if expected == MODEL else expected
+    raise OfAnotherClass(f"expected a state file of {this}, got one of {whose}; use {remedy}")
+
+
+def restorable(cls: type, norm: type) -> None:
+    """Whether a class derived from a norm is made with the arguments that its files keep."""
+    ours = signature(norm)
+    for base in cls.__mro__[: cls.__mro__.index(norm)]:
+        if "__init__" not in vars(base):
+            continue
+        theirs = signature(vars(base)["__init__"])
+        named = [p.name for p in theirs.parameters.values() if p.kind not in (2, 4)][1:]
+        try:
+            theirs.bind(None, **dict.fromkeys(ours.parameters))
+            fits = set(named) <= ours.parameters.keys()
+        except TypeError:
+            fits = False
+        if not fits:
+            raise TypeError(
+                f"class: expected one made with the arguments of {norm.__name__}, which a file "
+                f"keeps, got {base.__name__}{theirs}; use cbn.save(layer, path), and "
+                "cbn.load(layer, path) on a layer that the program has made"
+            )
 
 
 def config_keys(
@@ -830,11 +996,17 @@ def distinct_names(names: list[str]) -> None:
         )
 
 
-def some_layers(which: str, count: int, of: int, model: Any) -> None:
+def some_layers(
+    which: str,
+    count: int,
+    of: int,
+    model: Any,
+    remedy: str = "layers are found in dicts, lists, tuples and attributes",
+) -> None:
     if count == 0:
         raise ValueError(
             f"model: expected at least one norm layer {which}, got {type(model).__name__} with "
-            f"none among {of}; layers are found in dicts, lists, tuples and attributes"
+            f"none among {of}; {remedy}"
         )
 
 
@@ -869,6 +1041,8 @@ def function(name: str, value: Any) -> None:
 
 
 def data_reach_layers(source: str, count: int) -> None:
+    if count == 0 and source == "batch":
+        raise ValueError("batch: expected at least one value per channel, got an empty batch")
     if count == 0:
         raise ValueError(
             f"{source}: expected data that reach a norm layer in training mode, got none; a "

@@ -14,7 +14,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from io import BytesIO
+from typing import IO, Any
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
@@ -23,6 +24,7 @@ from cbn import _checks
 from cbn._checks import Array, Shape
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Target = Path | IO[bytes]
 Config = dict[str, Any]
 Expected = Mapping[str, tuple[np.dtype[Any], Shape]]
 # The dtype and the shape of a member, and where its data starts.
@@ -33,8 +35,28 @@ LONGEST_CONFIG = 16_384  # characters; a layer needs about 300
 LONGEST_HEADER = 1_000  # characters; an array needs 118. Parsing takes 400 bytes for each.
 
 
-def save(path: Path, config: Config, arrays: Mapping[str, Array]) -> None:
-    """Write a state file, or leave what was there."""
+def save(path: Target, config: Config, arrays: Mapping[str, Array]) -> None:
+    """Write a state file, or leave what was there; to an open file, write all of it at once."""
+    if _checks.is_path(path, "write"):
+        _replace(path, config, arrays)  # type: ignore[arg-type]
+        return
+    whole = BytesIO()
+    _write(whole, config, arrays)
+    rest = whole.getbuffer()
+    while rest:
+        written = path.write(rest)  # type: ignore[union-attr]
+        rest = rest[len(rest) if written is None else written :]  # a raw file may take a part
+
+
+def _write(file: IO[bytes], config: Config, arrays: Mapping[str, Array]) -> None:
+    with ZipFile(file, "w", ZIP_STORED) as archive:
+        for name, array in {CONFIG: np.array(json.dumps(config)), **arrays}.items():
+            # ZipInfo's fixed date: equal states make equal files.
+            with archive.open(ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, (1, 0), allow_pickle=False)
+
+
+def _replace(path: Path, config: Config, arrays: Mapping[str, Array]) -> None:
     target = os.path.realpath(os.fsdecode(path))  # a link stays a link
     folder = os.path.dirname(target)
     temporary = os.path.join(folder, f".{os.urandom(8).hex()}.tmp")
@@ -43,11 +65,7 @@ def save(path: Path, config: Config, arrays: Mapping[str, Array]) -> None:
             # Before the content, which whoever may not read the old file must never see.
             with suppress(FileNotFoundError):
                 shutil.copymode(target, temporary)
-            with ZipFile(file, "w", ZIP_STORED) as archive:
-                for name, array in {CONFIG: np.array(json.dumps(config)), **arrays}.items():
-                    # ZipInfo's fixed date: equal states make equal files.
-                    with archive.open(ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, array, (1, 0), allow_pickle=False)
+            _write(file, config, arrays)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -65,14 +83,14 @@ def save(path: Path, config: Config, arrays: Mapping[str, Array]) -> None:
 
 
 def load(
-    path: Path, expected: Callable[[Config], Expected], longest_config: int = LONGEST_CONFIG
+    path: Target, expected: Callable[[Config], Expected], longest_config: int = LONGEST_CONFIG
 ) -> tuple[Config, dict[str, Array]]:
     """Read a state file.
 
     Parameters
     ----------
-    path : path
-        The file.
+    path : path or open binary file
+        The file; an open one is read from where it is to its end.
     expected : callable
         Given the configuration, tells the dtype and the shape of each array, or raises TypeError
         or ValueError.
@@ -86,8 +104,8 @@ def load(
     StateFileError
         If it is not what save() writes.
     """
-    with open(path, "rb") as file, damage_named(path), ZipFile(file) as archive:
-        size = os.fstat(file.fileno()).st_size
+    with _opened(path) as file, damage_named(path), ZipFile(file) as archive:
+        size = file.seek(0, os.SEEK_END)
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
         if len(members) != len(archive.infolist()):
             raise ValueError("expected every name once, got duplicates")
@@ -116,8 +134,14 @@ def load(
         return config, {name: _array(archive, members[name], *headers[name]) for name in wanted}
 
 
+def _opened(path: Target) -> IO[bytes]:
+    if _checks.is_path(path, "read"):
+        return open(path, "rb")  # type: ignore[arg-type]
+    return BytesIO(_checks.content(path.read()))  # type: ignore[union-attr]
+
+
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: Target) -> Iterator[None]:
     """Turn every complaint about the content of a file into one kind of error."""
     try:
         yield
@@ -128,7 +152,8 @@ def damage_named(path: Path) -> Iterator[None]:
         # system are not the file's.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        _checks.unfit_file(os.fsdecode(path), error)
+        file = path if isinstance(path, (str, bytes, os.PathLike)) else type(path).__name__
+        _checks.unfit_file(os.fsdecode(file), error)
 
 
 def _header(archive: ZipFile, info: ZipInfo, size: int) -> Header:

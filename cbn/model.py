@@ -32,8 +32,6 @@ __all__ = [
 
 Model = TypeVar("Model")
 
-# What a model's file stands under where a layer's has the name of its class.
-CLASS = "model"
 # What a file tells of a layer and a program decides.
 MODES = ("training", "frozen")
 
@@ -96,7 +94,8 @@ def unfrozen_layers(model: object) -> dict[str, ChannelNorm]:
     """Those of them whose running statistics may change; at least one, or an error."""
     found = layers_with_statistics(model)
     layers = {name: layer for name, layer in found.items() if not layer.frozen}
-    _checks.some_layers("that is not frozen", len(layers), len(found), model)
+    remedy = "call cbn.unfreeze(model) first"
+    _checks.some_layers("that is not frozen", len(layers), len(found), model, remedy)
     return layers
 
 
@@ -249,7 +248,7 @@ def load_state_dict(
         As for :func:`named_norm_layers`.
     state : mapping of str to array_like
         As :func:`state_dict` returns it, or what PyTorch's ``model.state_dict()`` holds of norm
-        layers. Values are cast to the dtypes of the layers.
+        layers. Real numbers of any type are cast to the dtypes of the layers.
     strict : bool
         Whether the keys must be exactly those of the norm layers. Otherwise what is missing keeps
         its value, and what is unexpected, such as a convolution in PyTorch's, is passed over.
@@ -262,9 +261,9 @@ def load_state_dict(
     Raises
     ------
     TypeError
-        If ``state`` is not a mapping or a value is not of numbers.
+        If ``state`` is not a mapping or a value is not of real numbers, or masked.
     ValueError
-        If a shape differs or, when strict, a key.
+        If a shape differs or, when strict, a key, or a value is beyond the dtype of the layer.
 
     Examples
     --------
@@ -279,7 +278,7 @@ def load_state_dict(
     return load_arrays(_arrays(dict(named_norm_layers(model))), state, strict, "model")
 
 
-def save(model: object, path: _state.Path) -> None:
+def save(model: object, path: _state.Target) -> None:
     """Write all norm layers of a model to one .npz file, without pickle.
 
     The file is written whole or not at all, under the very name given. It holds the arrays of
@@ -289,8 +288,8 @@ def save(model: object, path: _state.Path) -> None:
     ----------
     model : object
         As for :func:`named_norm_layers`.
-    path : str or path
-        The file; one that exists is replaced.
+    path : str, path or open binary file
+        The file; one that exists is replaced. An open file is written to where it is.
 
     Raises
     ------
@@ -317,12 +316,7 @@ def save(model: object, path: _state.Path) -> None:
     layers = _norm_layers(model)
     config = _config(layers)
     for name, layer in layers.items():
-        # By the class of cbn: one derived from it may have another constructor.
-        cls = next(
-            cls
-            for cls in type(layer).__mro__
-            if issubclass(cls, NormLayer) and cls.__module__.startswith("cbn.layers.")
-        )
+        cls = layer._norm()  # one derived from it may have another constructor
         with _checks.of_layer(_joined(name, "")):
             expected = cls._expected_state({**config["layers"][name], "class": cls.__name__})
         _checks.savable(layer._state(), expected, _joined(name, ""))
@@ -332,7 +326,7 @@ def save(model: object, path: _state.Path) -> None:
     _state.save(path, config, arrays)
 
 
-def load(model: object, path: _state.Path) -> None:
+def load(model: object, path: _state.Target) -> None:
     """Read a file that :func:`save` wrote into the norm layers of a model: all of it, or nothing.
 
     The program makes the model; the file must have the same layers, by name, with the same
@@ -343,7 +337,7 @@ def load(model: object, path: _state.Path) -> None:
     ----------
     model : object
         As for :func:`named_norm_layers`.
-    path : str or path
+    path : str, path or open binary file
         The file. Nothing in it is trusted: it is read without pickle, and sizes are checked
         against those of the model before memory is taken.
 
@@ -370,7 +364,7 @@ def load(model: object, path: _state.Path) -> None:
     own = json.loads(text)  # which makes lists of tuples, as in the file
 
     def expected(config: _state.Config) -> _state.Expected:
-        _checks.same_class(config.get("class"), CLASS)
+        _checks.same_class(config.get("class"), _checks.MODEL)
         _checks.config_keys(config, own)
         _checks.same_layers(config["layers"], own["layers"], MODES)
         return {name: (array.dtype, array.shape) for name, array in arrays.items()}
@@ -394,7 +388,7 @@ def _config(layers: Mapping[str, NormLayer]) -> _state.Config:
     for name, layer in layers.items():
         with _checks.of_layer(_joined(name, "")):
             configs[name] = layer._config()
-    return {"class": CLASS, "layers": configs}
+    return {"class": _checks.MODEL, "layers": configs}
 
 
 def _arrays(layers: Mapping[str, NormLayer]) -> dict[str, Array]:

@@ -206,6 +206,7 @@ def unusable(seen, eps=1e-5, channel="2", name="running_var"):
     )
 
 
+COPY = "train a copy (copy.deepcopy), or use eval mode"
 IN_PLACE = "which training updates in place"
 BAD_RUNNING = {
     "list": ([0.0, 1.0, 2.0], TypeError, f"expected an array, {IN_PLACE}, got list"),
@@ -213,7 +214,7 @@ BAD_RUNNING = {
     "read-only": (
         read_only(np.ones(C)),
         ValueError,
-        f"expected a writable array, {IN_PLACE}, got a read-only one of shape (3,)",
+        f"expected a writable array, {IN_PLACE}, got a read-only one of shape (3,); {COPY}",
     ),
     "strided": (
         np.ones((C, 2))[:, 0],

@@ -423,7 +423,8 @@ def untracked():
     ids=["none", "without", "frozen", "untracked"],
 )
 def test_nothing_to_recalibrate(layers, which):
-    with refused(f"model: expected at least one norm layer {which}; {FOUND}"):
+    remedy = "call cbn.unfreeze(model) first" if "frozen" in which else FOUND
+    with refused(f"model: expected at least one norm layer {which}; {remedy}"):
         cbn.recalibrate(layers, [None], pytest.fail)
 
 
@@ -519,7 +520,12 @@ FROZEN = cbn.freeze(norm())
             f"layer: expected one that is not frozen, got {FROZEN!r}; "
             "call cbn.unfreeze(layer) first",
         ),
-        (norm(), np.ones((0, C)), ValueError, f"batch: {NO_DATA}"),
+        (
+            norm(),
+            np.ones((0, C)),
+            ValueError,
+            "batch: expected at least one value per channel, got an empty batch",
+        ),
     ],
     ids=["model", "without", "frozen", "empty"],
 )

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -12,6 +14,7 @@ from refusals import (
     BAD_RUNNING,
     CONVERT,
     CONVERT_LIST,
+    COPY,
     NO_FORWARD,
     NON_NEGATIVE,
     NOT_FLOATS,
@@ -479,7 +482,12 @@ def test_other_plain_values():
         (
             {"running_var": read_only(np.ones(C))},
             "running_var: expected a writable array, which training updates in place, "
-            "got a read-only one of shape (3,)",
+            f"got a read-only one of shape (3,); {COPY}",
+        ),
+        (
+            {"num_batches_tracked": read_only(np.array(0))},
+            "num_batches_tracked: expected a writable array, which training updates in place, "
+            f"got a read-only one of shape (); {COPY}",
         ),
         (
             {"running_mean": None},
@@ -487,11 +495,42 @@ def test_other_plain_values():
             "got running_var without running_mean",
         ),
     ],
-    ids=["eps", "momentum", "correction", "weight", "bias", "read-only", "one-statistic"],
+    ids=[
+        "eps",
+        "momentum",
+        "correction",
+        "weight",
+        "bias",
+        "read-only",
+        "counter",
+        "one-statistic",
+    ],
 )
 def test_layer_with_a_bad_attribute(attributes, text):
     scene = Scene()
     check_refused(partial(scene.with_(**attributes), scene.x), ValueError, text)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, float, "float64"])
+def test_an_element_type_set_on_a_layer_is_named(dtype, tmp_path):
+    bn = cbn.BatchNorm2d(C)
+    bn.dtype = dtype
+    text = (
+        "x: expected float64, got float32; convert it with x.astype(numpy.float64), or use "
+        "float32 throughout"
+    )
+    check_refused(partial(bn, Scene().x), TypeError, text)
+    assert "dtype=float64" in repr(bn)
+    with pytest.raises(ValueError, match=r"expected float64 of shape \(3,\) to save, got float32"):
+        bn.save(tmp_path / "file")
+
+
+def test_a_layer_with_read_only_statistics_is_saved(tmp_path):
+    bn = Scene().bn
+    for array in bn._state().values():
+        array.flags.writeable = False
+    bn.save(tmp_path / "file")
+    np.testing.assert_equal(cbn.BatchNorm2d.load(tmp_path / "file").state_dict(), bn.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -594,21 +633,61 @@ BAD_STATES = {
         ValueError,
         "state['num_batches_tracked']: expected shape (), got (1,)",
     ),
-    "integers": (
-        changed(running_mean=np.ones(C, np.int32)),
-        TypeError,
-        "state['running_mean']: expected a floating-point dtype, got int32",
-    ),
-    "objects": (
-        changed(bias=np.ones(C, object)),
-        TypeError,
-        "state['bias']: expected a floating-point dtype, got object",
-    ),
-    "counter-dtype": (
-        changed(num_batches_tracked=np.array(1.5)),
-        TypeError,
-        "state['num_batches_tracked']: expected an integer dtype, got float64",
-    ),
+    **{
+        f"{key}-{kind}": (
+            changed(**{key: np.full(np.shape(changed()[key]), value)}),
+            TypeError,
+            f"state[{key!r}]: expected real numbers, got {seen}; convert them first",
+        )
+        for key in changed()
+        for kind, value, seen in (
+            ("complex", 1j, "complex128"),
+            ("bool", True, "bool"),
+            ("text", "1", "<U1"),
+            ("none", None, "NoneType"),
+            ("void", np.void(b"1234"), "|V4"),
+            ("complex-objects", np.array(1j, object), "complex"),
+            ("bool-objects", np.array(True, object), "bool"),
+        )
+    },
+    **{
+        f"{key}-masked": (
+            changed(**{key: np.ma.ones(np.shape(changed()[key]))}),
+            TypeError,
+            f"state[{key!r}]: expected an array without a mask, got a masked array; "
+            f"fill it first with state[{key!r}].filled(value)",
+        )
+        for key in changed()
+    },
+    **{
+        f"beyond-{kind}": (
+            changed(bias=[0, 1, value]),
+            ValueError,
+            f"state['bias']: expected numbers that float32 can hold, got {seen}; rescale the "
+            "layer's input, or use float64 throughout",
+        )
+        for kind, value, seen in (
+            ("float", 1e300, "1e+300"),
+            ("integer", 10**300, "1e+300"),
+            ("long-integer", 10**5000, "an integer beyond floats"),
+            ("decimal", Decimal("-1e999"), "-1E+999"),
+        )
+    },
+    **{
+        f"counter-{value}": (
+            changed(num_batches_tracked=value),
+            ValueError,
+            f"state['num_batches_tracked']: expected an integer from 0 to 2**63 - 1, got {seen}",
+        )
+        for value, seen in (
+            (1.5, "1.5; round an averaged counter first"),
+            (Fraction(7, 2), "7/2; round an averaged counter first"),
+            (-1.0, "-1.0"),
+            (float("nan"), "nan"),
+            (float("inf"), "inf"),
+            (2**63, str(2**63)),
+        )
+    },
 }
 
 

@@ -179,7 +179,7 @@ def test_nothing_to_do_is_an_error(function, model, seen):
 def test_nothing_to_reset_but_frozen_layers():
     text = (
         "model: expected at least one norm layer that is not frozen, got list with none among 1; "
-        "layers are found in dicts, lists, tuples and attributes"
+        "call cbn.unfreeze(model) first"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         cbn.reset_norm_stats([cbn.freeze(norm())])

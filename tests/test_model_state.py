@@ -104,6 +104,18 @@ def test_load_state_dict_is_all_or_nothing(bad):
     assert_same_state(model, before)
 
 
+@pytest.mark.parametrize("bad", KEYS)
+def test_a_masked_array_is_refused(bad):
+    model, before = build(seed=1), cbn.state_dict(build(seed=1))
+    text = (
+        f"state[{bad!r}]: expected an array without a mask, got a masked array; fill it first with "
+        f"state[{bad!r}].filled(value)"
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+        cbn.load_state_dict(model, {**before, bad: np.ma.array(before[bad])})
+    assert_same_state(model, before)
+
+
 def test_a_counter_below_0_is_refused():
     text = "state['head.norm.num_batches_tracked']: expected an integer from 0 to 2**63 - 1, got -1"
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
@@ -377,12 +389,21 @@ def test_a_larger_model(path):
 
 def test_the_file_of_a_layer(path):
     cbn.BatchNorm1d(C).save(path)
-    assert_refused(cbn.BatchNorm1d(C), path, "class: expected 'model', got 'BatchNorm1d'")
+    text = (
+        f"{path}: expected a state file of a model, got one of BatchNorm1d; "
+        "use BatchNorm1d.load(path)"
+    )
+    with pytest.raises(cbn.StateFileError, match=f"^{re.escape(text)}$"):
+        cbn.load(cbn.BatchNorm1d(C), path)
 
 
 def test_the_file_of_a_model_as_that_of_a_layer(path):
     cbn.save(cbn.BatchNorm1d(C), path)
-    with pytest.raises(cbn.StateFileError, match="class: expected 'BatchNorm1d', got 'model'"):
+    text = (
+        f"{path}: expected a state file of BatchNorm1d, got one of a model; "
+        "use cbn.load(model, path)"
+    )
+    with pytest.raises(cbn.StateFileError, match=f"^{re.escape(text)}$"):
         cbn.BatchNorm1d.load(path)
 
 
@@ -433,7 +454,7 @@ FILES = {
         {"head.norm.num_batches_tracked": np.array(-1)},
         "state['head.norm.num_batches_tracked']: expected an integer from 0 to 2**63 - 1, got -1",
     ),
-    "no-class": (config(lambda c: c.pop("class")), "class: expected 'model', got None"),
+    "no-class": (config(lambda c: c.pop("class")), "class: expected 'model', got 'None'"),
     "more-keys": (
         config(lambda c: c.update(x=1)),
         "config: expected the keys ['class', 'layers'], got missing keys [] and unexpected keys "

@@ -11,6 +11,7 @@ from refusals import (
     BAD_RUNNING,
     CONVERT,
     CONVERT_LIST,
+    COPY,
     NO_FORWARD,
     NON_NEGATIVE,
     NOT_FLOATS,
@@ -662,7 +663,11 @@ COUNTER = (
             ({"num_batches_tracked": 3}, COUNTER.format(3)),
             ({"num_batches_tracked": np.array(-1)}, COUNTER.format(np.array(-1))),
             ({"num_batches_tracked": np.array([1])}, COUNTER.format(np.array([1]))),
-            ({"num_batches_tracked": read_only(np.array(3))}, COUNTER.format(np.array(3))),
+            (
+                {"num_batches_tracked": read_only(np.array(3))},
+                "num_batches_tracked: expected a writable array, which training updates in place, "
+                f"got a read-only one of shape (); {COPY}",
+            ),
         ]
     ),
 )
@@ -810,9 +815,9 @@ def test_load_state_dict(kind):
             f"state['weight']: expected shape {shape}, got {(2, *shape)}",
         ),
         (
-            state | {"weight": np.ones(shape, int)},
+            state | {"weight": np.ones(shape, complex)},
             TypeError,
-            "state['weight']: expected a floating-point dtype, got int64",
+            "state['weight']: expected real numbers, got complex128; convert them first",
         ),
     ]:
         check_refused(partial(layer.load_state_dict, bad), error, text)

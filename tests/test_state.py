@@ -12,6 +12,8 @@ import sys
 import time
 import tracemalloc
 import zipfile
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -102,6 +104,50 @@ def test_load_state_dict_takes_lists():
     bn.load_state_dict({"weight": [2.5, 3.5], "num_batches_tracked": 4}, strict=False)
     assert bn.weight.tolist() == [2.5, 3.5]
     assert bn.num_batches_tracked == 4
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "element",
+    ["f2", "f4", ">f8", "g", "i1", "u8", "O", Fraction, Decimal, "bfloat16", "float8_e5m2", "int4"],
+)
+def test_load_state_dict_takes_real_numbers_of_any_type(element, dtype):
+    numbers = [3, 4]
+    if element in ("bfloat16", "float8_e5m2", "int4"):
+        element = np.dtype(getattr(pytest.importorskip("ml_dtypes"), element))
+    if isinstance(element, type):
+        numbers = [element(number) for number in numbers]
+    elif element != "O":
+        numbers = np.array(numbers, element)
+    bn = cbn.BatchNorm1d(C, dtype=dtype)
+    bn.load_state_dict({**dict.fromkeys(KEYS[:4], numbers), "num_batches_tracked": numbers[0]})
+    for key in KEYS[:4]:
+        assert getattr(bn, key).tolist() == [3, 4]
+        assert getattr(bn, key).dtype == dtype
+    assert bn.num_batches_tracked == 3
+    assert bn.num_batches_tracked.dtype == np.int64
+
+
+def test_load_state_dict_takes_what_json_makes_of_a_state():
+    state = {key: value.tolist() for key, value in trained().state_dict().items()}
+    state["weight"] = [1, 2.5]
+    bn = cbn.BatchNorm1d(C)
+    bn.load_state_dict(json.loads(json.dumps(state)))
+    assert_same_state(bn, {**trained().state_dict(), "weight": np.array([1, 2.5], np.float32)})
+
+
+def test_load_state_dict_keeps_nan_and_infinity():
+    bn = cbn.BatchNorm1d(C)
+    for values in ([np.nan, -np.inf], np.array([np.nan, -np.inf], object)):
+        bn.load_state_dict({"running_mean": values}, strict=False)
+        np.testing.assert_array_equal(bn.running_mean, [np.nan, -np.inf])
+
+
+@pytest.mark.parametrize("count", [0, 2**62 + 1, 2**63 - 1, 7.0, np.float32(7)])
+def test_load_state_dict_takes_a_whole_counter_exactly(count):
+    bn = cbn.BatchNorm1d(C)
+    bn.load_state_dict({"num_batches_tracked": count}, strict=False)
+    assert int(bn.num_batches_tracked) == count
 
 
 def test_load_state_dict_not_strict():
@@ -641,13 +687,17 @@ def test_unknown_key(saved, path):
 @pytest.mark.parametrize("layer", [cbn.BatchNorm2d, cbn.BatchNorm3d])
 def test_another_class(layer, path):
     trained(layer).save(path)
-    assert_damaged(path, f"class: expected 'BatchNorm1d', got '{layer.__name__}'")
+    name = layer.__name__
+    text = f"{path}: expected a state file of BatchNorm1d, got one of {name}; use {name}.load(path)"
+    with pytest.raises(cbn.StateFileError, match=f"^{re.escape(text)}$"):
+        cbn.BatchNorm1d.load(path)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("class", None, "class: expected 'BatchNorm1d', got None"),
+        ("class", None, "class: expected 'BatchNorm1d', got 'None'"),
+        ("class", "a b", "class: expected 'BatchNorm1d', got 'a b'"),
         ("num_features", 10**18, "weight: expected float32 of shape (1000000000000000000,), got"),
         ("num_features", 3, "weight: expected float32 of shape (3,), got float32 of shape (2,)"),
         ("num_features", 0, "num_features: expected a positive integer, got 0"),

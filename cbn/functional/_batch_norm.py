@@ -336,7 +336,7 @@ def forward_training(
             return done
 
     if num_batches_tracked is not None:
-        _checks.batch_count(num_batches_tracked)
+        _checks.batch_to_count(num_batches_tracked)
     x = _checks.array("x", x, dtype)
     array = _checks.data("x", x, dtype)
     view = N, C, S = _view(array.shape, _checks.axis_of_channels("x", array.shape, axes))

@@ -195,7 +195,7 @@ def forward(
     warn of few values, before anything is computed.
     """
     if num_batches_tracked is not None:
-        _checks.batch_count(num_batches_tracked)
+        _checks.batch_to_count(num_batches_tracked)
     _checks.both_or_none(running_mean, running_var)
     running_mean = _checks.running_or_none("running_mean", running_mean, channels)
     running_var = _checks.running_or_none("running_var", running_var, channels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -47,6 +48,30 @@ def load_arrays(
     return keys
 
 
+class _Forward:
+    """The method ``forward`` of cbn's layers: a layer may be given another."""
+
+    def __init__(self, function: FunctionType) -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, layer: NormLayer | None, owner: type | None = None) -> Callable[..., Array]:
+        if layer is None:
+            return self._function
+        given: Callable[..., Array] | None = vars(layer).get(GIVEN_FORWARD)
+        return MethodType(self._function, layer) if given is None else given
+
+    def __set__(self, layer: NormLayer, function: Callable[..., Array]) -> None:
+        vars(layer)[GIVEN_FORWARD] = function
+        type(layer)._call_by_forward()
+
+    def __delete__(self, layer: NormLayer) -> None:
+        del vars(layer)[GIVEN_FORWARD]
+
+
+GIVEN_FORWARD = "_given_forward"
+
+
 class NormLayer(ABC):
     """A layer that normalises: the base of all of cbn, for those who look for them."""
 
@@ -72,9 +97,46 @@ class NormLayer(ABC):
 
     # ------------------------------------------------------------------------------------ passes
 
-    @abstractmethod
+    # Every norm has a __call__ that computes, which saves a small call the way through forward. A
+    # class with another forward, its own or one set on a layer, is called by way of it instead.
+
     def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
-        """Normalise x."""
+        """Normalise x: call ``forward``."""
+        forward = self.forward
+        if getattr(forward, "__func__", None) is type(self).__call__:  # that is: forward = __call__
+            return self._normalise(x, out)
+        return forward(x, out)
+
+    def forward(self, x: ArrayLike, out: Array | None = None) -> Array:
+        """Normalise x, as a call of the layer does.
+
+        To be overridden, as in PyTorch: by a subclass, which reaches this one by
+        ``super().forward(x, out)``, or by a function set on a layer.
+        """
+        return self._normalise(x, out)
+
+    if not TYPE_CHECKING:
+        forward = _Forward(forward)
+
+    @abstractmethod
+    def _normalise(self, x: ArrayLike, out: Array | None = None) -> Array:
+        """Normalise x: the ``__call__`` of the norm, also where ``forward`` is another."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Let calls reach a ``forward`` of its own."""
+        super().__init_subclass__(**arguments)
+        if cls.forward not in (NormLayer.forward, cls.__call__):
+            cls._call_by_forward()
+
+    @classmethod
+    def _call_by_forward(cls) -> None:
+        by_forward = NormLayer.__call__
+        calls = [vars(base)["__call__"] for base in cls.__mro__ if "__call__" in vars(base)]
+        others = [call for call in calls if call not in (by_forward, cls._normalise)]
+        cls.__call__ = others[0] if others else by_forward  # type: ignore[method-assign]
+        if others:  # whose super().__call__ may be that of the norm
+            norm = next(base for base in cls.__mro__ if "_normalise" in vars(base))
+            norm.__call__ = by_forward  # type: ignore[method-assign]
 
     def backward(self, grad_output: ArrayLike, out: Array | None = None) -> Array:
         """Return the gradient of the last forward call with respect to its input.
@@ -172,9 +234,10 @@ class NormLayer(ABC):
         Parameters
         ----------
         state : mapping of str to array_like
-            As ``state_dict`` returns it, here or in PyTorch. Values are cast to the dtype of the
-            layer. A variance that nothing can be normalised by (``running_var + eps`` is not above
-            0) loads; a call that would normalise by it is refused.
+            As ``state_dict`` returns it, here or in PyTorch. Real numbers of any type are
+            cast to the dtype of the layer. A variance that nothing can be normalised by
+            (``running_var + eps`` is not above 0) loads; a call that would normalise by it is
+            refused.
         strict : bool
             Whether the keys must be exactly those of the layer. Otherwise what is missing keeps
             its value, and what is unexpected is passed over.
@@ -187,26 +250,27 @@ class NormLayer(ABC):
         Raises
         ------
         TypeError
-            If ``state`` is not a mapping or a value is not of numbers.
+            If ``state`` is not a mapping or a value is not of real numbers, or masked.
         ValueError
-            If a shape differs or, when strict, a key.
+            If a shape differs or, when strict, a key, or a value is beyond the dtype of the layer.
         """
         return load_arrays(self._state(), state, strict, "layer")
 
-    def save(self, path: _state.Path) -> None:
+    def save(self, path: _state.Target) -> None:
         """Write the layer to one .npz file, without pickle: configuration, mode and state.
 
         The file is written whole or not at all, under the very name given.
 
         Parameters
         ----------
-        path : str or path
-            The file; one that exists is replaced.
+        path : str, path or open binary file
+            The file; one that exists is replaced. An open file is written to where it is.
 
         Raises
         ------
         TypeError, ValueError
-            If an attribute has been given a value that no layer can be made with.
+            If an attribute has been given a value that no layer can be made with, or the layer is
+            of a class with another constructor than that of cbn: use :func:`cbn.save` then.
         OSError
             If it cannot be written; what was there stays.
 
@@ -222,17 +286,18 @@ class NormLayer(ABC):
         """
         from cbn import _state  # here, because zipfile and json are half of cbn's import time
 
+        _checks.restorable(type(self), self._norm())
         config, state = self._config(), self.state_dict()
         _checks.savable(state, self._expected_state(config))
         _state.save(path, config, state)
 
     @classmethod
-    def load(cls, path: _state.Path) -> Self:
+    def load(cls, path: _state.Target) -> Self:
         """Return a layer from a file that ``save`` wrote, in the mode it was saved in.
 
         Parameters
         ----------
-        path : str or path
+        path : str, path or open binary file
             The file. Nothing in it is trusted: it is read without pickle, and sizes are checked
             before memory is taken.
 
@@ -247,9 +312,12 @@ class NormLayer(ABC):
             If there is no such file.
         StateFileError
             If the file is damaged, foreign, or of another class. A kind of ValueError.
+        TypeError
+            If this class has another constructor than that of cbn.
         """
         from cbn import _state
 
+        _checks.restorable(cls, cls._norm())
         config, state = _state.load(path, cls._expected_state)
         layer = cls._from_config(config)
         with _state.damage_named(path):  # a counter below 0
@@ -258,6 +326,15 @@ class NormLayer(ABC):
 
     _saved: ClassVar[tuple[str, ...]]  # the arguments that a state file keeps
     _smallest: ClassVar[dict[str, Any]]  # those that make the smallest layer
+
+    @classmethod
+    def _norm(cls) -> type[NormLayer]:
+        """The class of cbn that this is or is derived from."""
+        return next(
+            base
+            for base in cls.__mro__
+            if issubclass(base, NormLayer) and base.__module__.startswith("cbn.layers.")
+        )
 
     def _config(self) -> _state.Config:
         """What a state file says of the layer, beside its arrays."""
@@ -270,7 +347,7 @@ class NormLayer(ABC):
                 config[name] = self.weight is not None
         if "bias" in config:
             config["bias"] = self.bias is not None
-        config["dtype"] = self.dtype.name
+        config["dtype"] = _checks.dtype(self.dtype).name
         config["class"] = type(self).__name__
         config["training"] = _checks.flag("training", self.training)
         return config
@@ -295,6 +372,9 @@ class NormLayer(ABC):
         _checks.same_class(config.get("class"), cls.__name__)
         _checks.config_keys(config, cls(**cls._smallest)._config())
         shape = cls._parameter_shape_of(config)
+        for name, check in _checks.OF_ATTRIBUTES.items():
+            if name in config:
+                check(name, config[name])
         small = cls._from_config(config | cls._smallest)
         return {
             name: (array.dtype, shape if name != "num_batches_tracked" else ())
@@ -317,6 +397,8 @@ class NormLayer(ABC):
         """The other half of it."""
         self.__dict__.update(state)
         self._set_grouping()
+        if GIVEN_FORWARD in state:
+            self._call_by_forward()
 
     def _described_by(self, *required: Any, **optional: Any) -> str:
         """For repr: the layer as a call with its arguments."""

@@ -80,6 +80,11 @@ class _BatchNorm(ChannelNorm):
     TypeError, ValueError
         If an argument is not as above.
 
+    Warns
+    -----
+    UserWarning
+        If ``momentum`` is outside 0 to 1.
+
     References
     ----------
     Ioffe and Szegedy, "Batch Normalization" (2015). Arguments, modes and state follow
@@ -187,7 +192,7 @@ class _BatchNorm(ChannelNorm):
         learns = self.training and not self.frozen and observer is None
         updates = learns and self._track_running_stats
         if updates and self.num_batches_tracked is None:
-            _checks.batch_count(None)
+            _checks.batch_to_count(None)
         warns = (
             self.training
             and observer is None
@@ -220,7 +225,7 @@ class _BatchNorm(ChannelNorm):
             observer(forward)
         return y
 
-    forward = __call__
+    _normalise = __call__
 
     def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> functional.Gradients:
         return functional.backward(self._forward, grad_output, self.weight, out)

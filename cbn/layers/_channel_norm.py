@@ -30,7 +30,7 @@ class ChannelNorm(NormLayer):
         "dtype",
         "bias",
     )
-    _smallest: ClassVar[dict[str, Any]] = {"num_features": 1}
+    _smallest: ClassVar[dict[str, Any]] = {"num_features": 1, "momentum": None}
     nonfinite = "propagate"
     _warned = False  # of a small batch
 
@@ -50,6 +50,7 @@ class ChannelNorm(NormLayer):
         self._num_features = _checks.positive_integer("num_features", num_features)
         self.eps = _checks.non_negative("eps", eps)
         self.momentum = _checks.momentum_or_none(momentum)
+        _checks.warn_of_momentum(self.momentum)
         self.affine = _checks.flag("affine", affine)
         _checks.device(device)
         self.dtype = _checks.dtype(dtype)
@@ -131,7 +132,7 @@ class ChannelNorm(NormLayer):
             "track_running_stats": self.track_running_stats,
         }
         if self.dtype != np.float32:
-            optional["dtype"] = self.dtype
+            optional["dtype"] = np.dtype(self.dtype)
         if self.channel_axis != 1:
             optional["channel_axis"] = self.channel_axis
         if self.correction != 1:

@@ -135,7 +135,7 @@ class GroupNorm(NormLayer):
         )
         return y
 
-    forward = __call__
+    _normalise = __call__
 
     def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> _groups.Gradients:
         return _groups.backward(self._forward, grad_output, self.weight, out)
@@ -154,7 +154,7 @@ class GroupNorm(NormLayer):
             "bias": self.bias is not None,
         }
         if self.dtype != np.float32:
-            optional["dtype"] = self.dtype
+            optional["dtype"] = np.dtype(self.dtype)
         if self.channel_axis != 1:
             optional["channel_axis"] = self.channel_axis
         return self._described_by(self.num_groups, self.num_channels, **optional)

@@ -66,6 +66,11 @@ class _InstanceNorm(ChannelNorm):
     TypeError, ValueError
         If an argument is not as above.
 
+    Warns
+    -----
+    UserWarning
+        If ``momentum`` is outside 0 to 1.
+
     References
     ----------
     Ulyanov, Vedaldi and Lempitsky, "Instance Normalization" (2016). Arguments, modes and state
@@ -124,7 +129,7 @@ class _InstanceNorm(ChannelNorm):
         updates = self.training and tracks and observer is None
         warns = self.training and observer is None and not self._warned
         if updates and self.num_batches_tracked is None:
-            _checks.batch_count(None)
+            _checks.batch_to_count(None)
         y, self._forward = _instance_norm.forward(
             x,
             self._grouping_of,
@@ -148,7 +153,7 @@ class _InstanceNorm(ChannelNorm):
             observer(self._forward)
         return y
 
-    forward = __call__
+    _normalise = __call__
 
     def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> _groups.Gradients:
         if _groups.is_forward(self._forward):

@@ -65,7 +65,7 @@ class _RowNorm(NormLayer):
         )
         return y
 
-    forward = __call__
+    _normalise = __call__
 
     def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> _groups.Gradients:
         return _groups.backward(self._forward, grad_output, self.weight, out)
@@ -85,7 +85,7 @@ class _RowNorm(NormLayer):
         if "bias" in self._saved:
             optional["bias"] = self.bias is not None
         if self.dtype != np.float32:
-            optional["dtype"] = self.dtype
+            optional["dtype"] = np.dtype(self.dtype)
         return self._described_by(self.normalized_shape, **optional)
 
 
