@@ -377,7 +377,6 @@ def test_as_many_axes_as_numpy_has(make_norm):
         ("RMSNorm", {"normalized_shape": [1] * 99}, "normalized_shape: expected at most 64"),
         ("RMSNorm", {"eps": -1}, "eps: expected a finite number >= 0, got -1"),
         ("RMSNorm", {"elementwise_affine": 1}, "elementwise_affine: expected True or False, got 1"),
-        ("RMSNorm", {"class": "LayerNorm"}, "class: expected 'RMSNorm', got 'LayerNorm'"),
         ("RMSNorm", {"bias": True}, "config: expected the keys ['class', 'dtype', "),
         (
             "GroupNorm",
@@ -391,7 +390,6 @@ def test_as_many_axes_as_numpy_has(make_norm):
         ("GroupNorm", {"affine": False}, "expected the arrays [], got ['bias', 'weight']"),
         ("InstanceNorm1d", {"num_features": 2**62}, "weight: expected float32 of shape (46116860"),
         ("InstanceNorm1d", {"has_running_stats": True}, "expected the arrays ['bias', 'num_batch"),
-        ("InstanceNorm1d", {"class": "InstanceNorm2d"}, "class: expected 'InstanceNorm1d', got"),
     ],
     ids=str,
 )
