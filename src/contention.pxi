@@ -24,7 +24,7 @@ cdef double MOST_CREDIT = 0.1     # ... of which no more than these count
 cdef double FIRST_PAUSE = 0.02    # seconds on one thread after a call that took too long, ...
 cdef double LONGEST_PAUSE = 0.9   # ... twice as many after each that follows, but no more
 cdef double LOOK_AGAIN = 0.02     # seconds from one look at the machine to the next, ...
-cdef double LAST_LOOK = 5         # ... the last of which is so many after the pause began
+cdef double LAST_LOOK = 2         # ... the last of which is so many after the pause began
 # Of the pace that a thread has alone, what it keeps among many: they share the memory. 16 threads
 # normalised 10^7 values at 0.63 of it, and differentiated at 0.97.
 cdef double SHARED_PACE = 0.5

@@ -10,7 +10,7 @@ import pytest
 import cbn
 from cbn import _dispatch
 
-FIRST, LONGEST, LAST_LOOK = 0.02, 0.9, 5  # seconds
+FIRST, LONGEST, LAST_LOOK = 0.02, 0.9, 2  # seconds
 ALONE = 1e-4  # what a call takes on one thread
 GOOD, BAD = 6e-5, 8e-3  # what one takes with a team
 
