@@ -102,7 +102,7 @@ def _config() -> Config:
             "one thread": calls.single_calls,
             "contention": calls.contended_calls,
             "now": (
-                f"one thread for {calls.pause:g} s, because of contention"
+                f"one thread for {calls.pause:g} s or more, because of contention"
                 if calls.pausing
                 else "a team where it pays"
             ),

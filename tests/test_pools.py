@@ -198,7 +198,7 @@ def test_a_pause_is_told(monkeypatch):
     paused.judge(1e9, took=1, on_one_thread=1e-6)
     monkeypatch.setattr(_dispatch.kernels, "calls", lambda: paused)
     now = cbn.show_config("dicts")["calls"]["now"]
-    assert now == "one thread for 0.02 s, because of contention"
+    assert now == "one thread for 0.02 s or more, because of contention"
 
 
 def test_all_of_it_is_printed(capsys):
