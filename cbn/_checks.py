@@ -950,9 +950,15 @@ def member_name(name: str) -> None:
 
 
 def same_layers(
-    saved: Any, expected: Mapping[str, Mapping[str, Any]], modes: tuple[str, ...]
+    saved: Any,
+    expected: Mapping[str, Mapping[str, Any]],
+    later: Mapping[str, Mapping[str, Any]],
+    modes: tuple[str, ...],
 ) -> None:
-    """Whether a file has the layers of a model, with their configurations."""
+    """Whether a file has the layers of a model, with their configurations.
+
+    later: what an older file does not tell of each layer.
+    """
     if not isinstance(saved, dict) or not all(isinstance(each, dict) for each in saved.values()):
         raise ValueError(f"layers: expected an object of objects, got {str(saved)[:40]}")
     missing = [name for name in expected if name not in saved]
@@ -963,7 +969,7 @@ def same_layers(
             f"unexpected layers {unexpected[:8]}"
         )
     for name, config in expected.items():
-        layer, seen = name or "model", saved[name]
+        layer, seen = name or "model", {**later[name], **saved[name]}
         if seen.get("class") == config["class"]:  # another has other keys
             config_keys(seen, config, layer)
         for key in ("class", *config):

@@ -108,6 +108,7 @@ def instance_norm(
         momentum,
         eps,
         correction,
+        "propagate",
         out,
     )
     return y
@@ -186,13 +187,14 @@ def forward(
     momentum: float | None,
     eps: float,
     correction: float,
+    nonfinite: str,
     out: Array | None,
     warns: bool = False,
 ) -> tuple[Array, _groups.Forward]:
     """Normalise by the statistics of x, and learn their averages over the samples.
 
-    With a counter of batches, momentum may be None: the average over all of them. warns: whether to
-    warn of few values, before anything is computed.
+    With a counter of batches, momentum may be None: the average over all of them. nonfinite is a
+    layer's. warns: whether to warn of few values, before anything is computed.
     """
     if num_batches_tracked is not None:
         _checks.batch_to_count(num_batches_tracked)
@@ -206,6 +208,7 @@ def forward(
     if momentum is not None or num_batches_tracked is None:
         momentum = _checks.momentum(momentum)
     correction = _checks.non_negative("correction", correction)
+    raises, skips = (_checks.nonfinite(nonfinite) == policy for policy in ("raise", "skip"))
     learns = running_mean is not None
     shape = x.shape
     B, N, C, S, *_ = grouping_of(shape)
@@ -213,12 +216,26 @@ def forward(
     if warns and N * S < _checks.SMALL_BATCH and _checks.data("x", x, dtype).size:
         _checks.warn_of_small_samples(N * S, shape)
 
+    def averages(kept: _groups.Forward) -> Array:
+        """Those of the statistics over the samples; refused where they are not to be learnt."""
+        with np.errstate(all="ignore"):
+            # Axis 0 holds samples: their sums are in order, whatever the number of threads.
+            statistics: Array = kept[4].reshape(3, -1, channels).mean(axis=1)
+        if raises:
+            _checks.finite_statistics(
+                _dispatch.kernels.not_finite(
+                    statistics, running_mean, running_var, N * S, correction
+                )
+            )
+        return statistics
+
+    if raises and out is not None and B * N * C * S:  # what is written could not be taken back
+        averages(_groups.of_input(x, grouping_of, (channels,), eps, True))
     y, kept = _groups.forward(x, grouping_of, dtype, (channels,), weight, bias, eps, True, out)
-    if y.size and (learns or num_batches_tracked is not None):
-        # Axis 0 holds samples: their sums are in order, whatever the number of threads.
-        statistics = kept[4].reshape(3, -1, channels).mean(axis=1)
+    if y.size and (learns or raises or num_batches_tracked is not None):
+        statistics = averages(kept)
         learning = running_mean, running_var, num_batches_tracked
-        _dispatch.kernels.learn(*learning, statistics, momentum, N * S, correction, False)
+        _dispatch.kernels.learn(*learning, statistics, momentum, N * S, correction, skips)
     return y, kept
 
 

@@ -326,6 +326,7 @@ class NormLayer(ABC):
 
     _saved: ClassVar[tuple[str, ...]]  # the arguments that a state file keeps
     _smallest: ClassVar[dict[str, Any]]  # those that make the smallest layer
+    _later: ClassVar[dict[str, Any]] = {}  # what older files do not tell, because nothing else was
 
     @classmethod
     def _norm(cls) -> type[NormLayer]:
@@ -355,6 +356,7 @@ class NormLayer(ABC):
     @classmethod
     def _from_config(cls, config: _state.Config) -> Self:
         """A new layer with such a configuration, in its mode."""
+        config = cls._later | config
         layer = cls(**{name: config[name] for name in cls._saved})
         return layer.train(config["training"])
 
@@ -370,7 +372,7 @@ class NormLayer(ABC):
         No memory is taken for what a file only promises.
         """
         _checks.same_class(config.get("class"), cls.__name__)
-        _checks.config_keys(config, cls(**cls._smallest)._config())
+        _checks.config_keys(cls._later | config, cls(**cls._smallest)._config())
         shape = cls._parameter_shape_of(config)
         for name, check in _checks.OF_ATTRIBUTES.items():
             if name in config:
