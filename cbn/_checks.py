@@ -232,6 +232,10 @@ def _read(name: str, value: Any) -> Array:
 
 
 def unmasked(name: str, value: Any) -> None:
+    if isinstance(value, (list, tuple)) and not _PLAIN_NUMBERS.issuperset(map(type, value)):
+        for i, item in enumerate(value):
+            if isinstance(item, (list, tuple, np.ma.MaskedArray)):
+                unmasked(f"{name}[{i}]", item)
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name}: expected an array without a mask, got a masked array; "

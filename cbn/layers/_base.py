@@ -100,12 +100,12 @@ class NormLayer(ABC):
     # Every norm has a __call__ that computes, which saves a small call the way through forward. A
     # class with another forward, its own or one set on a layer, is called by way of it instead.
 
-    def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
-        """Normalise x: call ``forward``."""
+    def __call__(self, *arguments: Any, **named: Any) -> Array:
+        """Normalise x: call ``forward``, with the arguments that it has."""
         forward = self.forward
         if getattr(forward, "__func__", None) is type(self).__call__:  # that is: forward = __call__
-            return self._normalise(x, out)
-        return forward(x, out)
+            forward = self._normalise
+        return forward(*arguments, **named)
 
     def forward(self, x: ArrayLike, out: Array | None = None) -> Array:
         """Normalise x, as a call of the layer does.
