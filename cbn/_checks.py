@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
-from inspect import signature
+from inspect import Parameter, signature
 from io import TextIOBase
 from numbers import Real
 from pathlib import Path
@@ -912,7 +912,8 @@ def restorable(cls: type, norm: type) -> None:
         if "__init__" not in vars(base):
             continue
         theirs = signature(vars(base)["__init__"])
-        named = [p.name for p in theirs.parameters.values() if p.kind not in (2, 4)][1:]
+        any_number = Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
+        named = [p.name for p in theirs.parameters.values() if p.kind not in any_number][1:]
         try:
             theirs.bind(None, **dict.fromkeys(ours.parameters))
             fits = set(named) <= ours.parameters.keys()

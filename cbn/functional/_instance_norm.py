@@ -230,7 +230,8 @@ def forward(
         return statistics
 
     if raises and out is not None and B * N * C * S:  # what is written could not be taken back
-        averages(_groups.of_input(x, grouping_of, (channels,), eps, True))
+        array = _checks.data("x", x, dtype)
+        averages(_groups.of_input(array, grouping_of, (channels,), eps, True))
     y, kept = _groups.forward(x, grouping_of, dtype, (channels,), weight, bias, eps, True, out)
     if y.size and (learns or raises or num_batches_tracked is not None):
         statistics = averages(kept)
