@@ -104,14 +104,7 @@ def test_one_array_for_both_running_statistics():
     assert both.tolist() == [1, 1, 1]
 
 
-def read_only(count):
-    count.flags.writeable = False
-    return count
-
-
-@pytest.mark.parametrize(
-    "count", [read_only(np.array(3)), np.array(-1), 3, "abc", None, np.array([1])], ids=repr
-)
+@pytest.mark.parametrize("count", [np.array(-1), 3, "abc", None, np.array([1])], ids=repr)
 def test_a_counter_that_cannot_count(count, x):
     bn = cbn.BatchNorm2d(3)
     bn.num_batches_tracked = count
