@@ -208,7 +208,7 @@ def forward(
     if momentum is not None or num_batches_tracked is None:
         momentum = _checks.momentum(momentum)
     correction = _checks.non_negative("correction", correction)
-    raises, skips = (_checks.nonfinite(nonfinite) == policy for policy in ("raise", "skip"))
+    raises = _checks.nonfinite(nonfinite) == "raise"
     learns = running_mean is not None
     shape = x.shape
     B, N, C, S, *_ = grouping_of(shape)
@@ -216,28 +216,26 @@ def forward(
     if warns and N * S < _checks.SMALL_BATCH and _checks.data("x", x, dtype).size:
         _checks.warn_of_small_samples(N * S, shape)
 
-    def averages(kept: _groups.Forward) -> Array:
-        """Those of the statistics over the samples; refused where they are not to be learnt."""
-        with np.errstate(all="ignore"):
-            # Axis 0 holds samples: their sums are in order, whatever the number of threads.
-            statistics: Array = kept[4].reshape(3, -1, channels).mean(axis=1)
-        if raises:
-            _checks.finite_statistics(
-                _dispatch.kernels.not_finite(
-                    statistics, running_mean, running_var, N * S, correction
-                )
-            )
-        return statistics
-
-    if raises and out is not None and B * N * C * S:  # what is written could not be taken back
+    if raises and B * N * C * S:  # nothing is written before the statistics have been looked at
         array = _checks.data("x", x, dtype)
-        averages(_groups.of_input(array, grouping_of, (channels,), eps, True))
+        statistics = _averages(_groups.of_input(array, grouping_of, (channels,), eps, True))
+        _checks.finite_statistics(
+            _dispatch.kernels.not_finite(statistics, running_mean, running_var, N * S, correction)
+        )
     y, kept = _groups.forward(x, grouping_of, dtype, (channels,), weight, bias, eps, True, out)
-    if y.size and (learns or raises or num_batches_tracked is not None):
-        statistics = averages(kept)
-        learning = running_mean, running_var, num_batches_tracked
-        _dispatch.kernels.learn(*learning, statistics, momentum, N * S, correction, skips)
+    if y.size and (learns or num_batches_tracked is not None):
+        learning = running_mean, running_var, num_batches_tracked, _averages(kept)
+        skips = nonfinite == "skip"
+        _dispatch.kernels.learn(*learning, momentum, N * S, correction, skips)
     return y, kept
+
+
+def _averages(kept: _groups.Forward) -> Array:
+    """The statistics of a forward pass, averaged over the samples."""
+    with np.errstate(all="ignore"):
+        # Axis 0 holds samples: their sums are in order, whatever the number of threads.
+        averages: Array = kept[4].reshape(3, -1, *kept[7]).mean(axis=1)
+    return averages
 
 
 @lru_cache
