@@ -10,8 +10,8 @@
 # did and how long it worked, and the fastest of them is the one that was least interrupted.
 
 cdef enum:
-    # Values of a call that lasts long enough for every thread to be interrupted: there each reads the
-    # clock of its own CPU time. That is a system call, which a shorter one would notice.
+    # Values of a call that lasts long enough for every thread to be interrupted: there each reads
+    # the clock of its own CPU time. That is a system call, which a shorter one would notice.
     LONG_CALL = 1 << 19
 
 cdef double TOLERANCE = 1.2       # times what one thread takes, which is an estimate
