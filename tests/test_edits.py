@@ -108,7 +108,7 @@ def test_one_array_for_both_running_statistics():
 def test_a_counter_that_cannot_count(count, x):
     bn = cbn.BatchNorm2d(3)
     bn.num_batches_tracked = count
-    with pytest.raises(ValueError, match="num_batches_tracked: expected a writable array of shape"):
+    with pytest.raises(ValueError, match="num_batches_tracked: expected a writable array"):
         bn(x)
     assert bn.running_mean.tolist() == [0, 0, 0]
     assert bn.running_var.tolist() == [1, 1, 1]

@@ -108,6 +108,7 @@ def instance_norm(
         momentum,
         eps,
         correction,
+        "propagate",
         out,
     )
     return y
@@ -186,13 +187,14 @@ def forward(
     momentum: float | None,
     eps: float,
     correction: float,
+    nonfinite: str,
     out: Array | None,
     warns: bool = False,
 ) -> tuple[Array, _groups.Forward]:
     """Normalise by the statistics of x, and learn their averages over the samples.
 
-    With a counter of batches, momentum may be None: the average over all of them. warns: whether to
-    warn of few values, before anything is computed.
+    With a counter of batches, momentum may be None: the average over all of them. nonfinite is a
+    layer's. warns: whether to warn of few values, before anything is computed.
     """
     if num_batches_tracked is not None:
         _checks.batch_to_count(num_batches_tracked)
@@ -206,6 +208,7 @@ def forward(
     if momentum is not None or num_batches_tracked is None:
         momentum = _checks.momentum(momentum)
     correction = _checks.non_negative("correction", correction)
+    raises = _checks.nonfinite(nonfinite) == "raise"
     learns = running_mean is not None
     shape = x.shape
     B, N, C, S, *_ = grouping_of(shape)
@@ -213,13 +216,26 @@ def forward(
     if warns and N * S < _checks.SMALL_BATCH and _checks.data("x", x, dtype).size:
         _checks.warn_of_small_samples(N * S, shape)
 
+    if raises and B * N * C * S:  # nothing is written before the statistics have been looked at
+        array = _checks.data("x", x, dtype)
+        statistics = _averages(_groups.of_input(array, grouping_of, (channels,), eps, True))
+        _checks.finite_statistics(
+            _dispatch.kernels.not_finite(statistics, running_mean, running_var, N * S, correction)
+        )
     y, kept = _groups.forward(x, grouping_of, dtype, (channels,), weight, bias, eps, True, out)
     if y.size and (learns or num_batches_tracked is not None):
-        # Axis 0 holds samples: their sums are in order, whatever the number of threads.
-        statistics = kept[4].reshape(3, -1, channels).mean(axis=1)
-        learning = running_mean, running_var, num_batches_tracked
-        _dispatch.kernels.learn(*learning, statistics, momentum, N * S, correction, False)
+        learning = running_mean, running_var, num_batches_tracked, _averages(kept)
+        skips = nonfinite == "skip"
+        _dispatch.kernels.learn(*learning, momentum, N * S, correction, skips)
     return y, kept
+
+
+def _averages(kept: _groups.Forward) -> Array:
+    """The statistics of a forward pass, averaged over the samples."""
+    with np.errstate(all="ignore"):
+        # Axis 0 holds samples: their sums are in order, whatever the number of threads.
+        averages: Array = kept[4].reshape(3, -1, *kept[7]).mean(axis=1)
+    return averages
 
 
 @lru_cache

@@ -91,8 +91,6 @@ class _BatchNorm(ChannelNorm):
     ``torch.nn.BatchNorm1d``, ``2d`` and ``3d``.
     """
 
-    _saved = (*ChannelNorm._saved, "nonfinite")
-
     def __init__(
         self,
         num_features: int,
@@ -121,8 +119,8 @@ class _BatchNorm(ChannelNorm):
             bias,
             channel_axis,
             correction,
+            nonfinite,
         )
-        self.nonfinite = _checks.nonfinite(nonfinite)
         for name, value in (("running_mean", running_mean), ("running_var", running_var)):
             if value is not None:
                 _checks.tracked(name, self.track_running_stats)
@@ -229,12 +227,6 @@ class _BatchNorm(ChannelNorm):
 
     def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> functional.Gradients:
         return functional.backward(self._forward, grad_output, self.weight, out)
-
-    def __repr__(self) -> str:
-        text = super().__repr__()
-        if self.nonfinite != "propagate":
-            text = f"{text[:-1]}, nonfinite={self.nonfinite!r})"
-        return text
 
 
 @documented_by(_BatchNorm)

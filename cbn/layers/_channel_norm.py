@@ -29,9 +29,10 @@ class ChannelNorm(NormLayer):
         "track_running_stats",
         "dtype",
         "bias",
+        "nonfinite",
     )
     _smallest: ClassVar[dict[str, Any]] = {"num_features": 1, "momentum": None}
-    nonfinite = "propagate"
+    nonfinite = "propagate"  # of pickles that are older than this attribute
     _warned = False  # of a small batch
 
     def __init__(
@@ -46,6 +47,7 @@ class ChannelNorm(NormLayer):
         bias: bool,
         channel_axis: int,
         correction: float,
+        nonfinite: str,
     ) -> None:
         self._num_features = _checks.positive_integer("num_features", num_features)
         self.eps = _checks.non_negative("eps", eps)
@@ -57,6 +59,7 @@ class ChannelNorm(NormLayer):
         self._channel_axis = _checks.channel_axis(channel_axis)
         self._axes = self._axes_of(self._num_features, self._channel_axis)
         self.correction = _checks.non_negative("correction", correction)
+        self.nonfinite = _checks.nonfinite(nonfinite)
         self.training = True
         self.frozen = False
         self._make_parameters((self._num_features,), self.affine, bias)
@@ -139,4 +142,6 @@ class ChannelNorm(NormLayer):
             optional["correction"] = f"{self.correction:g}"
         if self.frozen:
             optional["frozen"] = True
+        if self.nonfinite != "propagate":
+            optional["nonfinite"] = repr(self.nonfinite)
         return self._described_by(self.num_features, **optional)
