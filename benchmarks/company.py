@@ -1,7 +1,7 @@
 """Time cbn in company: beside busy processes, between other libraries' calls, and after they leave.
 
     python benchmarks/company.py
-    python benchmarks/company.py --situations "1 neighbour" matmul --niceness 5 --seconds 2
+    python benchmarks/company.py --situations neighbours matmul --niceness 5 --seconds 2
     python benchmarks/company.py --json company.json --figure company.png
 
 Each situation is a process of its own, so that no other library's threads are there:
@@ -42,7 +42,8 @@ SHAPES = {"10^5": (1, 32, 56, 56), "10^6": (8, 160, 28, 28), "10^7": (32, 100, 5
 SMALL = (1, 64, 56, 56)
 PASSES = ("inference", "training", "backward")
 TURN = 0.3
-BUSY = "while True: pass"
+# It ends with the process that started it, also when that is killed.
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
 Call = Callable[[], object]
 
 
@@ -53,6 +54,7 @@ def main() -> None:
     )
     parser.add_argument("--situations", choices=SITUATIONS, nargs="+", default=list(SITUATIONS))
     parser.add_argument("--seconds", type=float, default=3.0, help="for each library and pass")
+    parser.add_argument("--neighbours", type=int, default=1, help="in the situation of that name")
     parser.add_argument("--niceness", type=int, default=0, help="of the neighbours")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--figure", type=Path, help="draw them to this file")
@@ -69,7 +71,10 @@ def main() -> None:
     )
     rows = []
     for name in tqdm(arguments.situations, unit="situation", file=sys.stderr):
-        options = ["--seconds", str(arguments.seconds), "--niceness", str(arguments.niceness)]
+        options = [
+            f"--{option}={getattr(arguments, option)}"
+            for option in ("seconds", "neighbours", "niceness")
+        ]
         done = subprocess.run(
             [sys.executable, __file__, "--here", "--situations", name, *options],
             stdout=subprocess.PIPE,
@@ -198,13 +203,11 @@ def row(
 @contextmanager
 def neighbours(number: int, niceness: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """So many busy processes, each in a session of its own, on all CPUs."""
-    busy = [
-        subprocess.Popen(
-            ["nice", "-n", str(niceness), sys.executable, "-c", BUSY], start_new_session=True
-        )
-        for _ in range(number)
-    ]
+    busy: list[subprocess.Popen[bytes]] = []
+    command = ["nice", "-n", str(niceness), sys.executable, "-c", BUSY]
     try:
+        for _ in range(number):
+            busy.append(subprocess.Popen(command, start_new_session=True))
         yield busy
     finally:
         for process in busy:
@@ -212,11 +215,11 @@ def neighbours(number: int, niceness: int) -> Iterator[list[subprocess.Popen[byt
             process.wait()
 
 
-def beside(number: int) -> Callable[[argparse.Namespace], Iterator[dict[str, Any]]]:
-    """The situation of so many neighbours."""
+def beside(number: int | None = None) -> Callable[[argparse.Namespace], Iterator[dict[str, Any]]]:
+    """The situation of so many neighbours, or as many as the command line says."""
 
     def situation(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-        with neighbours(number, arguments.niceness):
+        with neighbours(number or arguments.neighbours, arguments.niceness):
             for pass_ in PASSES:
                 for size, shape in SHAPES.items():
                     yield row(f"{pass_} {size}", calls_of(pass_, shape), arguments.seconds)
@@ -233,15 +236,21 @@ def afterwards(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             time_turns({"cbn": calls["cbn"]}, 2)
         left, fast = perf_counter(), 0
         while fast < 10 and perf_counter() < left + 10:
-            start = perf_counter()
+            teams, start = teams_so_far(), perf_counter()
             calls["cbn"]()
-            fast = fast + 1 if perf_counter() - start < 1.3 * usual else 0
+            seconds = perf_counter() - start
+            fast = fast + 1 if seconds < 1.3 * usual and teams_so_far() > teams else 0
         seconds = perf_counter() - left
         yield {
             "work": f"{pass_} 10^6",
             "times": {"cbn before": [usual * 1e6, usual * 1e6]},
             "numbers": {"seconds until fast": seconds},
         }
+
+
+def teams_so_far() -> int:
+    """The calls of this process that had a team of threads."""
+    return int(cbn.show_config("dicts")["calls"]["team"])
 
 
 def cpus() -> int:
@@ -343,14 +352,18 @@ PAIRS = {
     "matmul": (matmul, "numpy"),
     "KMeans.predict": (k_means, "sklearn"),
     "PyTorch conv2d": (conv2d, "torch"),
-    "ONNX Runtime Conv": (onnx_conv, "onnxruntime"),
+    "ONNX Runtime Conv": (onnx_conv, "onnxruntime", "onnx"),
 }
 SITUATIONS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
     "alone": alone,
-    "1 neighbour": beside(1),
+    "neighbours": beside(),
     "a neighbour per CPU": beside(cpus()),
     "afterwards": afterwards,
-    **{name: pairs(make) for name, (make, package) in PAIRS.items() if find_spec(package)},
+    **{
+        name: pairs(make)
+        for name, (make, *packages) in PAIRS.items()
+        if all(map(find_spec, packages))
+    },
 }
 
 

@@ -101,11 +101,7 @@ def _config() -> Config:
             "team": calls.team_calls,
             "one thread": calls.single_calls,
             "contention": calls.contended_calls,
-            "now": (
-                f"one thread for {calls.pause:g} s or more, because of contention"
-                if calls.pausing
-                else "a team where it pays"
-            ),
+            "now": _now(calls),
         },
         "pools": {
             file: {
@@ -116,3 +112,12 @@ def _config() -> Config:
             for file, pool in _pools.loaded().items()
         },
     }
+
+
+def _now(calls: Any) -> str:
+    """What becomes of a call that is large enough for a team (src/contention.pxi)."""
+    if not (calls.pausing and calls.judges):
+        return "a team where it pays"
+    if calls.pause == 0:
+        return "a team once the machine has CPUs to spare"
+    return f"one thread for {calls.pause:g} s or more, because of contention"

@@ -4,15 +4,16 @@
 # too, or another process is busy, a thread that spins keeps the CPU from the very thread that it
 # waits for, one slice of the scheduler (4 ms) after the other, and a call of 0.1 ms takes 8 ms. So
 # every call of a team is judged by what one thread would have taken. After one that took longer,
-# calls run on one thread for a while, and before the next team is tried, as before the first, the
-# machine must have CPUs to spare. benchmarks/company.py measures what it is good for.
+# calls run on one thread for a while. Before the next team is tried, as before the first, calls
+# wait some time for the machine to have CPUs to spare.
+# benchmarks/company.py measures what it is good for.
 #
 # The call itself tells what one thread would have taken: each thread of its team notes how much it
 # did and how long it worked, and the fastest of them is the one that was least interrupted.
 
 cdef enum:
-    # Values of a call that lasts long enough for every thread to be interrupted. There each reads
-    # the clock of its own CPU time, a system call, which a shorter call would notice.
+    # Calls of so many values last long enough that every thread may be interrupted. They are
+    # measured by each thread's CPU time; that is a system call, too dear for shorter ones.
     LONG_CALL = 1 << 19
 
 cdef double TOLERANCE = 1.2       # times what one thread takes, which is an estimate
@@ -40,7 +41,8 @@ cdef struct Pace:
 
 cdef inline double seconds(clockid_t clock) noexcept nogil:
     cdef timespec now
-    clock_gettime(clock, &now)
+    if clock_gettime(clock, &now) != 0:
+        return 0
     return <double>now.tv_sec + 1e-9 * <double>now.tv_nsec
 
 
@@ -53,15 +55,18 @@ cdef inline void end_round(Pace* pace, clockid_t clock) noexcept nogil:
 
 
 cdef double alone_seconds(const Pace* paces, int num_threads) noexcept nogil:
-    """The seconds of a round if one thread, alone, did everything."""
+    """The seconds of a round if one thread, alone, did everything; infinite if nobody knows."""
     cdef double least = INFINITY
     cdef Py_ssize_t channels = 0
-    cdef int thread
+    cdef int thread, workers = 0
     for thread in range(num_threads):
         if paces[thread].channels > 0:
+            workers += 1
             channels += paces[thread].channels
             least = min(least, paces[thread].seconds / paces[thread].channels)
-    return least * channels * max(SHARED_PACE, 2.0 / num_threads) if channels else 0
+    if not 0 < least < INFINITY:   # a clock of CPU time may tick too seldom, or be refused
+        return INFINITY
+    return least * channels * min(1.0, max(SHARED_PACE, 2.0 / workers))
 
 
 cdef bint has_room(int num_threads):
@@ -81,7 +86,8 @@ cdef bint has_room(int num_threads):
 cdef class Contention:
     """Which calls run on one thread because a team would suffer, and how many calls there were.
 
-    It begins with a pause of no length. Times are in seconds, of any clock.
+    The first team waits for room on the machine, as after a pause. Times are in seconds, of any
+    clock.
     """
 
     cdef public bint judges                    # off: for tests that need a team, on any machine
@@ -100,11 +106,12 @@ cdef class Contention:
         self.judges = judges
         self.pausing = True
 
-    cpdef judge(self, double now, double took, double on_one_thread):
-        """Begin a pause if calls of a team take too long."""
+    cpdef judge(self, double now, double took, double on_one_thread, int threads_made=0):
+        """Begin a pause if calls of a team, whose threads may be made for it, take too long."""
         cdef bint awake = now - took < self.ended_at + AWAKE
         self.ended_at = now
-        if took <= TOLERANCE * on_one_thread + (SLACK if awake else WAKE_UP):
+        cdef double slack = (SLACK if awake else WAKE_UP) + threads_made * WAKE_UP
+        if took <= TOLERANCE * on_one_thread + slack:
             self.good += took
             self.credit = min(self.credit + took, MOST_CREDIT)
             return
@@ -154,4 +161,12 @@ cdef Contention contention = Contention()
 
 def calls():
     """How the calls of this process ran, and whether they keep to one thread now."""
+    return contention_here()
+
+
+cdef Contention contention_here():
+    """That of this process: a forked child has one of its own."""
+    global contention
+    if is_new_child():
+        contention = Contention(contention.judges)
     return contention

@@ -199,17 +199,15 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, int num_thre
                 num_threads)
     end_call()
     free(p.coefficients)
-    # The first call of a team has made it, which takes longer than many a call.
-    if num_threads > 1 and contention.judges and not has_new_team():
-        contention.judge(seconds(CLOCK_MONOTONIC), p.seconds, p.on_one_thread)
+    if num_threads > 1 and contention.judges:
+        contention.judge(seconds(CLOCK_MONOTONIC), p.seconds, p.on_one_thread,
+                         num_threads if has_new_team() else 0)
 
 
 cdef int begin_pass(int num_threads, Py_ssize_t values):
     """The number of threads for a pass that may have so many."""
-    global contention
+    cdef Contention contention = contention_here()
     cdef bint allowed = True
-    if is_new_child():
-        contention = Contention(contention.judges)
     if num_threads > 1:
         allowed = contention.allows_team(num_threads)
     num_threads = begin_call(num_threads if allowed else 1, values)

@@ -86,7 +86,7 @@ static void in_child(void) {
     new_child = 1;
 }
 
-static int has_new_team(void) { return new_team; }
+static int has_new_team(void) { return new_team || gives_up_team; }
 
 /* Whether this is the first question in a child. */
 static int is_new_child(void) {

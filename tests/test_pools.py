@@ -193,12 +193,17 @@ def test_calls_are_counted():
 
 
 def test_a_pause_is_told(monkeypatch):
-    paused = type(_dispatch.kernels.calls())()
-    assert cbn.show_config("dicts")["calls"]["now"] == "a team where it pays"
-    paused.judge(1e9, took=1, on_one_thread=1e-6)
-    monkeypatch.setattr(_dispatch.kernels, "calls", lambda: paused)
-    now = cbn.show_config("dicts")["calls"]["now"]
-    assert now == "one thread for 0.02 s or more, because of contention"
+    calls = type(_dispatch.kernels.calls())()
+    monkeypatch.setattr(_dispatch.kernels, "calls", lambda: calls)
+
+    def now():
+        return cbn.show_config("dicts")["calls"]["now"]
+
+    assert now() == "a team once the machine has CPUs to spare"
+    calls.look(1, room=True)
+    assert now() == "a team where it pays"
+    calls.judge(2, took=1, on_one_thread=1e-6)
+    assert now() == "one thread for 0.02 s or more, because of contention"
 
 
 def test_all_of_it_is_printed(capsys):
