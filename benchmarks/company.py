@@ -234,18 +234,26 @@ def afterwards(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         usual = float(np.median(time_turns({"cbn": calls["cbn"]}, 1)["cbn"]))
         with neighbours(cpus(), arguments.niceness):
             time_turns({"cbn": calls["cbn"]}, 2)
-        left, fast = perf_counter(), 0
-        while fast < 10 and perf_counter() < left + 10:
-            teams, start = teams_so_far(), perf_counter()
-            calls["cbn"]()
-            seconds = perf_counter() - start
-            fast = fast + 1 if seconds < 1.3 * usual and teams_so_far() > teams else 0
+        left = perf_counter()
+        while perf_counter() < left + 10:
+            teams = teams_so_far()
+            calls["cbn"]()  # untimed: the question has cooled the caches
+            times = [timed(calls["cbn"]) for _ in range(10)]
+            if max(times) < 1.3 * usual and teams_so_far() == teams + 11:
+                break
         seconds = perf_counter() - left
         yield {
             "work": f"{pass_} 10^6",
             "times": {"cbn before": [usual * 1e6, usual * 1e6]},
             "numbers": {"seconds until fast": seconds},
         }
+
+
+def timed(call: Call) -> float:
+    """Seconds of a call."""
+    start = perf_counter()
+    call()
+    return perf_counter() - start
 
 
 def teams_so_far() -> int:
