@@ -19,22 +19,13 @@ from inspect import signature
 from io import TextIOBase
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
-Array = NDArray[Any]
-Shape = tuple[int, ...]
-
-
-class Axes(NamedTuple):
-    """Where the channels of an array are."""
-
-    of_rank: tuple[int, ...]  # their axis, for each number of axes; -1: not accepted
-    channels: int | None  # how many there are; None: any number
-    expected: str  # the accepted ranks in words
-
+from cbn._types import Array, Axes, Shape
+from cbn.exceptions import SmallBatchWarning, StateFileError
 
 # Tuples, because a union is put together anew each time that it is looked at.
 BOOLS = (bool, np.bool)
@@ -430,17 +421,6 @@ def enough_values(name: str, shape: Shape, count: int, correction: float) -> Non
 # Statistics of fewer values per channel than this say more of the batch than of the data: the
 # normalised values of two are -1 and 1, whatever they were.
 SMALL_BATCH = 4
-
-
-class SmallBatchWarning(UserWarning):
-    """A layer was called in training on fewer than 4 values per channel; given once per layer.
-
-    For an instance norm, per channel of a sample. Statistics of so few values are mostly noise, in
-    the output and in the running statistics. The warning comes before anything is computed: where
-    a filter makes it an error, the call changes nothing, and so it is at every such call. Python's
-    own filter shows warnings with equal text from one line once, so that of several layers called
-    by one line, as in a loop, one may speak for all.
-    """
 
 
 def _warn(text: str, category: type[Warning]) -> None:
@@ -840,10 +820,6 @@ def savable(
             raise ValueError(f"{prefix}{name}: expected {wanted} to save, got {seen}")
     if "num_batches_tracked" in state:
         batch_count(state["num_batches_tracked"], prefix)
-
-
-class StateFileError(ValueError):
-    """A state file is damaged, foreign, or of another class or model; the message says which."""
 
 
 class OfAnotherModel(ValueError):

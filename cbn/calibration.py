@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cbn import _checks
-from cbn._checks import Array
+from cbn._types import Array
 from cbn.functional._batch_norm import Forward
 from cbn.functional._groups import Forward as GroupForward
 from cbn.layers import ChannelNorm, NormLayer

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cbn import _checks, _walk
-from cbn._checks import Array
+from cbn._types import Array
 from cbn.layers import ChannelNorm, IncompatibleKeys, NormLayer, load_arrays
 
 if TYPE_CHECKING:

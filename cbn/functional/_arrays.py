@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cbn import _checks
-from cbn._checks import Array, Shape
+from cbn._types import Array, Shape
 
 
 def overwrites(out: Array | None, like: Array, name: str, **others: Array | None) -> bool:

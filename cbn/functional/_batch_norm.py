@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cbn import _checks, _dispatch, _threads
-from cbn._checks import Array, Axes, Shape
+from cbn._types import Array, Axes, Shape
 from cbn.functional import _arrays
 
 

@@ -8,7 +8,7 @@ from math import prod
 from numpy.typing import ArrayLike
 
 from cbn import _checks
-from cbn._checks import Array, Shape
+from cbn._types import Array, Shape
 from cbn.functional import _groups
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cbn import _checks, _dispatch, _threads
-from cbn._checks import Array, Shape
+from cbn._types import Array, Shape
 from cbn.functional import _arrays
 
 # B, N, C, S: batches that are normalised apart, values before the channel axis, channels, values

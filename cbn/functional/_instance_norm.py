@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cbn import _checks, _dispatch
-from cbn._checks import Array, Shape
+from cbn._types import Array, Axes, Shape
 from cbn.functional import _batch_norm, _groups
 
 
@@ -224,14 +224,14 @@ def forward(
 
 @lru_cache
 def instances_of(
-    axes: _checks.Axes, channel_axis: int, batch_rank: int | None = None
+    axes: Axes, channel_axis: int, batch_rank: int | None = None
 ) -> _groups.GroupingOf:
     """The grouping of an array by samples and channels; of other ranks it is one sample."""
     return lru_cache(partial(_instances, axes, channel_axis, batch_rank))
 
 
 def _instances(
-    axes: _checks.Axes, channel_axis: int, batch_rank: int | None, shape: Shape
+    axes: Axes, channel_axis: int, batch_rank: int | None, shape: Shape
 ) -> _groups.Grouping:
     axis = _checks.axis_of_channels("x", shape, axes)
     C = shape[axis]

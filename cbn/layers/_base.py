@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cbn import _checks
-from cbn._checks import Array, Shape
+from cbn._types import Array, Shape
 
 if TYPE_CHECKING:
     from cbn import _state

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from cbn import _checks
-from cbn._checks import SMALL_BATCH, Array
+from cbn._checks import SMALL_BATCH
+from cbn._types import Array
 from cbn.functional import _batch_norm as functional
 from cbn.layers._base import documented_by
 from cbn.layers._channel_norm import ChannelNorm

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from cbn import _checks
+from cbn._types import Axes
 from cbn.layers._base import NormLayer
 
 if TYPE_CHECKING:
@@ -88,12 +89,12 @@ class ChannelNorm(NormLayer):
         return self._channel_axis
 
     @classmethod
-    def _axes_of(cls, num_features: int, channel_axis: int) -> _checks.Axes:
+    def _axes_of(cls, num_features: int, channel_axis: int) -> Axes:
         layouts = cls._layouts
         if channel_axis < 0:
             layouts = tuple(layout.replace("C", "") + "C" for layout in layouts)
         axis_of_rank = {len(layout): layout.index("C") for layout in layouts}
-        return _checks.Axes(
+        return Axes(
             tuple(axis_of_rank.get(rank, -1) for rank in range(max(axis_of_rank) + 1)),
             num_features,
             " or ".join(f"({', '.join(layout)})" for layout in layouts),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from numpy.typing import ArrayLike, DTypeLike
 
 from cbn import _checks
-from cbn._checks import Array
+from cbn._types import Array
 from cbn.functional import _batch_norm, _groups, _instance_norm
 from cbn.layers._base import documented_by
 from cbn.layers._channel_norm import ChannelNorm

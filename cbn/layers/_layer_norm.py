@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from cbn import _checks
-from cbn._checks import Array, Shape
+from cbn._types import Array, Shape
 from cbn.functional import _groups, _layer_norm
 from cbn.layers._base import NormLayer
 
