@@ -366,13 +366,11 @@ def last_axes(name: str, shape: Shape, normalized_shape: Shape) -> None:
         )
 
 
-def channels_of(name: str, shape: Shape, channel_axis: int, least_axes: int) -> int:
-    """The number of channels of data of any rank from least_axes on."""
-    if len(shape) < least_axes:
+def least_axes(name: str, shape: Shape, least: int) -> None:
+    if len(shape) < least:
         raise ValueError(
-            f"{name}: expected at least {least_axes} axes, got {len(shape)} in shape {shape}"
+            f"{name}: expected at least {least} axes, got {len(shape)} in shape {shape}"
         )
-    return int(shape[channel_axis])
 
 
 def group_count(num_groups: int, num_channels: int) -> None:
@@ -386,8 +384,7 @@ def grouped(
     name: str, shape: Shape, num_groups: int, channel_axis: int, num_channels: int | None
 ) -> None:
     """Refuse what is not (N, C, ...) or (N, ..., C) with channels that make so many groups."""
-    if len(shape) < 2:
-        raise ValueError(f"{name}: expected at least 2 axes, got {len(shape)} in shape {shape}")
+    least_axes(name, shape, 2)
     if num_channels not in (None, shape[channel_axis]):
         axis = channel_axis % len(shape)
         raise ValueError(
@@ -397,24 +394,16 @@ def grouped(
     group_count(num_groups, shape[channel_axis])
 
 
-def enough_values_of_samples(shape: Shape, count: int, correction: float) -> None:
-    """An empty batch passes; a channel of a sample must be able to give an unbiased variance."""
+def enough_values(shape: Shape, count: int, correction: float, of_samples: bool) -> None:
+    """An empty batch passes; a mean must be of so many that they give an unbiased variance."""
     needed = max(1.0, correction)
     if 0 < count <= needed:
+        where, remedy = "when training", "a larger batch, or eval mode with running statistics"
+        if of_samples:
+            where, remedy = "of a sample", "larger samples, or BatchNorm or LayerNorm"
         raise ValueError(
-            f"x: expected more than {needed:g} value{'s' if needed > 1 else ''} per channel of a "
-            f"sample, got {count} in shape {shape}; use larger samples, or BatchNorm or LayerNorm"
-        )
-
-
-def enough_values(name: str, shape: Shape, count: int, correction: float) -> None:
-    """An empty batch passes; a batch must be able to give an unbiased variance."""
-    needed = max(1.0, correction)
-    if 0 < count <= needed:
-        raise ValueError(
-            f"{name}: expected more than {needed:g} value{'s' if needed > 1 else ''} per channel "
-            f"when training, got {count} in shape {shape}; "
-            f"use a larger batch, or eval mode with running statistics"
+            f"x: expected more than {needed:g} value{'s' if needed > 1 else ''} per channel "
+            f"{where}, got {count} in shape {shape}; use {remedy}"
         )
 
 
@@ -431,20 +420,22 @@ def _warn(text: str, category: type[Warning]) -> None:
     warnings.warn(text, category, stacklevel=level)
 
 
-def warn_of_small_batch(count: int, shape: Shape) -> None:
-    _warn(
-        f"x: expected at least {SMALL_BATCH} values per channel when training, got {count} in "
-        f"shape {shape}; use a larger batch, or GroupNorm or LayerNorm, which do not depend on "
-        f"the batch, or cbn.recalibrate(model, batches, forward) after training",
-        SmallBatchWarning,
+def warn_of_few_values(count: int, shape: Shape, of_samples: bool) -> None:
+    whose, remedy = (
+        "",
+        (
+            "a larger batch, or GroupNorm or LayerNorm, which do not depend on the batch, "
+            "or cbn.recalibrate(model, batches, forward) after training"
+        ),
     )
-
-
-def warn_of_small_samples(count: int, shape: Shape) -> None:
+    if of_samples:
+        whose, remedy = (
+            " of a sample",
+            ("larger samples, or GroupNorm or LayerNorm, whose statistics are of several channels"),
+        )
     _warn(
-        f"x: expected at least {SMALL_BATCH} values per channel of a sample when training, got "
-        f"{count} in shape {shape}; use larger samples, or GroupNorm or LayerNorm, whose "
-        f"statistics are of several channels",
+        f"x: expected at least {SMALL_BATCH} values per channel{whose} when training, got {count} "
+        f"in shape {shape}; use {remedy}",
         SmallBatchWarning,
     )
 
@@ -454,28 +445,21 @@ def same_shape(name: str, shape: Shape, expected: Shape, whose: str) -> None:
         raise ValueError(f"{name}: expected shape {expected}, that of {whose}, got {shape}")
 
 
-def per_channel(name: str, value: ArrayLike, num_features: int) -> Array:
-    """One value per channel, for reading."""
+def parameter(name: str, value: ArrayLike, shape: Shape, of_channels: bool = False) -> Array:
+    """A weight, a bias or a statistic of this shape, for reading."""
     array = _as_array(name, value, None)
-    if array.shape != (num_features,):
-        raise ValueError(
-            f"{name}: expected shape ({num_features},), one value per channel, got {array.shape}"
-        )
+    if array.shape != shape:
+        each = ", one value per channel" if of_channels else ""
+        raise ValueError(f"{name}: expected shape {shape}{each}, got {array.shape}")
     return readable(array)
+
+
+def per_channel(name: str, value: ArrayLike, num_features: int) -> Array:
+    return parameter(name, value, (num_features,), True)
 
 
 def per_channel_or_none(name: str, value: ArrayLike | None, num_features: int) -> Array | None:
     return None if value is None else per_channel(name, value, num_features)
-
-
-def parameter_or_none(name: str, value: ArrayLike | None, shape: Shape) -> Array | None:
-    """A weight or a bias of this shape, for reading."""
-    if value is None:
-        return None
-    array = _as_array(name, value, None)
-    if array.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
-    return readable(array)
 
 
 READ_ONLY_REMEDY = "train a copy (copy.deepcopy), or use eval mode"
