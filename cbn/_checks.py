@@ -136,6 +136,12 @@ def momentum(value: Any, or_none: str = "") -> float:
     return number
 
 
+def unused(momentum_of_call: Any, correction: Any) -> None:
+    """Of a function that learns nothing this time: they must be valid all the same."""
+    momentum(momentum_of_call)
+    non_negative("correction", correction)
+
+
 def momentum_or_none(value: Any) -> float | None:
     return None if value is None else momentum(value, ", or None for the cumulative average")
 

@@ -144,10 +144,8 @@ def forward_given(
     bias: ArrayLike | None,
     eps: float,
     out: Array | None,
-    momentum: float = 0.0,
-    correction: float = 0.0,
 ) -> tuple[Array, Saved]:
-    """Normalise x by given statistics; momentum and correction are only checked."""
+    """Normalise x by given statistics."""
     kernels = _dispatch.kernels
     done: tuple[Array, Saved] | None = kernels.express_inference(
         x,
@@ -159,15 +157,11 @@ def forward_given(
         bias,
         eps,
         out,
-        momentum,
-        correction,
         _threads.threads_for,
     )
     if done is not None:
         return done
 
-    _checks.momentum(momentum)
-    _checks.non_negative("correction", correction)
     x = _checks.array("x", x, dtype)
     array = _checks.data("x", x, dtype)
     view = norm.view(array.shape)

@@ -151,13 +151,12 @@ _AXES = {
     -1: Axes((-1, -1, *range(1, _checks.MOST_AXES)), None, "at least 2 axes"),
 }
 _BATCH = {axis: batch(axes) for axis, axes in _AXES.items()}
+BATCH_VIEWS = {axis: norm.views for axis, norm in _BATCH.items()}
 
 
 def any_batch(channel_axis: int) -> Norm:
     """Batch norm of an array of at least two axes."""
-    if type(channel_axis) is not int or channel_axis not in _BATCH:
-        channel_axis = _checks.channel_axis(channel_axis)
-    return _BATCH[channel_axis]
+    return _BATCH[_checks.channel_axis(channel_axis)]
 
 
 def any_instance(channel_axis: int) -> tuple[Norm, Norm]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cbn import _checks, _engine, _norms
+from cbn import _checks, _dispatch, _engine, _norms, _threads
 from cbn._types import Array
 
 __all__ = [
@@ -103,11 +103,19 @@ def batch_norm(
     >>> mean, var
     (array([0.2, 0.2]), array([1.1, 1.7]))
     """
+    # One step for the ordinary call: a small one pays more for each of Python's than for its data.
+    done: Array | None = _dispatch.kernels.express_batch_norm(
+        x, running_mean, running_var, weight, bias, training, momentum, eps, _norms.BATCH_VIEWS,
+        channel_axis, correction, out, _threads.threads_for,
+    )  # fmt: skip
+    if done is not None:
+        return done
     norm = _norms.any_batch(channel_axis)
     if _checks.flag("training", training):
         learning = running_mean, running_var, None, momentum, correction
         return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning)[0]
-    given = running_mean, running_var, weight, bias, eps, out, momentum, correction
+    _checks.unused(momentum, correction)
+    given = running_mean, running_var, weight, bias, eps, out
     return _engine.forward_given(x, norm, None, *given)[0]
 
 
@@ -413,7 +421,8 @@ def instance_norm(
     if _checks.flag("use_input_stats", use_input_stats):
         learning = running_mean, running_var, None, momentum, correction
         return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning)[0]
-    given = running_mean, running_var, weight, bias, eps, out, momentum, correction
+    _checks.unused(momentum, correction)
+    given = running_mean, running_var, weight, bias, eps, out
     return _engine.forward_given(x, given_norm, None, *given)[0]
 
 

@@ -174,19 +174,13 @@ def express_forward(x, dict views, dtype, weight, bias, eps, bint centred, Py_ss
                           statistics, eps, centred, False)
 
 
-def express_inference(x, dict views, dtype, mean, var, weight, bias, eps, out, momentum,
-                      correction, threads_for):
-    """Normalise x by given statistics: return the output and a Saved, or None."""
-    cdef tuple shape, parameter_shape
-    if not PyArray_CheckExact(x):
-        return None
-    shape = x.shape
-    view = view_of(x, shape, dtype, views)
+cdef ndarray infer(x, view, mean, var, weight, bias, eps, out, threads_for):
+    """The output, or None."""
+    cdef tuple parameter_shape
     if view is None:
         return None
     parameter_shape = parameter_shape_of(view)
     if not (is_parameter(mean, parameter_shape) and is_variance(var, parameter_shape, eps)
-            and is_finite(momentum) and is_non_negative(correction)
             and is_parameter_or_none(weight, parameter_shape)
             and is_parameter_or_none(bias, parameter_shape)
             and is_plain_out(out, x)
@@ -195,10 +189,41 @@ def express_inference(x, dict views, dtype, mean, var, weight, bias, eps, out, m
     if out is None:
         out = new_like(x)
     normalise(x, view, mean, var, weight, bias, eps, out, threads_for(PyArray_SIZE(<ndarray>x)))
+    return out
+
+
+def express_inference(x, dict views, dtype, mean, var, weight, bias, eps, out, threads_for):
+    """Normalise x by given statistics: return the output and a Saved, or None."""
+    cdef tuple shape
+    cdef ndarray y
+    if not PyArray_CheckExact(x):
+        return None
+    shape = x.shape
+    view = view_of(x, shape, dtype, views)
+    y = infer(x, view, mean, var, weight, bias, eps, out, threads_for)
+    if y is None:
+        return None
     # Without a weight no gradient depends on x, which is then not kept alive for nothing.
-    return out, new_saved(None if out is x or weight is None else x, shape,
-                          <object>PyArray_DESCR(<ndarray>x), view, given_statistics(mean, var),
-                          eps, True, True)
+    return y, new_saved(None if y is x or weight is None else x, shape,
+                        <object>PyArray_DESCR(<ndarray>x), view, given_statistics(mean, var), eps,
+                        True, True)
+
+
+def express_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps,
+                       dict views_of, channel_axis, correction, out, threads_for):
+    """Return the output of the function batch_norm, which keeps nothing, or None."""
+    cdef tuple done
+    if not (type(channel_axis) is int and channel_axis in views_of and PyArray_CheckExact(x)):
+        return None
+    views = views_of[channel_axis]
+    if training is True:
+        done = express_forward(x, views, None, weight, bias, eps, True, 2, out, running_mean,
+                               running_var, None, momentum, correction, "propagate", threads_for)
+        return None if done is None else done[0]
+    if training is False and is_finite(momentum) and is_non_negative(correction):
+        return infer(x, view_of(x, x.shape, None, views), running_mean, running_var, weight, bias,
+                     eps, out, threads_for)
+    return None
 
 
 def express_saved(x, dict views, mean, var, eps, training):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from numpy.typing import ArrayLike, DTypeLike
 
-from cbn import _checks, _norms
+from cbn import _checks, _engine, _norms
 from cbn._types import Array
 from cbn.layers._base import documented_by
 from cbn.layers._channel_norm import ChannelNorm
@@ -174,7 +174,18 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
         by_batch = self.training and not self.frozen
         if by_batch or (self.running_mean is None and self.running_var is None):
             return self._normalise_by_own(x, out)
-        return self._normalise_by_running(x, out)
+        y, self._forward = _engine.forward_given(
+            x,
+            self._by_channel,
+            self.dtype,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.eps,
+            out,
+        )
+        return y
 
     _normalise = __call__
 

@@ -141,20 +141,6 @@ class ChannelNorm(NormLayer, of_cbn=True):
             observer(saved)
         return y
 
-    def _normalise_by_running(self, x: ArrayLike, out: Array | None) -> Array:
-        y, self._forward = _engine.forward_given(
-            x,
-            self._by_channel,
-            self.dtype,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.eps,
-            out,
-        )
-        return y
-
     def reset_running_stats(self) -> None:
         """Set the running statistics to mean 0 and variance 1, after no batch."""
         self._reset(running_mean=0, running_var=1, num_batches_tracked=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numpy.typing import ArrayLike, DTypeLike
 
-from cbn import _norms
+from cbn import _engine, _norms
 from cbn._types import Array
 from cbn.layers._base import documented_by
 from cbn.layers._channel_norm import ChannelNorm
@@ -112,9 +112,20 @@ class _InstanceNorm(ChannelNorm, of_cbn=True):
 
     def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
         """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
-        if self.frozen or (self._track_running_stats and not self.training):
-            return self._normalise_by_running(x, out)
-        return self._normalise_by_own(x, out)
+        if not self.frozen and (self.training or not self._track_running_stats):
+            return self._normalise_by_own(x, out)
+        y, self._forward = _engine.forward_given(
+            x,
+            self._by_channel,
+            self.dtype,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.eps,
+            out,
+        )
+        return y
 
     _normalise = __call__
 
