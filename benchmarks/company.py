@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -62,6 +63,10 @@ def main() -> None:
         rows = SITUATIONS[arguments.situations[0]](arguments)
         print(json.dumps(list(rows)))
         return
+    versions = {"cbn": cbn.__version__, "NumPy": np.__version__, "Python": sys.version.split()[0]}
+    print(
+        f"{cpus()} CPUs, kernels {cbn.show_config('dicts')['instruction set']['active']}", versions
+    )
     rows = []
     for name in tqdm(arguments.situations, unit="situation", file=sys.stderr):
         options = ["--seconds", str(arguments.seconds), "--niceness", str(arguments.niceness)]
@@ -241,7 +246,7 @@ def afterwards(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def cpus() -> int:
     """The CPUs of this process."""
-    return cbn._cpus.affinity()
+    return len(os.sched_getaffinity(0))
 
 
 def pairs(
@@ -350,7 +355,41 @@ SITUATIONS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] 
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Placeholder replaced below."""
+    """Draw medians, with a line up to the 99th percentiles, as multiples of cbn on one thread.
+
+    Of a pair: as multiples of the partner apart and cbn apart on one thread, added up.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [row for row in rows if row["situation"] != "afterwards"]
+    colours = {"cbn": "tab:blue", "cbn, one thread": "tab:gray", "PyTorch": "tab:orange"}
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.26 * len(shown)), layout="constrained")
+    for place, row in enumerate(shown):
+        times = row["times"]
+        unit = times["cbn, one thread"][0] + times.get("partner", [0])[0]
+        if "partner" in times:
+            names = {"cbn": "together", "cbn, one thread": "together, one thread"}
+        else:
+            names = {name: name for name in colours if name in times}
+        for offset, (name, key) in zip((-0.25, 0, 0.25), names.items(), strict=False):
+            median, p99 = (value / unit for value in times[key])
+            axes.plot([median, p99], [place + offset] * 2, color=colours[name], linewidth=1)
+            axes.plot(median, place + offset, "o", color=colours[name], markersize=4)
+    for name, colour in colours.items():
+        axes.plot([], [], "o-", color=colour, label=name)
+    axes.set(
+        xscale="log",
+        xlabel="time as a multiple of cbn's on one thread (pairs: of both apart); median to p99",
+        yticks=range(len(shown)),
+        yticklabels=[f"{row['situation']}: {row['work']}" for row in shown],
+    )
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -201,20 +201,16 @@ def describe(peers: list[Peer], limit: Limit | None) -> Record:
         "python": config["versions"]["python"],
         "libraries": {peer.name: peer.version for peer in peers},
         "instruction set": config["instruction set"]["active"],
-        "openmp": openmp_runtimes(),
+        # By name. One is shared by all who are linked to it.
+        "openmp": [
+            Path(file).name for file, pool in config["pools"].items() if pool["api"] == "OpenMP"
+        ],
         "flags of the limit": " ".join(limit.flags) if limit else None,
         "environment": {
             name: value for name, value in os.environ.items() if name.startswith(variables)
         },
         "numpy": np.show_config(mode="dicts")["SIMD Extensions"],
     }
-
-
-def openmp_runtimes() -> list[str]:
-    """The OpenMP libraries in this process, by name. One is shared by all who are linked to it."""
-    maps = Path("/proc/self/maps")
-    paths = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
-    return sorted({Path(path).name for path in paths if "omp" in Path(path).name})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """``python -m cbn``: what runs here, what is wrong with it, and a self-test.
 
-Packages named as arguments are imported before cbn, for trouble that only they bring: a second
-OpenMP runtime, or subnormal numbers switched off. The exit status is 1 where there is trouble.
+Packages named as arguments are imported before cbn, for what only they bring: pools of threads, or
+subnormal numbers switched off. The exit status is 1 where there is trouble.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
-from cbn import _cpus, _dispatch, _self_test, _threads, show_config
+from cbn import _cpus, _dispatch, _pools, _self_test, _threads, show_config
 
 
 def main() -> None:
@@ -66,12 +65,7 @@ def troubles() -> Iterator[str]:
             f"{threads} threads ({because}) on {_cpus.affinity()} CPUs wait for each other: "
             f"set CBN_NUM_THREADS={_cpus.affinity()}"
         )
-    runtimes = openmp_runtimes()
-    if len(runtimes) > 1:
-        yield (
-            f"{len(runtimes)} OpenMP runtimes in one process, whose threads compete: "
-            f"{', '.join(runtimes)}; give each fewer threads"
-        )
+    yield from troubles_of_pools(_pools.loaded())
     if np.float32(1e-39) * np.ones(1, np.float32) == 0:
         yield (
             "subnormal numbers are switched off in this thread, by a package built with "
@@ -88,11 +82,21 @@ def troubles() -> Iterator[str]:
         yield f"not built for {missing[0]}, which this CPU has: build again from source"
 
 
-def openmp_runtimes() -> list[str]:
-    """The files of OpenMP runtimes in this process."""
-    maps = Path("/proc/self/maps")
-    words = (line.split()[-1] for line in maps.read_text().splitlines()) if maps.exists() else ()
-    return sorted({path for path in words if re.search(r"/lib(gomp|omp|iomp5)[-.\d]", path)})
+def troubles_of_pools(pools: dict[str, _pools.Pool]) -> Iterator[str]:
+    """What some pools do to others. That there are several is no trouble: cbn gives way to them."""
+    if _pools.RIVALS.issubset(pool.library for pool in pools.values()):
+        rivals = [file for file, pool in pools.items() if pool.library in _pools.RIVALS]
+        yield (
+            f"the OpenMP runtimes of {' and '.join(sorted(_pools.RIVALS))} in one process, which "
+            f"may end or hang it: {', '.join(rivals)}; import only packages with the same"
+        )
+    openmp = _dispatch.kernels.openmp()
+    waiting = "" if openmp is None else _pools.waiting(openmp[0])
+    if len(pools) > 1 and re.fullmatch(r"\w+=(active|infinit[ey])", waiting, re.IGNORECASE):
+        yield (
+            f"{waiting} lets the threads of cbn's OpenMP spin all the time, which keeps CPUs from "
+            "the threads of other libraries: leave it unset"
+        )
 
 
 if __name__ == "__main__":

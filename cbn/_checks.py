@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
-from inspect import signature
+from inspect import Parameter, signature
 from io import TextIOBase
 from numbers import Real
 from pathlib import Path
@@ -229,6 +229,10 @@ def _read(name: str, value: Any) -> Array:
 
 
 def unmasked(name: str, value: Any) -> None:
+    if isinstance(value, (list, tuple)) and not _PLAIN_NUMBERS.issuperset(map(type, value)):
+        for i, item in enumerate(value):
+            if isinstance(item, (list, tuple, np.ma.MaskedArray)):
+                unmasked(f"{name}[{i}]", item)
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name}: expected an array without a mask, got a masked array; "
@@ -874,7 +878,8 @@ def restorable(cls: type, norm: type) -> None:
         if "__init__" not in vars(base):
             continue
         theirs = signature(vars(base)["__init__"])
-        named = [p.name for p in theirs.parameters.values() if p.kind not in (2, 4)][1:]
+        any_number = Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
+        named = [p.name for p in theirs.parameters.values() if p.kind not in any_number][1:]
         try:
             theirs.bind(None, **dict.fromkeys(ours.parameters))
             fits = set(named) <= ours.parameters.keys()
@@ -916,9 +921,15 @@ def member_name(name: str) -> None:
 
 
 def same_layers(
-    saved: Any, expected: Mapping[str, Mapping[str, Any]], modes: tuple[str, ...]
+    saved: Any,
+    expected: Mapping[str, Mapping[str, Any]],
+    later: Mapping[str, Mapping[str, Any]],
+    modes: tuple[str, ...],
 ) -> None:
-    """Whether a file has the layers of a model, with their configurations."""
+    """Whether a file has the layers of a model, with their configurations.
+
+    later: what an older file does not tell of each layer.
+    """
     if not isinstance(saved, dict) or not all(isinstance(each, dict) for each in saved.values()):
         raise ValueError(f"layers: expected an object of objects, got {str(saved)[:40]}")
     missing = [name for name in expected if name not in saved]
@@ -929,7 +940,7 @@ def same_layers(
             f"unexpected layers {unexpected[:8]}"
         )
     for name, config in expected.items():
-        layer, seen = name or "model", saved[name]
+        layer, seen = name or "model", {**later[name], **saved[name]}
         if seen.get("class") == config["class"]:  # another has other keys
             config_keys(seen, config, layer)
         for key in ("class", *config):

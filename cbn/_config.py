@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from cbn import _checks, _cpu, _dispatch, _threads
+from cbn import _checks, _cpu, _dispatch, _pools, _threads
 from cbn._version import __version__
 
 Config = dict[str, dict[str, Any]]
@@ -20,7 +20,12 @@ def show_config(mode: Literal["stdout"] = "stdout") -> None: ...
 @overload
 def show_config(mode: Literal["dicts"]) -> Config: ...
 def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> Config | None:
-    """Print which kernels were built and which run, the OpenMP runtime and the thread count.
+    """Print which kernels run, on how many threads, how calls ran, and what else has threads here.
+
+    The calls of this process are counted by what became of them: a team of threads; one thread,
+    because they were small, were told to, or met others in flight; one thread because of
+    contention, where a team has lost time to other threads. The pools are the OpenMP runtimes and
+    BLAS libraries that are loaded, where the system lists them in ``/proc``.
 
     Parameters
     ----------
@@ -41,7 +46,7 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> Config | None:
     --------
     >>> import cbn
     >>> sorted(cbn.show_config(mode="dicts"))
-    ['instruction set', 'threads', 'versions']
+    ['calls', 'instruction set', 'pools', 'threads', 'versions']
     """
     _checks.config_mode(mode)
     config = _config()
@@ -50,14 +55,20 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> Config | None:
     for title, entries in config.items():
         print(title)
         for name, value in entries.items():
-            text = ", ".join(value) if isinstance(value, list) else value
-            print(f"  {name:<16}{text}")
+            print(f"  {name:<15} {_text(value)}")
     return None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        value = [f"{name} {item}" for name, item in value.items() if item is not None]
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _config() -> Config:
     openmp = _dispatch.kernels.openmp()
     threads, origin = _threads.process_wide()
+    calls = _dispatch.kernels.calls()
     level = _cpu.x86_64_level()
     return {
         "versions": {
@@ -81,8 +92,27 @@ def _config() -> Config:
             "openmp": "none: built without OpenMP"
             if openmp is None
             else f"{openmp[0]} ({openmp[1]})",
+            "waiting": "none waits" if openmp is None else _pools.waiting(openmp[0]),
             "number": threads,
             "because": origin,
             "serial below": f"{_threads.SERIAL_BELOW} values",
+        },
+        "calls": {
+            "team": calls.team_calls,
+            "one thread": calls.single_calls,
+            "contention": calls.contended_calls,
+            "now": (
+                f"one thread for {calls.pause:g} s or more, because of contention"
+                if calls.pausing
+                else "a team where it pays"
+            ),
+        },
+        "pools": {
+            file: {
+                "api": pool.user_api,
+                "library": pool.library,
+                "threads": pool.num_threads,
+            }
+            for file, pool in _pools.loaded().items()
         },
     }

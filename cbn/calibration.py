@@ -217,9 +217,29 @@ class Collected:
         """Merge the statistics of a forward pass."""
         raise NotImplementedError
 
-    def running_statistics(self, name: str) -> tuple[Array, Array]:
-        """What the running statistics of the layer become."""
+    def _takes(self, statistics: Array) -> Array | np.bool:
+        """The channels in which a batch with these statistics counts."""
+        return np.isfinite(statistics) if self._layer.nonfinite == "skip" else np.True_
+
+    def result(self, name: str) -> tuple[Array, Array]:
+        """The mean and the variance of all of them."""
         raise NotImplementedError
+
+    def running_statistics(self, name: str) -> tuple[Array, Array]:
+        """What the running statistics of the layer become: the result, where data came."""
+        layer = self._layer
+        old_mean, old_var = layer.running_mean, layer.running_var
+        assert old_mean is not None
+        assert old_var is not None
+        with np.errstate(all="ignore"):
+            mean, var = self.result(name)
+            mean, var = mean.astype(old_mean.dtype), var.astype(old_var.dtype)
+        seen = self._count > 0
+        finite = np.isfinite(mean) & np.isfinite(var)
+        if layer.nonfinite == "raise":
+            _checks.finite_statistics(np.flatnonzero(~finite).tolist())
+        keeps = ~seen | ~finite if layer.nonfinite == "skip" else ~seen
+        return np.where(keeps, old_mean, mean), np.where(keeps, old_var, var)
 
 
 class Instances(Collected):
@@ -227,25 +247,23 @@ class Instances(Collected):
 
     def add(self, saved: Saved) -> None:
         """Add those of each sample of a forward pass."""
-        count, correction = saved.view.values, self._layer.correction
-        if count == 0:
+        values, correction = saved.view.values, self._layer.correction
+        if values == 0:
             return
         mean, mean_low, var = saved.statistics.reshape(3, -1, self._layer.num_features)
-        _checks.enough_values(saved.shape, count, correction, of_samples=True)
+        _checks.enough_values(saved.shape, values, correction, of_samples=True)
         with self._lock, np.errstate(all="ignore"):
             self.calls += 1
-            self._count += len(mean)
-            self._mean += (mean + mean_low).sum(axis=0)
-            self._var += var.sum(axis=0) * (count / (count - correction))
+            means = (mean + mean_low).sum(axis=0)
+            variances = var.sum(axis=0) * (values / (values - correction))
+            taken = self._takes(means + variances)
+            self._count += np.where(taken, len(mean), 0)
+            self._mean += np.where(taken, means, 0)
+            self._var += np.where(taken, variances, 0)
 
-    def running_statistics(self, name: str) -> tuple[Array, Array]:
+    def result(self, name: str) -> tuple[Array, Array]:
         """Their averages."""
-        layer = self._layer
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        with np.errstate(all="ignore"):
-            mean = (self._mean / self._count).astype(layer.running_mean.dtype)
-            return mean, (self._var / self._count).astype(layer.running_var.dtype)
+        return self._mean / self._count, self._var / self._count
 
 
 class Population(Collected):
@@ -253,16 +271,15 @@ class Population(Collected):
 
     def add(self, saved: Saved) -> None:
         """Merge the statistics of a forward pass."""
-        new_count, (mean, mean_low, var) = saved.view.values, saved.statistics
-        if new_count == 0:
+        values, (mean, mean_low, var) = saved.view.values, saved.statistics
+        if values == 0:
             return
         with self._lock, np.errstate(all="ignore"):
             self.calls += 1
-            skips = self._layer.nonfinite == "skip"
-            taken = np.isfinite(mean + var) if skips else np.True_
-            count = self._count + np.where(taken, new_count, 0)
+            taken = self._takes(mean + var)
+            count = self._count + np.where(taken, values, 0)
             old = self._count / np.maximum(count, 1)
-            new = np.where(taken, new_count, 0) / np.maximum(count, 1)
+            new = np.where(taken, values, 0) / np.maximum(count, 1)
             # The mean has two parts, because the difference of means that are large beside the
             # deviation would lose as many digits as one part of a mean has too few.
             distance, distance_low = _exact_sum(mean, -self._mean)
@@ -276,23 +293,12 @@ class Population(Collected):
             self._var = np.where(taken, merged_var, self._var)
             self._count = count
 
-    def running_statistics(self, name: str) -> tuple[Array, Array]:
-        """Those of the population, where data came."""
-        layer = self._layer
-        old_mean, old_var = layer.running_mean, layer.running_var
-        assert old_mean is not None
-        assert old_var is not None
-        seen = self._count > 0
-        _checks.enough_in_all(name, self._count[seen], layer.correction)
-        with np.errstate(all="ignore"):
-            mean = (self._mean + self._mean_low).astype(old_mean.dtype)
-            unbiased = self._count / (self._count - layer.correction)
-            var = (self._var * unbiased).astype(old_var.dtype)
-        finite = np.isfinite(mean) & np.isfinite(var)
-        if layer.nonfinite == "raise":
-            _checks.finite_statistics(np.flatnonzero(~finite).tolist())
-        keeps = ~seen | ~finite if layer.nonfinite == "skip" else ~seen
-        return np.where(keeps, old_mean, mean), np.where(keeps, old_var, var)
+    def result(self, name: str) -> tuple[Array, Array]:
+        """Those of the population."""
+        correction = self._layer.correction
+        _checks.enough_in_all(name, self._count[self._count > 0], correction)
+        unbiased = self._count / (self._count - correction)
+        return self._mean + self._mean_low, self._var * unbiased
 
 
 def _exact_sum(a: Array, b: Array) -> tuple[Array, Array]:

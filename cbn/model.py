@@ -366,7 +366,8 @@ def load(model: object, path: _state.Target) -> None:
     def expected(config: _state.Config) -> _state.Expected:
         _checks.same_class(config.get("class"), _checks.MODEL)
         _checks.config_keys(config, own)
-        _checks.same_layers(config["layers"], own["layers"], MODES)
+        later = {name: layer._later for name, layer in layers.items()}
+        _checks.same_layers(config["layers"], own["layers"], later, MODES)
         return {name: (array.dtype, array.shape) for name, array in arrays.items()}
 
     # Room for another model's, whose layers are then named in the error.

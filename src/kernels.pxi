@@ -362,8 +362,10 @@ cdef inline bint is_single(ndarray array):
 
 cpdef ndarray averages(ndarray statistics, Py_ssize_t C):
     """Those of C channels over the samples of an instance norm."""
-    # Axis 0 holds samples: their sums are in order, whatever the number of threads.
-    return statistics.reshape(3, -1, C).mean(axis=1)
+    from numpy import errstate
+    with errstate(all="ignore"):
+        # Axis 0 holds samples: their sums are in order, whatever the number of threads.
+        return statistics.reshape(3, -1, C).mean(axis=1)
 
 
 cpdef list not_finite(ndarray statistics, ndarray running_mean, ndarray running_var, double count,

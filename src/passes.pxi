@@ -251,7 +251,7 @@ cdef void run(const real* x, const real* grad_output, real* out, Pass* p,
                     finish_chunk(x, p, chunk)
             change_modes(own)
         p.seconds = seconds(CLOCK_MONOTONIC) - p.seconds
-        p.on_one_thread = fastest(p.paces, num_threads)
+        p.on_one_thread = alone_seconds(p.paces, num_threads)
     else:
         # Too few strips to keep all threads busy to the end, or parts of rows that would be
         # fetched a second time anyway: tile by tile in the order of the memory, in three rounds.
@@ -281,6 +281,6 @@ cdef void run(const real* x, const real* grad_output, real* out, Pass* p,
             change_modes(own)
         p.seconds = seconds(CLOCK_MONOTONIC) - p.seconds
         if p.kind != GIVEN:
-            p.on_one_thread += fastest(p.paces, num_threads)
+            p.on_one_thread += alone_seconds(p.paces, num_threads)
         if p.kind != STATISTICS:
-            p.on_one_thread += fastest(p.paces + num_threads, num_threads)
+            p.on_one_thread += alone_seconds(p.paces + num_threads, num_threads)

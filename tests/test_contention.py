@@ -10,7 +10,7 @@ import pytest
 import cbn
 from cbn import _dispatch
 
-FIRST, LONGEST = 0.02, 0.64  # seconds of pause
+FIRST, LONGEST, LAST_LOOK = 0.02, 0.9, 2  # seconds
 ALONE = 1e-4  # what a call takes on one thread
 GOOD, BAD = 6e-5, 8e-3  # what one takes with a team
 
@@ -31,19 +31,26 @@ class Clock:
         for _ in range(round(seconds / GOOD)):
             assert not self.call(GOOD)
 
-    def trial(self, has_room=True):
+    def wait(self, room=True):
         """Wait until the pause is over; return for how long."""
         began = self.now
         while self.contention.pausing:
-            self.now += 1e-3
             if self.contention.looks(self.now):
-                self.contention.look(self.now, has_room)
+                self.contention.look(self.now, room)
+            self.now += 1e-3
         return self.now - began
 
 
 @pytest.fixture
 def clock():
-    return Clock()
+    clock = Clock()
+    clock.wait()
+    return clock
+
+
+@pytest.mark.parametrize(("room", "seconds"), [(True, 0), (False, LAST_LOOK)])
+def test_the_first_team_waits_for_room(room, seconds):
+    assert Clock().wait(room) == pytest.approx(seconds, abs=0.022)
 
 
 def test_good_calls_keep_their_team(clock):
@@ -86,7 +93,7 @@ def test_pauses_double_up_to_the_longest(clock):
     for _ in range(8):
         assert clock.call(BAD)
         pauses.append(clock.contention.pause)
-        assert clock.trial() == pytest.approx(pauses[-1], abs=2e-3)
+        assert clock.wait() == pytest.approx(pauses[-1], abs=2e-3)
     assert pauses == pytest.approx([FIRST * 2**i for i in range(6)] + [LONGEST] * 2)
 
 
@@ -94,14 +101,14 @@ def test_a_few_good_calls_do_not_shorten_them(clock):
     for expected in (FIRST, 2 * FIRST, 4 * FIRST):
         assert clock.call(BAD)
         assert clock.contention.pause == pytest.approx(expected)
-        clock.trial()
+        clock.wait()
         clock.good_calls(0.004)
 
 
 def test_as_many_as_the_pause_was_long_do(clock):
     for _ in range(6):
         clock.call(BAD)
-        clock.trial()
+        clock.wait()
     clock.good_calls(LONGEST + 0.01)
     while not clock.call(BAD):
         pass
@@ -110,17 +117,17 @@ def test_as_many_as_the_pause_was_long_do(clock):
 
 def test_while_the_cpus_are_taken_a_pause_goes_on(clock):
     clock.call(BAD)
-    assert clock.trial(has_room=False) == pytest.approx(4 * FIRST, abs=2e-3)
+    assert clock.wait(room=False) == pytest.approx(LAST_LOOK, abs=0.022)
 
 
 def test_it_ends_soon_after_they_are_free(clock):
     for _ in range(6):
         clock.call(BAD)
-        clock.trial()
+        clock.wait()
     clock.call(BAD)
     clock.now += LONGEST
-    clock.contention.look(clock.now, False)
-    assert clock.trial() <= 0.022
+    clock.contention.look(clock.now, room=False)
+    assert clock.wait() <= 0.022
 
 
 # ----------------------------------------------------------------------------- the calls themselves
@@ -172,13 +179,15 @@ def test_a_pause_keeps_calls_to_one_thread_and_their_bits(layer_and_data):
     with cbn.num_threads(2):
         expected = bn(x).tobytes()
         calls, before = _dispatch.kernels.calls(), counts()
+        calls.judges = True
         later = time.monotonic() + 100  # CLOCK_MONOTONIC, as the calls read it
         while not calls.pausing:
             calls.judge(later, took=1, on_one_thread=1e-6)
         for _ in range(3):
             assert bn(x).tobytes() == expected
         assert (counts() - before).tolist() == [0, 0, 3]
-        calls.look(later, has_room=True)
+        calls.look(later, room=True)
+        calls.judges = False
         assert bn(x).tobytes() == expected
         assert (counts() - before).tolist() == [1, 0, 3]
 
@@ -194,7 +203,7 @@ def test_a_child_starts_afresh(layer_and_data):
                 fresh = False
                 bn(x)
                 calls = _dispatch.kernels.calls()
-                fresh = counts().tolist() == [1, 0, 0] and not calls.pausing
+                fresh = counts().tolist() == [1, 0, 0] and calls.pause == 0
             finally:
                 os._exit(0 if fresh else 1)
         assert os.waitpid(child, 0)[1] == 0

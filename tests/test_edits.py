@@ -104,18 +104,11 @@ def test_one_array_for_both_running_statistics():
     assert both.tolist() == [1, 1, 1]
 
 
-def read_only(count):
-    count.flags.writeable = False
-    return count
-
-
-@pytest.mark.parametrize(
-    "count", [read_only(np.array(3)), np.array(-1), 3, "abc", None, np.array([1])], ids=repr
-)
+@pytest.mark.parametrize("count", [np.array(-1), 3, "abc", None, np.array([1])], ids=repr)
 def test_a_counter_that_cannot_count(count, x):
     bn = cbn.BatchNorm2d(3)
     bn.num_batches_tracked = count
-    with pytest.raises(ValueError, match="num_batches_tracked: expected a writable array of shape"):
+    with pytest.raises(ValueError, match="num_batches_tracked: expected a writable array"):
         bn(x)
     assert bn.running_mean.tolist() == [0, 0, 0]
     assert bn.running_var.tolist() == [1, 1, 1]

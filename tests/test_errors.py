@@ -255,6 +255,17 @@ def test_masked_array(call):
 
 
 @pytest.mark.parametrize("call", DATA_CALLS)
+def test_masked_array_in_a_list(call):
+    name, prepare = DATA_CALLS[call]
+    text = (
+        f"{name}[1][0]: expected an array without a mask, got a masked array; "
+        f"fill it first with {name}[1][0].filled(value)"
+    )
+    masked = np.ma.ones(SHAPE[2:], np.float32)
+    check_refused(prepare(Scene(), [[masked.data], (masked, masked)]), TypeError, text)
+
+
+@pytest.mark.parametrize("call", DATA_CALLS)
 def test_ragged_lists(call):
     name, prepare = DATA_CALLS[call]
     text = f"{name}: expected an array, got sequences of unequal lengths"
@@ -659,6 +670,12 @@ BAD_STATES = {
         )
         for key in changed()
     },
+    "masked-in-a-list": (
+        changed(bias=[0.0, np.ma.masked, 1.0]),
+        TypeError,
+        "state['bias'][1]: expected an array without a mask, got a masked array; "
+        "fill it first with state['bias'][1].filled(value)",
+    ),
     **{
         f"beyond-{kind}": (
             changed(bias=[0, 1, value]),

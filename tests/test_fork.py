@@ -16,6 +16,7 @@ import cbn
 
 THREADS = 3
 cbn.set_num_threads(THREADS)
+cbn._dispatch.kernels.calls().judges = False  # a team, however busy the machine is
 x = np.random.default_rng(0).random((8, 64, 40, 40), dtype=np.float32)
 bn = cbn.BatchNorm2d(64, track_running_stats=False)
 

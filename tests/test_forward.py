@@ -111,6 +111,23 @@ def test_a_call_reaches_it(way, layer):
 
 
 @ALL
+@pytest.mark.parametrize("on", ["class", "layer"])
+def test_arguments_are_its_own(on, layer):
+    x, norm = input_of(layer), layer(*LAYERS[layer])
+    y = norm(x)
+    if on == "class":
+        forward = lambda self, x, *, scale=1: layer.forward(self, x) * scale  # noqa: E731
+        norm = derived(layer, forward=forward)(*LAYERS[layer])
+    else:
+        inner = norm.forward
+        norm.forward = lambda x, *, scale=1: inner(x) * scale
+    np.testing.assert_array_equal(norm(x), y)
+    np.testing.assert_array_equal(norm(x, scale=2), y * 2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'out'"):
+        norm(x, out=x)
+
+
+@ALL
 def test_out_goes_through(layer):
     x, norm = input_of(layer), derived(Relu, layer)(*LAYERS[layer])
     out = np.empty_like(x)

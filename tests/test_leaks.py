@@ -17,6 +17,7 @@ rng = np.random.default_rng(0)
 large = rng.random((8, 64, 32, 32), np.float32)
 bn = cbn.BatchNorm2d(64)
 cbn.set_num_threads(2)
+cbn._dispatch.kernels.calls().judges = False  # a team, however busy the machine is
 
 
 def count_threads():

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 import cbn
-from cbn import _cpus, _dispatch, _self_test, functional
-from cbn.__main__ import openmp_runtimes, troubles
+from cbn import _cpus, _dispatch, _pools, _self_test, functional
+from cbn.__main__ import troubles, troubles_of_pools
 
 
 def test_it_prints_and_finds_nothing_wrong():
@@ -92,12 +92,36 @@ def test_a_runtime_that_cannot_give_up_teams(monkeypatch):
     assert any("a forked child runs on one thread" in trouble for trouble in troubles())
 
 
-def test_several_openmp_runtimes(monkeypatch):
-    monkeypatch.setattr("cbn.__main__.openmp_runtimes", lambda: ["/a/libgomp.so.1", "/b/libomp.so"])
-    assert any(trouble.startswith("2 OpenMP runtimes in one") for trouble in troubles())
+GNU, LLVM, INTEL, BLAS = (
+    _pools.Pool(*kind, 2)
+    for kind in (("OpenMP", "GNU"), ("OpenMP", "LLVM"), ("OpenMP", "Intel"), ("BLAS", "OpenBLAS"))
+)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_runtime_of_this_process_is_found():
-    path = cbn.show_config("dicts")["threads"]["openmp"].rpartition(" ")[0]
-    assert os.path.realpath(path) in map(os.path.realpath, openmp_runtimes())
+def test_several_pools_are_no_trouble():
+    assert list(troubles_of_pools({"/a/libgomp.so.1": GNU, "/b/libgomp.so.1": GNU})) == []
+    assert list(troubles_of_pools({"/a": GNU, "/b": LLVM, "/c": BLAS, "/d": LLVM})) == []
+
+
+def test_runtimes_that_may_end_the_process():
+    assert list(troubles_of_pools({"/a/libomp.so": LLVM, "/b": GNU, "/c/libiomp5.so": INTEL})) == [
+        "the OpenMP runtimes of Intel and LLVM in one process, which may end or hang it: "
+        "/a/libomp.so, /c/libiomp5.so; import only packages with the same"
+    ]
+
+
+@pytest.mark.parametrize("told", ["OMP_WAIT_POLICY=ACTIVE", "GOMP_SPINCOUNT=infinity"])
+def test_threads_that_never_sleep_are_trouble_beside_others(told, monkeypatch):
+    monkeypatch.setattr(_dispatch.kernels, "openmp", lambda: ("/a/libgomp.so.1", 201511))
+    monkeypatch.setattr(_pools, "waiting", lambda file: told)
+    assert list(troubles_of_pools({"/a/libgomp.so.1": GNU})) == []
+    assert list(troubles_of_pools({"/a/libgomp.so.1": GNU, "/b": BLAS})) == [
+        f"{told} lets the threads of cbn's OpenMP spin all the time, which keeps CPUs from the "
+        "threads of other libraries: leave it unset"
+    ]
+
+
+@pytest.mark.parametrize("told", ["OMP_WAIT_POLICY=passive", "GOMP_SPINCOUNT=1000", "(default)"])
+def test_threads_that_sleep_are_not(told, monkeypatch):
+    monkeypatch.setattr(_pools, "waiting", lambda file: told)
+    assert list(troubles_of_pools({"/a": GNU, "/b": BLAS})) == []

@@ -7,7 +7,8 @@ import cbn
 from cbn import functional
 
 # By row, by plane, and by plane with few values; each with five channels.
-SHAPES = [(40, 5), (3, 5, 700), (1, 5, 9, 9)]
+CASES = [("batch", shape) for shape in [(40, 5), (3, 5, 700), (1, 5, 9, 9)]]
+CASES += [("instance", shape) for shape in [(3, 5, 700), (4, 5, 9, 9), (1, 5, 9, 9)]]
 POISONED = [1, 3]
 POISON = pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf], ids=["nan", "inf", "-inf"])
 WAYS = pytest.mark.parametrize("way", ["fresh", "in place", "out", "strided"])
@@ -18,10 +19,40 @@ def channel_axis(request):
     return request.param
 
 
-@pytest.fixture(params=SHAPES, ids=str)
-def x(request, rng, channel_axis):
-    x = rng.normal(3, 2, request.param).astype(np.float32)
+@pytest.fixture(params=CASES, ids=str)
+def case(request):
+    return request.param
+
+
+@pytest.fixture
+def x(case, rng, channel_axis):
+    x = rng.normal(3, 2, case[1]).astype(np.float32)
     return np.ascontiguousarray(np.moveaxis(x, 1, channel_axis))
+
+
+@pytest.fixture
+def groups(case):
+    """The samples whose statistics a value that is not finite spoils: all, or its own."""
+    return case[1][0] if case[0] == "instance" else 1
+
+
+@pytest.fixture
+def make(case, channel_axis):
+    """A function that makes a layer for x which has all that the norm can have."""
+    layers = {
+        ("batch", 2): cbn.BatchNorm1d,
+        ("batch", 3): cbn.BatchNorm1d,
+        ("batch", 4): cbn.BatchNorm2d,
+        ("instance", 3): cbn.InstanceNorm1d,
+        ("instance", 4): cbn.InstanceNorm2d,
+    }
+    layer = layers[case[0], len(case[1])]
+
+    def make(**options):
+        has = {"affine": True, "track_running_stats": True, "channel_axis": channel_axis}
+        return layer(5, **has | options)
+
+    return make
 
 
 def poisoned(x, channel_axis, poison, channels=POISONED):
@@ -29,11 +60,6 @@ def poisoned(x, channel_axis, poison, channels=POISONED):
     for channel in channels:
         np.moveaxis(x, channel_axis, 0)[channel].flat[-1] = poison
     return x
-
-
-def make(x, channel_axis, **options):
-    layer = cbn.BatchNorm2d if x.ndim == 4 else cbn.BatchNorm1d
-    return layer(5, channel_axis=channel_axis, **options)
 
 
 def arguments(x, way):
@@ -52,8 +78,8 @@ def same(a, b):
 
 @POISON
 @WAYS
-def test_propagate_lets_it_into_the_running_statistics(x, channel_axis, poison, way):
-    bn = make(x, channel_axis)
+def test_propagate_lets_it_into_the_running_statistics(make, x, channel_axis, poison, way):
+    bn = make()
     bn(*arguments(poisoned(x, channel_axis, poison), way))
     finite = np.isfinite(bn.running_mean) & np.isfinite(bn.running_var)
     assert np.flatnonzero(~finite).tolist() == POISONED
@@ -63,8 +89,10 @@ def test_propagate_lets_it_into_the_running_statistics(x, channel_axis, poison, 
 @POISON
 @WAYS
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_skip_keeps_the_statistics_of_these_channels(x, channel_axis, poison, way, momentum):
-    bn, clean = (make(x, channel_axis, nonfinite="skip", momentum=momentum) for _ in range(2))
+def test_skip_keeps_the_statistics_of_these_channels(
+    make, x, channel_axis, poison, way, momentum, groups
+):
+    bn, clean = (make(nonfinite="skip", momentum=momentum) for _ in range(2))
     bn(x)
     clean(x)
     before = bn.state_dict()
@@ -78,14 +106,14 @@ def test_skip_keeps_the_statistics_of_these_channels(x, channel_axis, poison, wa
     assert bn.num_batches_tracked == 2
     y, expected = (np.moveaxis(array, channel_axis, 0) for array in (y, expected))
     assert y[others].tolist() == expected[others].tolist()
-    assert not np.isfinite(y[POISONED]).any()
+    assert (~np.isfinite(y[POISONED])).sum() == y[POISONED].size // groups
 
 
 @POISON
 @WAYS
 @pytest.mark.parametrize("tracks", [True, False])
-def test_raise_refuses_and_changes_nothing(x, channel_axis, poison, way, tracks):
-    bn = make(x, channel_axis, nonfinite="raise", track_running_stats=tracks)
+def test_raise_refuses_and_changes_nothing(make, x, channel_axis, poison, way, tracks):
+    bn = make(nonfinite="raise", track_running_stats=tracks)
     bn(x)
     gradient = bn.backward(x)
     before = bn.state_dict()
@@ -102,10 +130,10 @@ def test_raise_refuses_and_changes_nothing(x, channel_axis, poison, way, tracks)
 @WAYS
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
-def test_finite_batches_give_the_same_bits(x, channel_axis, way, nonfinite, dtype):
+def test_finite_batches_give_the_same_bits(make, x, channel_axis, way, nonfinite, dtype):
     x = x.astype(dtype)
-    plain = make(x, channel_axis, dtype=dtype)
-    careful = make(x, channel_axis, dtype=dtype, nonfinite=nonfinite)
+    plain = make(dtype=dtype)
+    careful = make(dtype=dtype, nonfinite=nonfinite)
     y, expected = careful(*arguments(x, way)), plain(*arguments(x, way))
     assert y.tobytes() == expected.tobytes()
     assert same(careful.state_dict(), plain.state_dict())
@@ -149,11 +177,30 @@ def test_what_counts_is_what_would_be_kept(x, dtype, options):
         bn(x.astype(dtype))
 
 
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
+def test_samples_whose_average_is_not_finite(nonfinite):
+    """Averaged over the samples, infinities of both signs are NaN, and large means are infinite."""
+    x = np.ones((2, 3, 4))
+    x[:, 0] = [[np.inf], [-np.inf]]
+    x[:, 1] = 1e308
+    norm = cbn.InstanceNorm1d(
+        3, dtype="float64", momentum=0.5, track_running_stats=True, nonfinite=nonfinite
+    )
+    if nonfinite == "raise":
+        with pytest.raises(FloatingPointError, match=r" in 2 of them \(0, 1\); nothing"):
+            norm(x)
+        assert norm.num_batches_tracked == 0
+    else:
+        norm(x)
+        learnt = [np.nan, np.inf, 0.5] if nonfinite == "propagate" else [0, 0, 0.5]
+        np.testing.assert_array_equal(norm.running_mean, learnt)
+
+
 @WAYS
 @pytest.mark.parametrize("scale", [1e-20, 1e-40, 0.0])
-def test_tiny_batches_give_the_same_bits(x, channel_axis, way, scale):
+def test_tiny_batches_give_the_same_bits(make, x, channel_axis, way, scale):
     x = x * np.float32(scale)
-    layers = [make(x, channel_axis, nonfinite=policy) for policy in ("propagate", "skip", "raise")]
+    layers = [make(nonfinite=policy) for policy in ("propagate", "skip", "raise")]
     for layer in layers:
         layer.running_mean, layer.running_var = np.zeros(5), np.zeros(5)  # float64 shows more
     y = [layer(*arguments(x, way)).tobytes() for layer in layers]
@@ -162,16 +209,16 @@ def test_tiny_batches_give_the_same_bits(x, channel_axis, way, scale):
         assert same(layer.state_dict(), layers[0].state_dict())
 
 
-def test_the_policy_is_for_training(x, channel_axis):
-    bn = make(x, channel_axis, nonfinite="raise").eval()
+def test_the_policy_is_for_training(make, x, channel_axis, groups):
+    bn = make(nonfinite="raise").eval()
     assert np.isnan(bn(poisoned(x, channel_axis, np.nan))).sum() == len(POISONED)
-    bn = make(x, channel_axis, nonfinite="raise", track_running_stats=False).eval()
+    bn = make(nonfinite="raise", track_running_stats=False).eval()
     y = bn(poisoned(x, channel_axis, np.nan))
-    assert np.isnan(y).sum() == len(POISONED) * y.size // 5
+    assert np.isnan(y).sum() == len(POISONED) * y.size // 5 // groups
 
 
-def test_it_can_be_changed_and_a_wrong_one_is_refused_by_name(x, channel_axis):
-    bn = make(x, channel_axis)
+def test_it_can_be_changed_and_a_wrong_one_is_refused_by_name(make, x, channel_axis):
+    bn = make()
     bn.nonfinite = "raise"
     with pytest.raises(FloatingPointError):
         bn(poisoned(x, channel_axis, np.nan))
@@ -179,6 +226,33 @@ def test_it_can_be_changed_and_a_wrong_one_is_refused_by_name(x, channel_axis):
     with pytest.raises(ValueError, match="nonfinite: expected one of"):
         bn(x)
     assert bn.num_batches_tracked == 0
+
+
+def test_the_element_type_is_refused_first(make, x, channel_axis):
+    wrong = poisoned(x, channel_axis, np.nan).astype(np.float64)
+    with pytest.raises(TypeError, match="x: expected float32, got float64"):
+        make(nonfinite="raise")(wrong, np.empty_like(wrong))
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "raise"])
+def test_statistics_measured_anew(make, x, channel_axis, nonfinite):
+    layer, clean = make(nonfinite=nonfinite), make()
+    batches = [x, poisoned(x, channel_axis, np.nan), x + 1]
+    if nonfinite == "raise":
+        before = layer.state_dict()
+        with pytest.raises(FloatingPointError, match=r" in 2 of them \(1, 3\); nothing"):
+            cbn.recalibrate(layer, batches, layer)
+        assert same(layer.state_dict(), before)
+        return
+    cbn.recalibrate(layer, batches, layer)
+    cbn.recalibrate(clean, batches[::2], clean)
+    for name in ("running_mean", "running_var"):
+        found = getattr(layer, name)[POISONED]
+        if nonfinite == "skip":
+            assert found.tolist() == getattr(clean, name)[POISONED].tolist()
+        else:
+            assert np.isnan(found).all()
+    assert layer.num_batches_tracked == 3
 
 
 def test_many_channels_are_not_all_listed():
@@ -190,6 +264,7 @@ def test_many_channels_are_not_all_listed():
 
 
 @POISON
+@pytest.mark.parametrize("case", CASES[:3], indirect=True, ids=str)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("where", ["x", "grad_output"])
 def test_gradients_of_other_channels_keep_their_bits(x, channel_axis, poison, training, where):

@@ -102,12 +102,12 @@ class NormLayer(ABC):
     # Every norm has a __call__ that computes, which saves a small call the way through forward. A
     # class with another forward, its own or one set on a layer, is called by way of it instead.
 
-    def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
-        """Normalise x: call ``forward``."""
+    def __call__(self, *arguments: Any, **named: Any) -> Array:
+        """Normalise x: call ``forward``, with the arguments that it has."""
         forward = self.forward
         if getattr(forward, "__func__", None) is type(self).__call__:  # that is: forward = __call__
-            return self._normalise(x, out)
-        return forward(x, out)
+            forward = self._normalise
+        return forward(*arguments, **named)
 
     def forward(self, x: ArrayLike, out: Array | None = None) -> Array:
         """Normalise x, as a call of the layer does.
@@ -325,6 +325,7 @@ class NormLayer(ABC):
     _class_of_cbn: ClassVar[type[NormLayer]]  # that it is or is derived from
     _saved: ClassVar[tuple[str, ...]]  # the arguments that a state file keeps
     _smallest: ClassVar[dict[str, Any]]  # those that make the smallest layer
+    _later: ClassVar[dict[str, Any]] = {}  # what older files do not tell, because nothing else was
 
     def _config(self) -> _state.Config:
         """What a state file says of the layer, beside its arrays."""
@@ -345,6 +346,7 @@ class NormLayer(ABC):
     @classmethod
     def _from_config(cls, config: _state.Config) -> Self:
         """A new layer with such a configuration, in its mode."""
+        config = cls._later | config
         layer = cls(**{name: config[name] for name in cls._saved})
         return layer.train(config["training"])
 
@@ -360,7 +362,7 @@ class NormLayer(ABC):
         No memory is taken for what a file only promises.
         """
         _checks.same_class(config.get("class"), cls.__name__)
-        _checks.config_keys(config, cls(**cls._smallest)._config())
+        _checks.config_keys(cls._later | config, cls(**cls._smallest)._config())
         shape = cls._parameter_shape_of(config)
         for name, check in _checks.OF_ATTRIBUTES.items():
             if name in config:
@@ -397,6 +399,8 @@ class NormLayer(ABC):
         arguments += [f"{name}={value}" for name, value in optional.items()]
         return f"{type(self).__name__}({', '.join(arguments)})"
 
+
+NormLayer._class_of_cbn = NormLayer  # type: ignore[type-abstract]
 
 Layer = TypeVar("Layer", bound=type[NormLayer])
 

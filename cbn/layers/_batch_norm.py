@@ -88,8 +88,6 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
     ``torch.nn.BatchNorm1d``, ``2d`` and ``3d``.
     """
 
-    _saved = (*ChannelNorm._saved, "nonfinite")
-
     def __init__(
         self,
         num_features: int,
@@ -118,8 +116,8 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
             bias,
             channel_axis,
             correction,
+            nonfinite,
         )
-        self.nonfinite = _checks.nonfinite(nonfinite)
         for name, value in (("running_mean", running_mean), ("running_var", running_var)):
             if value is not None:
                 _checks.tracked(name, self.track_running_stats)
@@ -188,12 +186,6 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
         return y
 
     _normalise = __call__
-
-    def __repr__(self) -> str:
-        text = super().__repr__()
-        if self.nonfinite != "propagate":
-            text = f"{text[:-1]}, nonfinite={self.nonfinite!r})"
-        return text
 
 
 @documented_by(_BatchNorm)

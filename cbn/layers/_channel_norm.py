@@ -31,9 +31,10 @@ class ChannelNorm(NormLayer, of_cbn=True):
         "track_running_stats",
         "dtype",
         "bias",
+        "nonfinite",
     )
     _smallest: ClassVar[dict[str, Any]] = {"num_features": 1, "momentum": None}
-    nonfinite = "propagate"
+    nonfinite = "propagate"  # of pickles that are older than this attribute
     _warned = False  # of a small batch
     _averages_samples: ClassVar[bool] = False  # whether that is what the running statistics learn
     _by_channel: Norm  # that by given statistics
@@ -50,6 +51,7 @@ class ChannelNorm(NormLayer, of_cbn=True):
         bias: bool,
         channel_axis: int,
         correction: float,
+        nonfinite: str,
     ) -> None:
         self._num_features = _checks.positive_integer("num_features", num_features)
         self.eps = _checks.non_negative("eps", eps)
@@ -61,6 +63,7 @@ class ChannelNorm(NormLayer, of_cbn=True):
         self._channel_axis = _checks.channel_axis(channel_axis)
         self._axes = self._axes_of(self._num_features, self._channel_axis)
         self.correction = _checks.non_negative("correction", correction)
+        self.nonfinite = _checks.nonfinite(nonfinite)
         self.training = True
         self.frozen = False
         self._make_parameters((self._num_features,), self.affine, bias)
@@ -183,4 +186,6 @@ class ChannelNorm(NormLayer, of_cbn=True):
             optional["correction"] = f"{self.correction:g}"
         if self.frozen:
             optional["frozen"] = True
+        if self.nonfinite != "propagate":
+            optional["nonfinite"] = repr(self.nonfinite)
         return self._described_by(self.num_features, **optional)

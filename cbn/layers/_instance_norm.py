@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from numpy.typing import ArrayLike, DTypeLike
 
 from cbn import _engine, _norms
@@ -41,6 +43,11 @@ class _InstanceNorm(ChannelNorm, of_cbn=True):
         Channels first (N, C, ...) or last (N, ..., C).
     correction : float
         The running variance is divided by n - correction, n the positions of a sample.
+    nonfinite : {"propagate", "raise", "skip"}
+        What training does with a batch that gives a channel of a sample a mean or a variance that
+        is NaN, infinite, or, averaged over the samples, beyond the dtype of the running statistics:
+        let it into them; refuse it with a FloatingPointError that names the channels; or leave the
+        running statistics of these channels as they were and count the batch.
 
     Attributes
     ----------
@@ -57,7 +64,7 @@ class _InstanceNorm(ChannelNorm, of_cbn=True):
     frozen : bool
         Whether training, too, uses the running statistics and keeps them; set by
         :func:`cbn.freeze` and :func:`cbn.unfreeze`.
-    eps, momentum, correction, track_running_stats
+    eps, momentum, correction, track_running_stats, nonfinite
         As above.
 
     Raises
@@ -76,6 +83,7 @@ class _InstanceNorm(ChannelNorm, of_cbn=True):
     follow ``torch.nn.InstanceNorm1d``, ``2d`` and ``3d``.
     """
 
+    _later: ClassVar = {"nonfinite": "propagate"}
     _averages_samples = True
 
     def __init__(
@@ -91,6 +99,7 @@ class _InstanceNorm(ChannelNorm, of_cbn=True):
         bias: bool = True,
         channel_axis: int = 1,
         correction: float = 1,
+        nonfinite: str = "propagate",
     ) -> None:
         super().__init__(
             num_features,
@@ -103,6 +112,7 @@ class _InstanceNorm(ChannelNorm, of_cbn=True):
             bias,
             channel_axis,
             correction,
+            nonfinite,
         )
 
     def _set_norm(self) -> None:
