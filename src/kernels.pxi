@@ -179,7 +179,7 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, int num_thre
     if gradients and shares_parameters(g):
         p.sharers = sharers_of(g)
         shares = p.sharers * 2 * g.parameters * sizeof(double)
-    num_threads = begin_pass(num_threads, PyArray_SIZE(x))
+    num_threads = begin_pass(<int>min(num_threads, g.strips * g.pieces), PyArray_SIZE(x))
     cdef size_t paces = 0 if num_threads == 1 else num_threads * ROUNDS * sizeof(Pace)
     p.coefficients = malloc(table + found + parameters + shares + paces)
     if p.coefficients == NULL:

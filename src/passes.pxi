@@ -221,17 +221,19 @@ cdef void run(const real* x, const real* grad_output, real* out, Pass* p,
     cdef floating_point_modes modes = current_modes()
     cdef floating_point_modes own = modes   # set, because private variables begin as copies
     cdef Pace* pace = p.paces
+    cdef int thread
 
     if p.geometry.parts > 1:
         use_parameters(x, p)
-    if num_threads > tiles:
-        num_threads = <int>tiles
     if num_threads == 1:
         for strip in range(strips):
             run_strip(x, grad_output, out, p, strip)
         for chunk in range(chunks):
             finish_chunk(x, p, chunk)
-    elif ((strips % num_threads == 0 or strips >= 4 * num_threads or pieces == 1)
+        return
+    for thread in range(num_threads * ROUNDS):   # a team may be smaller than it was meant to be
+        p.paces[thread].channels = 0
+    if ((strips % num_threads == 0 or strips >= 4 * num_threads or pieces == 1)
             and (p.geometry.by_plane or strip_values <= CACHED)):
         # Strip by strip, so that it is still in the cache when it is read again; several at a
         # time where they are small.

@@ -337,6 +337,7 @@ def test_a_call_runs_on_that_many_threads(rows, started):
         pytest.skip("built without OpenMP")
     code = f"""
 import os, cbn, numpy as np
+cbn._dispatch.kernels.calls().judges = False  # a team, however busy the machine is
 x = np.ones(({rows}, 2))
 before = len(os.listdir("/proc/self/task"))
 with cbn.num_threads(3):
