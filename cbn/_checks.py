@@ -19,22 +19,13 @@ from inspect import Parameter, signature
 from io import TextIOBase
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike
 
-Array = NDArray[Any]
-Shape = tuple[int, ...]
-
-
-class Axes(NamedTuple):
-    """Where the channels of an array are."""
-
-    of_rank: tuple[int, ...]  # their axis, for each number of axes; -1: not accepted
-    channels: int | None  # how many there are; None: any number
-    expected: str  # the accepted ranks in words
-
+from cbn._types import Array, Axes, Shape
+from cbn.exceptions import SmallBatchWarning, StateFileError
 
 # Tuples, because a union is put together anew each time that it is looked at.
 BOOLS = (bool, np.bool)
@@ -143,6 +134,12 @@ def momentum(value: Any, or_none: str = "") -> float:
     if not math.isfinite(number):
         raise ValueError(f"momentum: expected {expected}, got {value!r}")
     return number
+
+
+def unused(momentum_of_call: Any, correction: Any) -> None:
+    """Of a function that learns nothing this time: they must be valid all the same."""
+    momentum(momentum_of_call)
+    non_negative("correction", correction)
 
 
 def momentum_or_none(value: Any) -> float | None:
@@ -379,13 +376,11 @@ def last_axes(name: str, shape: Shape, normalized_shape: Shape) -> None:
         )
 
 
-def channels_of(name: str, shape: Shape, channel_axis: int, least_axes: int) -> int:
-    """The number of channels of data of any rank from least_axes on."""
-    if len(shape) < least_axes:
+def least_axes(name: str, shape: Shape, least: int) -> None:
+    if len(shape) < least:
         raise ValueError(
-            f"{name}: expected at least {least_axes} axes, got {len(shape)} in shape {shape}"
+            f"{name}: expected at least {least} axes, got {len(shape)} in shape {shape}"
         )
-    return int(shape[channel_axis])
 
 
 def group_count(num_groups: int, num_channels: int) -> None:
@@ -399,8 +394,7 @@ def grouped(
     name: str, shape: Shape, num_groups: int, channel_axis: int, num_channels: int | None
 ) -> None:
     """Refuse what is not (N, C, ...) or (N, ..., C) with channels that make so many groups."""
-    if len(shape) < 2:
-        raise ValueError(f"{name}: expected at least 2 axes, got {len(shape)} in shape {shape}")
+    least_axes(name, shape, 2)
     if num_channels not in (None, shape[channel_axis]):
         axis = channel_axis % len(shape)
         raise ValueError(
@@ -410,41 +404,22 @@ def grouped(
     group_count(num_groups, shape[channel_axis])
 
 
-def enough_values_of_samples(shape: Shape, count: int, correction: float) -> None:
-    """An empty batch passes; a channel of a sample must be able to give an unbiased variance."""
+def enough_values(shape: Shape, count: int, correction: float, of_samples: bool) -> None:
+    """An empty batch passes; a mean must be of so many that they give an unbiased variance."""
     needed = max(1.0, correction)
     if 0 < count <= needed:
+        where, remedy = "when training", "a larger batch, or eval mode with running statistics"
+        if of_samples:
+            where, remedy = "of a sample", "larger samples, or BatchNorm or LayerNorm"
         raise ValueError(
-            f"x: expected more than {needed:g} value{'s' if needed > 1 else ''} per channel of a "
-            f"sample, got {count} in shape {shape}; use larger samples, or BatchNorm or LayerNorm"
-        )
-
-
-def enough_values(name: str, shape: Shape, count: int, correction: float) -> None:
-    """An empty batch passes; a batch must be able to give an unbiased variance."""
-    needed = max(1.0, correction)
-    if 0 < count <= needed:
-        raise ValueError(
-            f"{name}: expected more than {needed:g} value{'s' if needed > 1 else ''} per channel "
-            f"when training, got {count} in shape {shape}; "
-            f"use a larger batch, or eval mode with running statistics"
+            f"x: expected more than {needed:g} value{'s' if needed > 1 else ''} per channel "
+            f"{where}, got {count} in shape {shape}; use {remedy}"
         )
 
 
 # Statistics of fewer values per channel than this say more of the batch than of the data: the
 # normalised values of two are -1 and 1, whatever they were.
 SMALL_BATCH = 4
-
-
-class SmallBatchWarning(UserWarning):
-    """A layer was called in training on fewer than 4 values per channel; given once per layer.
-
-    For an instance norm, per channel of a sample. Statistics of so few values are mostly noise, in
-    the output and in the running statistics. The warning comes before anything is computed: where
-    a filter makes it an error, the call changes nothing, and so it is at every such call. Python's
-    own filter shows warnings with equal text from one line once, so that of several layers called
-    by one line, as in a loop, one may speak for all.
-    """
 
 
 def _warn(text: str, category: type[Warning]) -> None:
@@ -455,20 +430,22 @@ def _warn(text: str, category: type[Warning]) -> None:
     warnings.warn(text, category, stacklevel=level)
 
 
-def warn_of_small_batch(count: int, shape: Shape) -> None:
-    _warn(
-        f"x: expected at least {SMALL_BATCH} values per channel when training, got {count} in "
-        f"shape {shape}; use a larger batch, or GroupNorm or LayerNorm, which do not depend on "
-        f"the batch, or cbn.recalibrate(model, batches, forward) after training",
-        SmallBatchWarning,
+def warn_of_few_values(count: int, shape: Shape, of_samples: bool) -> None:
+    whose, remedy = (
+        "",
+        (
+            "a larger batch, or GroupNorm or LayerNorm, which do not depend on the batch, "
+            "or cbn.recalibrate(model, batches, forward) after training"
+        ),
     )
-
-
-def warn_of_small_samples(count: int, shape: Shape) -> None:
+    if of_samples:
+        whose, remedy = (
+            " of a sample",
+            ("larger samples, or GroupNorm or LayerNorm, whose statistics are of several channels"),
+        )
     _warn(
-        f"x: expected at least {SMALL_BATCH} values per channel of a sample when training, got "
-        f"{count} in shape {shape}; use larger samples, or GroupNorm or LayerNorm, whose "
-        f"statistics are of several channels",
+        f"x: expected at least {SMALL_BATCH} values per channel{whose} when training, got {count} "
+        f"in shape {shape}; use {remedy}",
         SmallBatchWarning,
     )
 
@@ -478,28 +455,21 @@ def same_shape(name: str, shape: Shape, expected: Shape, whose: str) -> None:
         raise ValueError(f"{name}: expected shape {expected}, that of {whose}, got {shape}")
 
 
-def per_channel(name: str, value: ArrayLike, num_features: int) -> Array:
-    """One value per channel, for reading."""
+def parameter(name: str, value: ArrayLike, shape: Shape, of_channels: bool = False) -> Array:
+    """A weight, a bias or a statistic of this shape, for reading."""
     array = _as_array(name, value, None)
-    if array.shape != (num_features,):
-        raise ValueError(
-            f"{name}: expected shape ({num_features},), one value per channel, got {array.shape}"
-        )
+    if array.shape != shape:
+        each = ", one value per channel" if of_channels else ""
+        raise ValueError(f"{name}: expected shape {shape}{each}, got {array.shape}")
     return readable(array)
+
+
+def per_channel(name: str, value: ArrayLike, num_features: int) -> Array:
+    return parameter(name, value, (num_features,), True)
 
 
 def per_channel_or_none(name: str, value: ArrayLike | None, num_features: int) -> Array | None:
     return None if value is None else per_channel(name, value, num_features)
-
-
-def parameter_or_none(name: str, value: ArrayLike | None, shape: Shape) -> Array | None:
-    """A weight or a bias of this shape, for reading."""
-    if value is None:
-        return None
-    array = _as_array(name, value, None)
-    if array.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
-    return readable(array)
 
 
 READ_ONLY_REMEDY = "train a copy (copy.deepcopy), or use eval mode"
@@ -844,10 +814,6 @@ def savable(
             raise ValueError(f"{prefix}{name}: expected {wanted} to save, got {seen}")
     if "num_batches_tracked" in state:
         batch_count(state["num_batches_tracked"], prefix)
-
-
-class StateFileError(ValueError):
-    """A state file is damaged, foreign, or of another class or model; the message says which."""
 
 
 class OfAnotherModel(ValueError):

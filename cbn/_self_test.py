@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cbn import _dispatch, _threads, functional, reference
-from cbn._checks import Array, Shape
+from cbn._types import Array, Shape
 
 # (N, C, S): by row and by plane, of few values and many, in one piece and in several.
 SHAPES = [(9, 5, 1), (3000, 33, 1), (40, 70, 49), (1, 64, 49), (3, 5, 600), (2, 3, 40_000)]

@@ -21,7 +21,7 @@ from zipfile import ZIP_STORED, ZipFile, ZipInfo
 import numpy as np
 
 from cbn import _checks
-from cbn._checks import Array, Shape
+from cbn._types import Array, Shape
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Target = Path | IO[bytes]

@@ -17,11 +17,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cbn import _checks
-from cbn._checks import Array
-from cbn.functional._batch_norm import Forward
-from cbn.functional._groups import Forward as GroupForward
+from cbn._engine import Saved
+from cbn._types import Array
 from cbn.layers import ChannelNorm, NormLayer
-from cbn.layers._instance_norm import _InstanceNorm
 from cbn.model import statistics_writable, unfrozen_layers
 
 __all__ = ["recalibrate", "reinitialize_norm_stats"]
@@ -196,7 +194,7 @@ def _observed(layers: dict[str, ChannelNorm]) -> Iterator[dict[str, Collected]]:
     try:
         populations: dict[str, Collected] = {}
         for name, layer in layers.items():
-            kind = Instances if isinstance(layer, _InstanceNorm) else Population
+            kind = Instances if layer._averages_samples else Population
             populations[name] = kind(layer)
             layer._observer = populations[name].add
             layer.training = True
@@ -215,7 +213,7 @@ class Collected:
         self._count, self._mean, self._mean_low, self._var = np.zeros((4, layer.num_features))
         self._lock = Lock()  # forward may run the layer in several threads
 
-    def add(self, forward: Any) -> None:
+    def add(self, saved: Saved) -> None:
         """Merge the statistics of a forward pass."""
         raise NotImplementedError
 
@@ -247,17 +245,17 @@ class Collected:
 class Instances(Collected):
     """The statistics of all samples of an instance norm, averaged: what its training learns."""
 
-    def add(self, forward: GroupForward) -> None:
+    def add(self, saved: Saved) -> None:
         """Add those of each sample of a forward pass."""
-        (_, N, _, S, *_), C = forward[3], self._layer.num_features
-        mean, mean_low, var = forward[4].reshape(3, -1, C)
-        if N * S == 0 or not len(mean):
+        values, correction = saved.view.values, self._layer.correction
+        if values == 0:
             return
-        _checks.enough_values_of_samples(forward[1], N * S, self._layer.correction)
+        mean, mean_low, var = saved.statistics.reshape(3, -1, self._layer.num_features)
+        _checks.enough_values(saved.shape, values, correction, of_samples=True)
         with self._lock, np.errstate(all="ignore"):
             self.calls += 1
             means = (mean + mean_low).sum(axis=0)
-            variances = var.sum(axis=0) * (N * S / (N * S - self._layer.correction))
+            variances = var.sum(axis=0) * (values / (values - correction))
             taken = self._takes(means + variances)
             self._count += np.where(taken, len(mean), 0)
             self._mean += np.where(taken, means, 0)
@@ -271,17 +269,17 @@ class Instances(Collected):
 class Population(Collected):
     """The statistics of all values that a layer has normalised, merged batch by batch."""
 
-    def add(self, forward: Forward) -> None:
+    def add(self, saved: Saved) -> None:
         """Merge the statistics of a forward pass."""
-        (N, _, S), (mean, mean_low, var) = forward[3], forward[4]
-        if N * S == 0:
+        values, (mean, mean_low, var) = saved.view.values, saved.statistics
+        if values == 0:
             return
         with self._lock, np.errstate(all="ignore"):
             self.calls += 1
             taken = self._takes(mean + var)
-            count = self._count + np.where(taken, N * S, 0)
+            count = self._count + np.where(taken, values, 0)
             old = self._count / np.maximum(count, 1)
-            new = np.where(taken, N * S, 0) / np.maximum(count, 1)
+            new = np.where(taken, values, 0) / np.maximum(count, 1)
             # The mean has two parts, because the difference of means that are large beside the
             # deviation would lose as many digits as one part of a mean has too few.
             distance, distance_low = _exact_sum(mean, -self._mean)

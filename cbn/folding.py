@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cbn import _checks
-from cbn._checks import Array
+from cbn._types import Array
 from cbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 __all__ = ["fold_conv", "fold_linear"]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cbn import _checks, _walk
-from cbn._checks import Array
+from cbn._types import Array
 from cbn.layers import ChannelNorm, IncompatibleKeys, NormLayer, load_arrays
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ def save(model: object, path: _state.Target) -> None:
     layers = _norm_layers(model)
     config = _config(layers)
     for name, layer in layers.items():
-        cls = layer._norm()  # one derived from it may have another constructor
+        cls = layer._class_of_cbn  # one derived from it may have another constructor
         with _checks.of_layer(_joined(name, "")):
             expected = cls._expected_state({**config["layers"][name], "class": cls.__name__})
         _checks.savable(layer._state(), expected, _joined(name, ""))

@@ -3,7 +3,7 @@
 # A service that normalises a few thousand values pays more for Python's checks than for the
 # arithmetic. What nearly every call brings (plain contiguous arrays of matching shapes) is
 # recognised here in C. These functions refuse nothing: they return None for whatever is not
-# ordinary, and cbn/functional/ then looks at it closely, converts it or says what is wrong.
+# ordinary, and cbn/_engine.py then looks at it closely, converts it or says what is wrong.
 
 cdef enum:
     MOST_AXES = 64   # of an array of NumPy
@@ -15,23 +15,9 @@ cdef bint is_plain(object array, int type_num):
             and PyArray_ISCARRAY_RO(<ndarray>array))
 
 
-cdef bint is_per_channel(object array, Py_ssize_t C):
-    return ((is_plain(array, NPY_FLOAT) or is_plain(array, NPY_DOUBLE))
-            and PyArray_NDIM(<ndarray>array) == 1 and PyArray_DIM(<ndarray>array, 0) == C)
-
-
-cdef bint is_per_channel_or_none(object array, Py_ssize_t C):
-    return array is None or is_per_channel(array, C)
-
-
-cdef bint is_running_or_none(object array, Py_ssize_t C):
-    return array is None or (is_per_channel(array, C) and PyArray_ISWRITEABLE(<ndarray>array))
-
-
-cdef bint is_parameter_or_none(object array, tuple shape):
+cdef bint is_parameter(object array, tuple shape):
+    """A weight, a bias or a statistic of this shape."""
     cdef int i
-    if array is None:
-        return True
     if not ((is_plain(array, NPY_FLOAT) or is_plain(array, NPY_DOUBLE))
             and PyArray_NDIM(<ndarray>array) == len(shape)):
         return False
@@ -39,6 +25,14 @@ cdef bint is_parameter_or_none(object array, tuple shape):
         if PyArray_DIM(<ndarray>array, i) != <npy_intp>shape[i]:
             return False
     return True
+
+
+cdef bint is_parameter_or_none(object array, tuple shape):
+    return array is None or is_parameter(array, shape)
+
+
+cdef bint is_running_or_none(object array, tuple shape):
+    return array is None or (is_parameter(array, shape) and PyArray_ISWRITEABLE(<ndarray>array))
 
 
 cdef bint is_counter(object array):
@@ -65,29 +59,24 @@ cdef ndarray new_like(ndarray x):
     return PyArray_EMPTY(PyArray_NDIM(x), PyArray_DIMS(x), PyArray_TYPE(x), 0)
 
 
-cdef bint view_of(object x, object axes, object dtype,
-                  Py_ssize_t* N, Py_ssize_t* C, Py_ssize_t* S):  # OUT
-    """The (N, C, S) view of a plain, non-empty array of an accepted rank and element type."""
-    # axes is an Axes of cbn/_checks.py, a kind of tuple.
-    cdef tuple axis_of_rank = <tuple>PyTuple_GET_ITEM(axes, 0)
-    cdef object channels = <object>PyTuple_GET_ITEM(axes, 1)
-    cdef int rank, axis, i
-    if not PyArray_CheckExact(x):
-        return False
-    rank = PyArray_NDIM(<ndarray>x)
-    if (not (is_plain(x, NPY_FLOAT) or is_plain(x, NPY_DOUBLE)) or rank >= len(axis_of_rank)
-            or not (dtype is None or dtype is <object>PyArray_DESCR(<ndarray>x))):
-        return False
-    axis = axis_of_rank[rank]
-    if axis < 0 or PyArray_SIZE(<ndarray>x) == 0:
-        return False
-    N[0] = S[0] = 1
-    for i in range(axis):
-        N[0] *= PyArray_DIM(<ndarray>x, i)
-    C[0] = PyArray_DIM(<ndarray>x, axis)
-    for i in range(axis + 1, rank):
-        S[0] *= PyArray_DIM(<ndarray>x, i)
-    return channels is None or <npy_intp>channels == C[0]
+cdef ndarray new_parameter(tuple shape, int type_num):
+    cdef npy_intp[MOST_AXES] lengths
+    cdef int i
+    for i in range(len(shape)):
+        lengths[i] = shape[i]
+    return PyArray_EMPTY(len(shape), lengths, type_num, 0)
+
+
+cdef object view_of(object x, tuple shape, object dtype, dict views):
+    """The view of a plain, non-empty array of an accepted element type, if it has been seen."""
+    if ((is_plain(x, NPY_FLOAT) or is_plain(x, NPY_DOUBLE)) and PyArray_SIZE(<ndarray>x) > 0
+            and (dtype is None or dtype is <object>PyArray_DESCR(<ndarray>x))):
+        return views.get(shape)
+    return None
+
+
+cdef inline tuple parameter_shape_of(object view):
+    return <tuple>PyTuple_GET_ITEM(view, PARAMETER_SHAPE)
 
 
 cdef bint are_all_apart(object out, object a, object b, object c, object d):
@@ -119,49 +108,26 @@ cdef bint are_usable(const real* var, Py_ssize_t C, double eps) noexcept nogil:
     return not unusable
 
 
-cdef bint is_variance(object var, Py_ssize_t C, object eps):
+cdef bint is_variance(object var, tuple shape, object eps):
     """One value per channel that can be normalised by with this eps."""
-    if not (is_per_channel(var, C) and is_non_negative(eps)):
+    cdef Py_ssize_t C
+    if not (is_parameter(var, shape) and is_non_negative(eps)):
         return False
+    C = PyArray_DIM(<ndarray>var, 0)
     if is_single(<ndarray>var):
         return are_usable(<const float*>PyArray_DATA(<ndarray>var), C, <double>eps)
     return are_usable(<const double*>PyArray_DATA(<ndarray>var), C, <double>eps)
 
 
-cdef ndarray infer(x, axes, dtype, mean, var, weight, bias, eps, out, threads_for,
-                   Py_ssize_t* N, Py_ssize_t* C, Py_ssize_t* S):  # OUT
-    """The output, or None."""
-    if not (view_of(x, axes, dtype, N, C, S)
-            and is_per_channel(mean, C[0]) and is_variance(var, C[0], eps)
-            and is_per_channel_or_none(weight, C[0]) and is_per_channel_or_none(bias, C[0])
-            and is_plain_out(out, x)
-            and are_all_apart(out, mean, var, weight, bias)):
-        return None
-    if out is None:
-        out = new_like(x)
-    normalise(x, N[0], C[0], S[0], mean, var, weight, bias, eps, out,
-              threads_for(N[0] * C[0] * S[0]))
-    return out
-
-
-def express_inference(x, axes, dtype, mean, var, weight, bias, eps, out, threads_for):
-    """Return the output and what makes a Forward (cbn/functional/_batch_norm.py), or None."""
-    cdef Py_ssize_t N, C, S
-    cdef ndarray y = infer(x, axes, dtype, mean, var, weight, bias, eps, out, threads_for,
-                           &N, &C, &S)
-    if y is None:
-        return None
-    # Without a weight no gradient depends on x, which is then not kept alive for nothing.
-    return y, (None if y is x or weight is None else x, x.shape, <object>PyArray_DESCR(x),
-               (N, C, S), given_statistics(mean, var), eps, True)
-
-
-def express_training(x, axes, dtype, running_mean, running_var, num_batches_tracked, weight,
-                     bias, momentum, eps, correction, nonfinite, out, threads_for):
-    """Return the output and what makes a Forward (cbn/functional/_batch_norm.py), or None."""
-    cdef Py_ssize_t N, C, S
-    cdef ndarray statistics
-    if type(nonfinite) is not str:
+def express_forward(x, dict views, dtype, weight, bias, eps, bint centred, Py_ssize_t least, out,
+                    running_mean, running_var, num_batches_tracked, momentum, correction,
+                    nonfinite, threads_for):
+    """Normalise by the statistics of x: return the output and a Saved, or None."""
+    cdef tuple shape, parameter_shape
+    cdef ndarray statistics, learnt
+    cdef View v
+    cdef Py_ssize_t count
+    if not PyArray_CheckExact(x) or type(nonfinite) is not str:
         return None
     cdef bint raises = nonfinite == "raise", skips = nonfinite == "skip"
     if not (raises or skips or nonfinite == "propagate"):
@@ -170,132 +136,130 @@ def express_training(x, axes, dtype, running_mean, running_var, num_batches_trac
         return None
     if not (num_batches_tracked is None or is_counter(num_batches_tracked)):
         return None
-    if not (view_of(x, axes, dtype, &N, &C, &S)
+    shape = x.shape
+    view = view_of(x, shape, dtype, views)
+    if view is None:
+        return None
+    v = view_from(view)
+    count = number_in(view, VALUES)
+    parameter_shape = parameter_shape_of(view)
+    if not (count >= least
             and (is_finite(momentum) or (momentum is None and num_batches_tracked is not None))
             and is_non_negative(eps) and is_non_negative(correction)
-            and is_running_or_none(running_mean, C) and is_running_or_none(running_var, C)
+            and is_running_or_none(running_mean, parameter_shape)
+            and is_running_or_none(running_var, parameter_shape)
             and (running_mean is None) == (running_var is None)
             and (running_mean is None
-                 or (<double>correction < N * S
+                 or (<double>correction < count
                      and are_all_apart(x, running_mean, running_var, None, None)
                      and are_apart(<ndarray>running_mean, <ndarray>running_var)))
-            and is_per_channel_or_none(weight, C) and is_per_channel_or_none(bias, C)
-            and N * S > 1
+            and is_parameter_or_none(weight, parameter_shape)
+            and is_parameter_or_none(bias, parameter_shape)
             and is_plain_out(out, x)
             and are_all_apart(out, running_mean, running_var, weight, bias)):
         return None
     if out is None:
         out = new_like(x)
-    statistics = new_statistics(C)
-    normalise_batch(x, N, C, S, weight, bias, eps, statistics, out, threads_for(2 * N * C * S))
-    if raises and not_finite(statistics, running_mean, running_var, N * S, correction):
+    statistics = learnt = new_statistics(v.B * v.C)
+    normalise_own(x, view, weight, bias, eps, centred, statistics, out,
+                  threads_for(2 * PyArray_SIZE(<ndarray>x)))
+    if running_mean is not None or num_batches_tracked is not None or raises:
+        if v.B * v.C != <Py_ssize_t>parameter_shape[0]:
+            learnt = averages(statistics, parameter_shape[0])
+        if raises and not_finite(learnt, running_mean, running_var, count, correction):
+            return None
+        learn(running_mean, running_var, num_batches_tracked, learnt, momentum, count, correction,
+              skips)
+    return out, new_saved(None if out is x else x, shape, <object>PyArray_DESCR(<ndarray>x), view,
+                          statistics, eps, centred, False)
+
+
+cdef ndarray infer(x, view, mean, var, weight, bias, eps, out, threads_for):
+    """The output, or None."""
+    cdef tuple parameter_shape
+    if view is None:
         return None
-    learn(running_mean, running_var, num_batches_tracked, statistics, momentum, N * S, correction,
-          skips)
-    return out, (None if out is x else x, x.shape, <object>PyArray_DESCR(x), (N, C, S), statistics,
-                 eps, False)
+    parameter_shape = parameter_shape_of(view)
+    if not (is_parameter(mean, parameter_shape) and is_variance(var, parameter_shape, eps)
+            and is_parameter_or_none(weight, parameter_shape)
+            and is_parameter_or_none(bias, parameter_shape)
+            and is_plain_out(out, x)
+            and are_all_apart(out, mean, var, weight, bias)):
+        return None
+    if out is None:
+        out = new_like(x)
+    normalise(x, view, mean, var, weight, bias, eps, out, threads_for(PyArray_SIZE(<ndarray>x)))
+    return out
+
+
+def express_inference(x, dict views, dtype, mean, var, weight, bias, eps, out, threads_for):
+    """Normalise x by given statistics: return the output and a Saved, or None."""
+    cdef tuple shape
+    cdef ndarray y
+    if not PyArray_CheckExact(x):
+        return None
+    shape = x.shape
+    view = view_of(x, shape, dtype, views)
+    y = infer(x, view, mean, var, weight, bias, eps, out, threads_for)
+    if y is None:
+        return None
+    # Without a weight no gradient depends on x, which is then not kept alive for nothing.
+    return y, new_saved(None if y is x or weight is None else x, shape,
+                        <object>PyArray_DESCR(<ndarray>x), view, given_statistics(mean, var), eps,
+                        True, True)
 
 
 def express_batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps,
-                       dict axes_of, channel_axis, correction, out, threads_for):
-    """Return the output, or None."""
-    cdef Py_ssize_t N, C, S
+                       dict views_of, channel_axis, correction, out, threads_for):
+    """Return the output of the function batch_norm, which keeps nothing, or None."""
     cdef tuple done
-    if not (type(channel_axis) is int and channel_axis in axes_of):
+    if not (type(channel_axis) is int and channel_axis in views_of and PyArray_CheckExact(x)):
         return None
-    axes = axes_of[channel_axis]
+    views = views_of[channel_axis]
     if training is True:
-        done = express_training(x, axes, None, running_mean, running_var, None, weight, bias,
-                                momentum, eps, correction, "propagate", out, threads_for)
+        done = express_forward(x, views, None, weight, bias, eps, True, 2, out, running_mean,
+                               running_var, None, momentum, correction, "propagate", threads_for)
         return None if done is None else done[0]
     if training is False and is_finite(momentum) and is_non_negative(correction):
-        return infer(x, axes, None, running_mean, running_var, weight, bias, eps, out,
-                     threads_for, &N, &C, &S)
+        return infer(x, view_of(x, x.shape, None, views), running_mean, running_var, weight, bias,
+                     eps, out, threads_for)
     return None
 
 
-def express_forward(x, axes, mean, var, eps, training):
-    """Return a Forward of cbn/functional/_batch_norm.py from what was kept elsewhere, or None."""
-    cdef Py_ssize_t N, C, S
-    if not (view_of(x, axes, None, &N, &C, &S)
-            and is_per_channel(mean, C) and is_variance(var, C, eps) and type(training) is bool):
+def express_saved(x, dict views, mean, var, eps, training):
+    """Return a Saved of statistics that were kept elsewhere, or None."""
+    cdef tuple shape
+    if not PyArray_CheckExact(x):
         return None
-    return (x, x.shape, <object>PyArray_DESCR(x), (N, C, S), given_statistics(mean, var), eps,
-            not training)
+    shape = x.shape
+    view = view_of(x, shape, None, views)
+    if not (view is not None and is_parameter(mean, parameter_shape_of(view))
+            and is_variance(var, parameter_shape_of(view), eps) and type(training) is bool):
+        return None
+    return new_saved(x, shape, <object>PyArray_DESCR(<ndarray>x), view,
+                     given_statistics(mean, var), eps, True, not training)
 
 
-def express_backward(grad_output, tuple forward, weight, out, threads_for):
+def express_backward(grad_output, Saved saved, weight, out, threads_for):
     """Return the gradients of input, weight and bias, or None."""
-    cdef object x = forward[0], dtype = forward[2], statistics = forward[4], eps = forward[5]
-    cdef tuple shape = forward[1], view = forward[3]
-    cdef npy_intp C = view[1]
+    cdef object x = saved.x
+    cdef tuple parameter_shape = parameter_shape_of(saved.view)
     cdef int type_num
     if not PyArray_CheckExact(x):
         return None
     type_num = PyArray_TYPE(<ndarray>x)
     # The caller may have changed the shape or the dtype of x since the forward pass.
-    if not (is_plain(x, type_num) and <object>PyArray_DESCR(<ndarray>x) is dtype
-            and x.shape == shape and PyArray_SIZE(<ndarray>x) > 0
-            and is_plain(grad_output, type_num)
-            and PyArray_SAMESHAPE(<ndarray>grad_output, <ndarray>x)
-            and is_per_channel_or_none(weight, C) and is_plain_out(out, grad_output)
-            and are_all_apart(out, x, statistics, weight, None)):
-        return None
-    if out is None:
-        out = new_like(grad_output)
-    grad_weight = PyArray_EMPTY(1, &C, type_num, 0)
-    grad_bias = PyArray_EMPTY(1, &C, type_num, 0)
-    gradients(grad_output, x, view[0], C, view[2], statistics, weight, eps, forward[6],
-              out, grad_weight, grad_bias, threads_for(4 * PyArray_SIZE(<ndarray>x)))
-    return out, grad_weight, grad_bias, False
-
-
-def express_groups(x, dtype, tuple grouping, tuple parameter_shape, weight, bias, eps,
-                   bint centred, out, threads_for):
-    """Return the output and what makes a Forward (cbn/functional/_groups.py), or None."""
-    # The grouping is that of the shape of x, which is not empty.
-    cdef ndarray statistics
-    cdef Py_ssize_t B = grouping[0], C = grouping[2]
-    if not ((is_plain(x, NPY_FLOAT) or is_plain(x, NPY_DOUBLE))
-            and (dtype is None or dtype is <object>PyArray_DESCR(x))
-            and is_parameter_or_none(weight, parameter_shape)
-            and is_parameter_or_none(bias, parameter_shape)
-            and is_non_negative(eps) and is_plain_out(out, x)
-            and are_all_apart(out, weight, bias, None, None)):
-        return None
-    if out is None:
-        out = new_like(x)
-    statistics = new_statistics(B * C)
-    normalise_groups(x, grouping, weight, bias, eps, centred, statistics, out,
-                     threads_for(2 * PyArray_SIZE(<ndarray>x)))
-    return out, (None if out is x else x, x.shape, <object>PyArray_DESCR(x), grouping,
-                 statistics, eps, centred, parameter_shape)
-
-
-def express_group_gradients(grad_output, tuple forward, weight, out, threads_for):
-    """Return the gradients of input, weight and bias, or None."""
-    cdef object x = forward[0], dtype = forward[2], statistics = forward[4], eps = forward[5]
-    cdef tuple shape = forward[1], grouping = forward[3], parameter_shape = forward[7]
-    cdef npy_intp[MOST_AXES] parameter
-    cdef npy_intp* lengths = parameter
-    cdef int type_num, axes = len(parameter_shape), i
-    if not (PyArray_CheckExact(x) and axes <= MOST_AXES):
-        return None
-    type_num = PyArray_TYPE(<ndarray>x)
-    # The caller may have changed the shape or the dtype of x since the forward pass.
-    if not (is_plain(x, type_num) and <object>PyArray_DESCR(<ndarray>x) is dtype
-            and x.shape == shape and PyArray_SIZE(<ndarray>x) > 0
+    if not (is_plain(x, type_num) and <object>PyArray_DESCR(<ndarray>x) is saved.dtype
+            and x.shape == saved.shape and PyArray_SIZE(<ndarray>x) > 0
             and is_plain(grad_output, type_num)
             and PyArray_SAMESHAPE(<ndarray>grad_output, <ndarray>x)
             and is_parameter_or_none(weight, parameter_shape) and is_plain_out(out, grad_output)
-            and are_all_apart(out, x, statistics, weight, None)):
+            and are_all_apart(out, x, saved.statistics, weight, None)):
         return None
     if out is None:
         out = new_like(grad_output)
-    for i in range(axes):
-        lengths[i] = parameter_shape[i]
-    grad_weight = PyArray_EMPTY(axes, lengths, type_num, 0)
-    grad_bias = PyArray_EMPTY(axes, lengths, type_num, 0)
-    group_gradients(grad_output, x, grouping, statistics, weight, eps, forward[6], out,
-                    grad_weight, grad_bias, threads_for(4 * PyArray_SIZE(<ndarray>x)))
-    return out, grad_weight, grad_bias, False
+    grad_weight = new_parameter(parameter_shape, type_num)
+    grad_bias = new_parameter(parameter_shape, type_num)
+    gradients(grad_output, saved, weight, out, grad_weight, grad_bias,
+              threads_for(4 * PyArray_SIZE(<ndarray>x)))
+    return out, grad_weight, grad_bias

@@ -1,6 +1,6 @@
 # The kernels, one text for every instruction set: a _kernels_*.pyx names a set and includes this.
 #
-# The functions at the end are what cbn/functional/ calls. They check nothing: arrays are
+# The functions at the end are what cbn/_engine.py calls. They check nothing: arrays are
 # C-contiguous, aligned, in native byte order and of the right sizes; x, grad_output, out,
 # grad_weight and grad_bias share one element type, float32 or float64; weight, bias, mean and var
 # may each be float32, float64 or None; statistics are the mean, what float64 rounds off it, and the
@@ -239,75 +239,70 @@ cpdef ndarray given_statistics(ndarray mean, ndarray var):
     return statistics
 
 
-cpdef batch_statistics(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
-                       double eps,           # that will be added to the variance
-                       ndarray statistics,   # OUT
-                       int num_threads):
-    cdef Pass p = new_pass(STATISTICS, batch_view(N, C, S), None, None, None, None, eps)
-    p.statistics = <double*>data_of(statistics)
-    run_pass(&p, x, None, None, num_threads)
+cdef class Saved:
+    """What a backward pass needs of its forward pass."""
+
+    cdef public object x             # None: overwritten, or not needed
+    cdef readonly tuple shape        # of x, and its dtype: both may have been changed since
+    cdef readonly object dtype
+    cdef readonly object view         # a View (cbn/_norms.py)
+    cdef readonly ndarray statistics   # float64 (3, B * C): mean, what float64 rounds off it, var
+    cdef readonly object eps
+    cdef readonly bint centred       # whether the mean is subtracted; if not, var is a mean square
+    cdef readonly bint frozen        # whether the statistics do not depend on x
+
+    def __init__(self, x, tuple shape, dtype, object view, ndarray statistics, eps,
+                 bint centred=True, bint frozen=False):
+        fill(self, x, shape, dtype, view, statistics, eps, centred, frozen)
 
 
-cpdef normalise_batch(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarray weight,
-                      ndarray bias, double eps,
-                      ndarray statistics, ndarray out,   # OUT
-                      int num_threads):
-    cdef Pass p = new_pass(BATCH, batch_view(N, C, S), weight, bias, None, None, eps)
-    use_statistics(&p, statistics)
-    p.statistics = <double*>data_of(statistics)
-    run_pass(&p, x, None, out, num_threads)
+cdef inline void fill(Saved saved, x, tuple shape, dtype, object view, ndarray statistics, eps,
+                      bint centred, bint frozen):
+    saved.x, saved.shape, saved.dtype, saved.view = x, shape, dtype, view
+    saved.statistics, saved.eps, saved.centred, saved.frozen = statistics, eps, centred, frozen
 
 
-cpdef normalise_by(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarray statistics,
-                   ndarray weight, ndarray bias, double eps,
-                   ndarray out,   # OUT
-                   int num_threads):
-    """Normalise by statistics of a batch: the same bits as normalise_batch."""
-    cdef Pass p = new_pass(GIVEN, batch_view(N, C, S), weight, bias, None, None, eps)
-    use_statistics(&p, statistics)
-    run_pass(&p, x, None, out, num_threads)
+cdef Saved new_saved(x, tuple shape, dtype, object view, ndarray statistics, eps, bint centred,
+                     bint frozen):
+    """A Saved, without the way through its arguments as objects."""
+    cdef Saved saved = Saved.__new__(Saved)
+    fill(saved, x, shape, dtype, view, statistics, eps, centred, frozen)
+    return saved
 
 
-cpdef normalise(ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, ndarray mean, ndarray var,
-                ndarray weight, ndarray bias, double eps,
-                ndarray out,   # OUT
-                int num_threads):
-    cdef Pass p = new_pass(GIVEN, batch_view(N, C, S), weight, bias, mean, var, eps)
-    run_pass(&p, x, None, out, num_threads)
+cdef enum:   # places in a View of cbn/_norms.py, a kind of tuple
+    OF_SAMPLES = 6
+    PARAMETER_SHAPE = 7
+    VALUES = 8
 
 
-cpdef gradients(ndarray grad_output, ndarray x, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
-                ndarray statistics, ndarray weight, double eps, bint frozen,
-                ndarray grad_input, ndarray grad_weight, ndarray grad_bias,   # OUT
-                int num_threads):
-    cdef Pass p = new_pass(FROZEN_GRADIENTS if frozen else GRADIENTS, batch_view(N, C, S), weight,
-                           None, None, None, eps)
-    use_statistics(&p, statistics)
-    p.grad_weight = data_of(grad_weight)
-    p.grad_bias = data_of(grad_bias)
-    run_pass(&p, x, grad_output, grad_input, num_threads)
+cdef inline Py_ssize_t number_in(object view, Py_ssize_t place):
+    return <object>PyTuple_GET_ITEM(view, place)
 
 
-cdef View view_from(tuple view):
-    cdef Py_ssize_t B, N, C, S, parts, period
-    B, N, C, S, parts, period = view
-    return sample_view(B, N, C, S, parts, period)
+cdef View view_from(object view):
+    """A View of cbn/_norms.py as one of geometry.pxi."""
+    cdef Py_ssize_t N = number_in(view, 1), C = number_in(view, 2), S = number_in(view, 3)
+    if not number_in(view, OF_SAMPLES):
+        return batch_view(N, C, S)
+    return sample_view(number_in(view, 0), N, C, S, number_in(view, 4), number_in(view, 5))
 
 
-cpdef group_statistics(ndarray x, tuple view, double eps, bint centred,
-                       ndarray statistics,   # OUT
-                       int num_threads):
+cpdef statistics_of(ndarray x, object view,
+                    double eps,           # that will be added to the variance
+                    bint centred,
+                    ndarray statistics,   # OUT
+                    int num_threads):
     cdef Pass p = new_pass(STATISTICS, view_from(view), None, None, None, None, eps)
     p.centred = centred
     p.statistics = <double*>data_of(statistics)
     run_pass(&p, x, None, None, num_threads)
 
 
-cpdef normalise_groups(ndarray x, tuple view,   # B, N, C, S, parts, period (geometry.pxi)
-                       ndarray weight, ndarray bias, double eps, bint centred,
-                       ndarray statistics, ndarray out,   # OUT
-                       int num_threads):
-    """Normalise every channel of every batch, with parameters that channels share."""
+cpdef normalise_own(ndarray x, object view, ndarray weight, ndarray bias, double eps, bint centred,
+                    ndarray statistics, ndarray out,   # OUT
+                    int num_threads):
+    """Normalise every channel by its own statistics."""
     cdef Pass p = new_pass(BATCH, view_from(view), weight, bias, None, None, eps)
     p.centred = centred
     use_statistics(&p, statistics)
@@ -315,16 +310,34 @@ cpdef normalise_groups(ndarray x, tuple view,   # B, N, C, S, parts, period (geo
     run_pass(&p, x, None, out, num_threads)
 
 
-cpdef group_gradients(ndarray grad_output, ndarray x, tuple view, ndarray statistics,
-                      ndarray weight, double eps, bint centred,
-                      ndarray grad_input, ndarray grad_weight, ndarray grad_bias,   # OUT
-                      int num_threads):
-    cdef Pass p = new_pass(GRADIENTS, view_from(view), weight, None, None, None, eps)
-    p.centred = centred
+cpdef normalise_by(ndarray x, object view, ndarray statistics, ndarray weight, ndarray bias,
+                   double eps,
+                   ndarray out,   # OUT
+                   int num_threads):
+    """Normalise by statistics of x: the same bits as normalise_own."""
+    cdef Pass p = new_pass(GIVEN, view_from(view), weight, bias, None, None, eps)
     use_statistics(&p, statistics)
+    run_pass(&p, x, None, out, num_threads)
+
+
+cpdef normalise(ndarray x, object view, ndarray mean, ndarray var, ndarray weight, ndarray bias,
+                double eps,
+                ndarray out,   # OUT
+                int num_threads):
+    cdef Pass p = new_pass(GIVEN, view_from(view), weight, bias, mean, var, eps)
+    run_pass(&p, x, None, out, num_threads)
+
+
+cpdef gradients(ndarray grad_output, Saved saved, ndarray weight,
+                ndarray grad_input, ndarray grad_weight, ndarray grad_bias,   # OUT
+                int num_threads):
+    cdef Pass p = new_pass(FROZEN_GRADIENTS if saved.frozen else GRADIENTS, view_from(saved.view),
+                           weight, None, None, None, saved.eps)
+    p.centred = saved.centred
+    use_statistics(&p, saved.statistics)
     p.grad_weight = data_of(grad_weight)
     p.grad_bias = data_of(grad_bias)
-    run_pass(&p, x, grad_output, grad_input, num_threads)
+    run_pass(&p, saved.x, grad_output, grad_input, num_threads)
 
 
 cdef void blend(real* running, const double* batch, Py_ssize_t C, double momentum,
@@ -343,6 +356,14 @@ cdef inline bint fits(double value, bint single) noexcept nogil:
 
 cdef inline bint is_single(ndarray array):
     return array is not None and PyArray_TYPE(array) == NPY_FLOAT
+
+
+cpdef ndarray averages(ndarray statistics, Py_ssize_t C):
+    """Those of C channels over the samples of an instance norm."""
+    from numpy import errstate
+    with errstate(all="ignore"):
+        # Axis 0 holds samples: their sums are in order, whatever the number of threads.
+        return statistics.reshape(3, -1, C).mean(axis=1)
 
 
 cpdef list not_finite(ndarray statistics, ndarray running_mean, ndarray running_var, double count,

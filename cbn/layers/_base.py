@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cbn import _checks
-from cbn._checks import Array, Shape
+from cbn import _checks, _engine
+from cbn._norms import Norm
+from cbn._types import Array, Shape
 
 if TYPE_CHECKING:
     from cbn import _state
@@ -86,7 +87,8 @@ class NormLayer(ABC):
     num_batches_tracked: Array | None = None
     weight_grad: Array | None
     bias_grad: Array | None
-    _forward: Any  # what the last call kept for backward; None: there was none
+    _forward: _engine.Saved | None  # what the last call kept for backward; None: there was none
+    _norm: Norm  # its row of the table
 
     def _make_parameters(self, shape: Shape, affine: bool, bias: bool) -> None:
         shifts = _checks.flag("bias", bias) and affine
@@ -122,9 +124,11 @@ class NormLayer(ABC):
     def _normalise(self, x: ArrayLike, out: Array | None = None) -> Array:
         """Normalise x: the ``__call__`` of the norm, also where ``forward`` is another."""
 
-    def __init_subclass__(cls, **arguments: Any) -> None:
-        """Let calls reach a ``forward`` of its own."""
+    def __init_subclass__(cls, of_cbn: bool = False, **arguments: Any) -> None:
+        """Let calls reach a ``forward`` of its own; of_cbn is said by the classes of cbn alone."""
         super().__init_subclass__(**arguments)
+        if of_cbn:
+            cls._class_of_cbn = cls
         if cls.forward not in (NormLayer.forward, cls.__call__):
             cls._call_by_forward()
 
@@ -166,18 +170,12 @@ class NormLayer(ABC):
         """
         if self._forward is None:
             _checks.no_forward()
-        grad_input, weight_grad, bias_grad, overwrote_x = self._differentiate(grad_output, out)
-        if overwrote_x:
-            self._forward = (None, *self._forward[1:])
+        grad_input, weight_grad, bias_grad = _engine.backward(
+            self._forward, grad_output, self.weight, out
+        )
         self.weight_grad = None if self.weight is None else weight_grad
         self.bias_grad = None if self.bias is None else bias_grad
         return grad_input
-
-    @abstractmethod
-    def _differentiate(
-        self, grad_output: ArrayLike, out: Array | None
-    ) -> tuple[Array, Array, Array, bool]:
-        """The gradients of the last call, and whether its input has been overwritten."""
 
     # ------------------------------------------------------------------------------------- modes
 
@@ -286,7 +284,7 @@ class NormLayer(ABC):
         """
         from cbn import _state  # here, because zipfile and json are half of cbn's import time
 
-        _checks.restorable(type(self), self._norm())
+        _checks.restorable(type(self), self._class_of_cbn)
         config, state = self._config(), self.state_dict()
         _checks.savable(state, self._expected_state(config))
         _state.save(path, config, state)
@@ -317,25 +315,17 @@ class NormLayer(ABC):
         """
         from cbn import _state
 
-        _checks.restorable(cls, cls._norm())
+        _checks.restorable(cls, cls._class_of_cbn)
         config, state = _state.load(path, cls._expected_state)
         layer = cls._from_config(config)
         with _state.damage_named(path):  # a counter below 0
             layer.load_state_dict(state)
         return layer
 
+    _class_of_cbn: ClassVar[type[NormLayer]]  # that it is or is derived from
     _saved: ClassVar[tuple[str, ...]]  # the arguments that a state file keeps
     _smallest: ClassVar[dict[str, Any]]  # those that make the smallest layer
     _later: ClassVar[dict[str, Any]] = {}  # what older files do not tell, because nothing else was
-
-    @classmethod
-    def _norm(cls) -> type[NormLayer]:
-        """The class of cbn that this is or is derived from."""
-        return next(
-            base
-            for base in cls.__mro__
-            if issubclass(base, NormLayer) and base.__module__.startswith("cbn.layers.")
-        )
 
     def _config(self) -> _state.Config:
         """What a state file says of the layer, beside its arrays."""
@@ -386,19 +376,20 @@ class NormLayer(ABC):
     def _state(self) -> dict[str, Array]:
         return {name: getattr(self, name) for name in STATE if getattr(self, name) is not None}
 
-    def _set_grouping(self) -> None:  # noqa: B027, because batch norm has none
-        """Set ``_grouping_of``, a function that cannot be pickled."""
+    @abstractmethod
+    def _set_norm(self) -> None:
+        """Set ``_norm``, which holds functions that cannot be pickled."""
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: all but the last input, which may be large and is not state."""
         state = {**self.__dict__, "_forward": None}
-        state.pop("_grouping_of", None)
+        del state["_norm"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """The other half of it."""
         self.__dict__.update(state)
-        self._set_grouping()
+        self._set_norm()
         if GIVEN_FORWARD in state:
             self._call_by_forward()
 
@@ -408,6 +399,8 @@ class NormLayer(ABC):
         arguments += [f"{name}={value}" for name, value in optional.items()]
         return f"{type(self).__name__}({', '.join(arguments)})"
 
+
+NormLayer._class_of_cbn = NormLayer  # type: ignore[type-abstract]
 
 Layer = TypeVar("Layer", bound=type[NormLayer])
 

@@ -1,22 +1,19 @@
 """BatchNorm1d, BatchNorm2d and BatchNorm3d.
 
-No arithmetic on data happens here: a layer checks what only it can know (its rank, its number of
-channels), decides which statistics to use, and calls :mod:`cbn.functional`.
+A layer decides which statistics to use, and calls the engine.
 """
 
 from __future__ import annotations
 
-import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from cbn import _checks
-from cbn._checks import SMALL_BATCH, Array
-from cbn.functional import _batch_norm as functional
+from cbn import _checks, _engine, _norms
+from cbn._types import Array
 from cbn.layers._base import documented_by
 from cbn.layers._channel_norm import ChannelNorm
 
 
-class _BatchNorm(ChannelNorm):
+class _BatchNorm(ChannelNorm, of_cbn=True):
     """Batch normalisation over every axis but that of the channels.
 
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``
@@ -129,6 +126,9 @@ class _BatchNorm(ChannelNorm):
                     _checks.usable_variance(name, initial, self.eps, nan=False)
                 setattr(self, name, initial)
 
+    def _set_norm(self) -> None:
+        self._norm = self._by_channel = _norms.batch(self._axes)
+
     # ------------------------------------------------------------------------------------ passes
 
     def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
@@ -171,10 +171,10 @@ class _BatchNorm(ChannelNorm):
         """
         by_batch = self.training and not self.frozen
         if by_batch or (self.running_mean is None and self.running_var is None):
-            return self._normalise_by_batch(x, out)
-        y, self._forward = functional.forward_inference(
+            return self._normalise_by_own(x, out)
+        y, self._forward = _engine.forward_given(
             x,
-            self._axes,
+            self._by_channel,
             self.dtype,
             self.running_mean,
             self.running_var,
@@ -185,52 +185,11 @@ class _BatchNorm(ChannelNorm):
         )
         return y
 
-    def _normalise_by_batch(self, x: ArrayLike, out: Array | None) -> Array:
-        observer = self._observer
-        learns = self.training and not self.frozen and observer is None
-        updates = learns and self._track_running_stats
-        if updates and self.num_batches_tracked is None:
-            _checks.batch_to_count(None)
-        warns = (
-            self.training
-            and observer is None
-            and not self._warned
-            # The size alone tells nearly every array from a small batch.
-            and (type(x) is not np.ndarray or x.size < SMALL_BATCH * self.num_features)
-        )
-        y, forward = functional.forward_training(
-            x,
-            self._axes,
-            self.dtype,
-            self.running_mean if updates else None,
-            self.running_var if updates else None,
-            self.num_batches_tracked if updates else None,
-            self.weight,
-            self.bias,
-            self.momentum if updates else 0.0,
-            self.eps,
-            self.correction,
-            self.nonfinite if self.training else "propagate",
-            out,
-            of_one=observer is not None,  # it merges the statistics of all batches
-            warns=warns,
-        )
-        self._forward = forward
-        if warns:
-            N, _, S = forward[3]
-            self._warned |= 0 < N * S < SMALL_BATCH
-        if observer is not None:
-            observer(forward)
-        return y
-
     _normalise = __call__
-
-    def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> functional.Gradients:
-        return functional.backward(self._forward, grad_output, self.weight, out)
 
 
 @documented_by(_BatchNorm)
-class BatchNorm1d(_BatchNorm):
+class BatchNorm1d(_BatchNorm, of_cbn=True):
     """Batch normalisation of (N, C) or (N, C, L) data; channels last (N, C) or (N, L, C).
 
     Examples
@@ -250,7 +209,7 @@ class BatchNorm1d(_BatchNorm):
 
 
 @documented_by(_BatchNorm)
-class BatchNorm2d(_BatchNorm):
+class BatchNorm2d(_BatchNorm, of_cbn=True):
     """Batch normalisation of (N, C, H, W) or (C, H, W) data; channels last (N, H, W, C), (H, W, C).
 
     Examples
@@ -265,7 +224,7 @@ class BatchNorm2d(_BatchNorm):
 
 
 @documented_by(_BatchNorm)
-class BatchNorm3d(_BatchNorm):
+class BatchNorm3d(_BatchNorm, of_cbn=True):
     """Batch normalisation of (N, C, D, H, W) or (C, D, H, W) data; channels last (N, D, H, W, C).
 
     Examples

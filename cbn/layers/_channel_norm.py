@@ -6,16 +6,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import ArrayLike, DTypeLike
 
-from cbn import _checks
+from cbn import _checks, _engine
+from cbn._norms import Norm
+from cbn._types import Array, Axes
 from cbn.layers._base import NormLayer
 
 if TYPE_CHECKING:
     from cbn import _state
 
 
-class ChannelNorm(NormLayer):
+class ChannelNorm(NormLayer, of_cbn=True):
     """A layer with a weight, a bias and running statistics for each channel."""
 
     _layouts: ClassVar[tuple[str, ...]]  # the axes of what it accepts, channels first
@@ -34,6 +36,8 @@ class ChannelNorm(NormLayer):
     _smallest: ClassVar[dict[str, Any]] = {"num_features": 1, "momentum": None}
     nonfinite = "propagate"  # of pickles that are older than this attribute
     _warned = False  # of a small batch
+    _averages_samples: ClassVar[bool] = False  # whether that is what the running statistics learn
+    _by_channel: Norm  # that by given statistics
 
     def __init__(
         self,
@@ -65,7 +69,8 @@ class ChannelNorm(NormLayer):
         self._make_parameters((self._num_features,), self.affine, bias)
         self.track_running_stats = _checks.flag("track_running_stats", track_running_stats)
         # Who gets the statistics of each batch in training, in place of the running statistics.
-        self._observer: Callable[[Any], None] | None = None
+        self._observer: Callable[[_engine.Saved], None] | None = None
+        self._set_norm()
 
     @property
     def num_features(self) -> int:
@@ -91,16 +96,53 @@ class ChannelNorm(NormLayer):
         return self._channel_axis
 
     @classmethod
-    def _axes_of(cls, num_features: int, channel_axis: int) -> _checks.Axes:
+    def _axes_of(cls, num_features: int, channel_axis: int) -> Axes:
         layouts = cls._layouts
         if channel_axis < 0:
             layouts = tuple(layout.replace("C", "") + "C" for layout in layouts)
         axis_of_rank = {len(layout): layout.index("C") for layout in layouts}
-        return _checks.Axes(
+        return Axes(
             tuple(axis_of_rank.get(rank, -1) for rank in range(max(axis_of_rank) + 1)),
             num_features,
             " or ".join(f"({', '.join(layout)})" for layout in layouts),
         )
+
+    # ------------------------------------------------------------------------------------ passes
+
+    def _normalise_by_own(self, x: ArrayLike, out: Array | None) -> Array:
+        """Normalise by the statistics of x; in training the running statistics learn them."""
+        observer = self._observer
+        updates = (
+            self.training and not self.frozen and observer is None and self._track_running_stats
+        )
+        if updates and self.num_batches_tracked is None:
+            _checks.batch_to_count(None)
+        warns = self.training and observer is None and not self._warned
+        least = _checks.SMALL_BATCH if warns else 2
+        if observer is not None and not self._averages_samples:
+            least = 1  # it merges the statistics of all batches
+        y, saved = _engine.forward(
+            x,
+            self._norm,
+            self.dtype,
+            self.weight,
+            self.bias,
+            self.eps,
+            out,
+            least,
+            self.running_mean if updates else None,
+            self.running_var if updates else None,
+            self.num_batches_tracked if updates else None,
+            self.momentum if updates else 0.0,
+            self.correction,
+            self.nonfinite if self.training else "propagate",
+        )
+        self._forward = saved
+        if warns and 0 < saved.view.values < _checks.SMALL_BATCH:
+            self._warned = True
+        if observer is not None:
+            observer(saved)
+        return y
 
     def reset_running_stats(self) -> None:
         """Set the running statistics to mean 0 and variance 1, after no batch."""
@@ -124,7 +166,9 @@ class ChannelNorm(NormLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: not who looks on either."""
-        return {**super().__getstate__(), "_observer": None}
+        state = {**super().__getstate__(), "_observer": None}
+        del state["_by_channel"]
+        return state
 
     def __repr__(self) -> str:
         optional: dict[str, Any] = {

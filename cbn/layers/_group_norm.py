@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from cbn import _checks
-from cbn._checks import Array, Shape
-from cbn.functional import _group_norm, _groups
+from cbn import _checks, _engine, _norms
+from cbn._types import Array, Shape
 from cbn.layers._base import NormLayer
 
 if TYPE_CHECKING:
     from cbn import _state
 
 
-class GroupNorm(NormLayer):
+class GroupNorm(NormLayer, of_cbn=True):
     """Group normalisation of (N, C, ...) data: every group of channels of every sample.
 
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with the mean and the biased variance of
@@ -98,12 +97,10 @@ class GroupNorm(NormLayer):
         self._channel_axis = _checks.channel_axis(channel_axis)
         self.training = True
         self._make_parameters((self._num_channels,), self.affine, bias)
-        self._set_grouping()
+        self._set_norm()
 
-    def _set_grouping(self) -> None:
-        self._grouping_of = _group_norm.groups_of(
-            self._num_groups, self._channel_axis, self._num_channels
-        )
+    def _set_norm(self) -> None:
+        self._norm = _norms.group(self._num_groups, self._channel_axis, self._num_channels)
 
     @property
     def num_groups(self) -> int:
@@ -122,23 +119,12 @@ class GroupNorm(NormLayer):
 
     def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
         """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
-        y, self._forward = _groups.forward(
-            x,
-            self._grouping_of,
-            self.dtype,
-            (self._num_channels,),
-            self.weight,
-            self.bias,
-            self.eps,
-            True,
-            out,
+        y, self._forward = _engine.forward(
+            x, self._norm, self.dtype, self.weight, self.bias, self.eps, out
         )
         return y
 
     _normalise = __call__
-
-    def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> _groups.Gradients:
-        return _groups.backward(self._forward, grad_output, self.weight, out)
 
     @classmethod
     def _parameter_shape_of(cls, config: _state.Config) -> Shape:

@@ -6,14 +6,13 @@ from typing import ClassVar
 
 from numpy.typing import ArrayLike, DTypeLike
 
-from cbn import _checks
-from cbn._checks import Array
-from cbn.functional import _batch_norm, _groups, _instance_norm
+from cbn import _engine, _norms
+from cbn._types import Array
 from cbn.layers._base import documented_by
 from cbn.layers._channel_norm import ChannelNorm
 
 
-class _InstanceNorm(ChannelNorm):
+class _InstanceNorm(ChannelNorm, of_cbn=True):
     """Instance normalisation: every channel of every sample by its own statistics.
 
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``
@@ -85,6 +84,7 @@ class _InstanceNorm(ChannelNorm):
     """
 
     _later: ClassVar = {"nonfinite": "propagate"}
+    _averages_samples = True
 
     def __init__(
         self,
@@ -114,67 +114,34 @@ class _InstanceNorm(ChannelNorm):
             correction,
             nonfinite,
         )
-        self._set_grouping()
 
-    def _set_grouping(self) -> None:
+    def _set_norm(self) -> None:
         batch_rank = max(map(len, self._layouts))
-        self._grouping_of = _instance_norm.instances_of(self._axes, self._channel_axis, batch_rank)
+        self._by_channel = _norms.batch(self._axes)
+        self._norm = _norms.instance(self._axes, self._channel_axis, batch_rank)
 
     def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
         """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
-        tracks = self._track_running_stats
-        if self.frozen or (tracks and not self.training):
-            y, self._forward = _batch_norm.forward_inference(
-                x,
-                self._axes,
-                self.dtype,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                self.eps,
-                out,
-            )
-            return y
-        observer = self._observer
-        updates = self.training and tracks and observer is None
-        warns = self.training and observer is None and not self._warned
-        if updates and self.num_batches_tracked is None:
-            _checks.batch_to_count(None)
-        y, self._forward = _instance_norm.forward(
+        if not self.frozen and (self.training or not self._track_running_stats):
+            return self._normalise_by_own(x, out)
+        y, self._forward = _engine.forward_given(
             x,
-            self._grouping_of,
+            self._by_channel,
             self.dtype,
-            self.num_features,
-            self.running_mean if updates else None,
-            self.running_var if updates else None,
-            self.num_batches_tracked if updates else None,
+            self.running_mean,
+            self.running_var,
             self.weight,
             self.bias,
-            self.momentum if updates else 0.0,
             self.eps,
-            self.correction,
-            self.nonfinite if self.training else "propagate",
             out,
-            warns,
         )
-        if warns:
-            _, N, _, S, *_ = self._forward[3]
-            self._warned |= y.size > 0 and N * S < _checks.SMALL_BATCH
-        if observer is not None:
-            observer(self._forward)
         return y
 
     _normalise = __call__
 
-    def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> _groups.Gradients:
-        if _groups.is_forward(self._forward):
-            return _groups.backward(self._forward, grad_output, self.weight, out)
-        return _batch_norm.backward(self._forward, grad_output, self.weight, out)
-
 
 @documented_by(_InstanceNorm)
-class InstanceNorm1d(_InstanceNorm):
+class InstanceNorm1d(_InstanceNorm, of_cbn=True):
     """Instance normalisation of (N, C, L) or (C, L) data; channels last (N, L, C) or (L, C).
 
     Examples
@@ -190,7 +157,7 @@ class InstanceNorm1d(_InstanceNorm):
 
 
 @documented_by(_InstanceNorm)
-class InstanceNorm2d(_InstanceNorm):
+class InstanceNorm2d(_InstanceNorm, of_cbn=True):
     """Instance normalisation of (N, C, H, W) or (C, H, W); channels last (N, H, W, C), (H, W, C).
 
     Examples
@@ -205,7 +172,7 @@ class InstanceNorm2d(_InstanceNorm):
 
 
 @documented_by(_InstanceNorm)
-class InstanceNorm3d(_InstanceNorm):
+class InstanceNorm3d(_InstanceNorm, of_cbn=True):
     """Instance normalisation of (N, C, D, H, W) or (C, D, H, W); channels last (N, D, H, W, C).
 
     Examples

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from cbn import _checks
-from cbn._checks import Array, Shape
-from cbn.functional import _groups, _layer_norm
+from cbn import _checks, _engine, _norms
+from cbn._types import Array, Shape
 from cbn.layers._base import NormLayer
 
 if TYPE_CHECKING:
     from cbn import _state
 
 
-class _RowNorm(NormLayer):
+class _RowNorm(NormLayer, of_cbn=True):
     """A layer that normalises over the last axes."""
 
     _smallest: ClassVar[dict[str, Any]] = {"normalized_shape": [1]}
@@ -36,14 +35,14 @@ class _RowNorm(NormLayer):
         self.elementwise_affine = _checks.flag("elementwise_affine", elementwise_affine)
         _checks.device(device)
         self.dtype = _checks.dtype(dtype)
-        self.eps = float(np.finfo(self.dtype).eps) if eps is None else eps
+        self.eps = _norms.default_eps(self.dtype) if eps is None else eps
         self.eps = _checks.non_negative("eps", self.eps)
         self.training = True
         self._make_parameters(self._normalized_shape, self.elementwise_affine, bias)
-        self._set_grouping()
+        self._set_norm()
 
-    def _set_grouping(self) -> None:
-        self._grouping_of = _layer_norm.rows_of(self._normalized_shape)
+    def _set_norm(self) -> None:
+        self._norm = _norms.layer(self._normalized_shape, self._centred)
 
     @property
     def normalized_shape(self) -> Shape:
@@ -52,23 +51,12 @@ class _RowNorm(NormLayer):
 
     def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
         """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
-        y, self._forward = _groups.forward(
-            x,
-            self._grouping_of,
-            self.dtype,
-            self._normalized_shape,
-            self.weight,
-            self.bias,
-            self.eps,
-            self._centred,
-            out,
+        y, self._forward = _engine.forward(
+            x, self._norm, self.dtype, self.weight, self.bias, self.eps, out
         )
         return y
 
     _normalise = __call__
-
-    def _differentiate(self, grad_output: ArrayLike, out: Array | None) -> _groups.Gradients:
-        return _groups.backward(self._forward, grad_output, self.weight, out)
 
     def _config(self) -> _state.Config:
         return {**super()._config(), "normalized_shape": list(self.normalized_shape)}
@@ -89,7 +77,7 @@ class _RowNorm(NormLayer):
         return self._described_by(self.normalized_shape, **optional)
 
 
-class LayerNorm(_RowNorm):
+class LayerNorm(_RowNorm, of_cbn=True):
     """Layer normalisation: every row of the last axes by its own statistics.
 
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with the mean and the biased variance of
@@ -156,7 +144,7 @@ class LayerNorm(_RowNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
 
 
-class RMSNorm(_RowNorm):
+class RMSNorm(_RowNorm, of_cbn=True):
     """Division by the root mean square of the last axes.
 
     ``y = x / sqrt(mean(x**2) + eps) * weight``
