@@ -47,7 +47,8 @@ static void forget_team(void *keeper) {
 
 /* The number of threads for a call on so many values that may use num_threads. */
 static int begin_call(int num_threads, ptrdiff_t values) {
-    gives_up_team = new_team = 0;
+    gives_up_team = 0;
+    new_team = 0;
     if (calls++ > 0 || num_threads == 1 || alone)
         return 1;
     if (keeps_team)
