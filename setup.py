@@ -12,18 +12,8 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# No flag here may change a result: contraction and fast-math would. The last three keep short
-# copies as loops, which gcc would turn into "rep movs" with its slow start; loops over rows as they
-# are, with their sums in registers; and loops over 16 lanes as loops until they are vectorised.
-FLAGS = [
-    "-O3",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-tree-loop-distribute-patterns",
-    "-fno-loop-unroll-and-jam",
-    "--param=max-completely-peel-times=8",
-]
+# No flag here may change a result: contraction and fast-math would.
+FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
@@ -82,35 +72,28 @@ class BuildExtensions(build_ext):
 COMMON = {
     "depends": [str(path) for path in sorted(Path("src").glob("*.[ph]*"))],
     "include_dirs": ["src", numpy.get_include()],
+    "define_macros": [("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
 }
-MACROS = [("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")]
-# The kernels' inline functions take literals (a width, a choice) that must reach their loops; left
-# to its own measure, gcc inlines too few. It also holds for the small functions that Cython adds.
-ALWAYS_INLINE = [("CYTHON_INLINE", "inline __attribute__((always_inline))")]
 
-setup(
-    cmdclass={"build_ext": BuildExtensions},
-    ext_modules=cythonize(
-        [
-            Extension("cbn._cpu", ["src/_cpu.pyx"], define_macros=MACROS, **COMMON),
-            *(
-                Extension(
-                    f"cbn._kernels_{isa}",
-                    [f"src/_kernels_{isa}.pyx"],
-                    define_macros=[*MACROS, *ALWAYS_INLINE],
-                    extra_compile_args=[*FLAGS, *flags],
-                    **COMMON,
-                )
-                for isa, flags in INSTRUCTION_SETS.items()
-            ),
-        ],
-        include_path=["src"],
-        compiler_directives={
-            "language_level": 3,
-            "boundscheck": False,
-            "wraparound": False,
-            "cdivision": True,
-            "initializedcheck": False,
-        },
-    ),
+# Cython also writes src/_core.h, which the others include.
+core = cythonize(
+    Extension("cbn._core", ["src/_core.pyx"], extra_compile_args=FLAGS, **COMMON),
+    include_path=["src"],
+    compiler_directives={
+        "language_level": 3,
+        "boundscheck": False,
+        "wraparound": False,
+        "cdivision": True,
+        "initializedcheck": False,
+    },
 )
+micro = [
+    Extension(
+        f"cbn._micro_{isa}",
+        [f"src/_micro_{isa}.c"],
+        extra_compile_args=[*FLAGS, *flags],
+        **COMMON,
+    )
+    for isa, flags in INSTRUCTION_SETS.items()
+]
+setup(cmdclass={"build_ext": BuildExtensions}, ext_modules=[*core, *micro])

@@ -119,7 +119,7 @@ def main() -> None:
         )
         seen: dict[str, set[bytes]] = defaultdict(set)
         for isa, threads, _ in product(sets, arguments.threads, range(arguments.repeats)):
-            _dispatch.kernels = _dispatch.load(isa)
+            _dispatch.use(isa)
             with cbn.num_threads(threads):
                 for name, array in results(x, grad_output, channel_axis):
                     seen[name].add(sha256(array.tobytes()).digest())

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from cbn import _checks, _cpu, _dispatch, _pools, _threads
+from cbn import _checks, _dispatch, _pools, _threads
 from cbn._version import __version__
 
 Config = dict[str, dict[str, Any]]
@@ -69,7 +69,7 @@ def _config() -> Config:
     openmp = _dispatch.kernels.openmp()
     threads, origin = _threads.process_wide()
     calls = _dispatch.kernels.calls()
-    level = _cpu.x86_64_level()
+    level = _dispatch.kernels.x86_64_level()
     return {
         "versions": {
             "cbn": __version__,

@@ -1,4 +1,4 @@
-"""The one place that decides which build of the kernels runs.
+"""The one place that decides which build of the micro-kernels runs.
 
 Code built for a newer instruction set must not even be imported on an older CPU, so what there is
 is looked up without importing it, and the one that fits is imported without a safety net: a build
@@ -22,14 +22,12 @@ VARIABLE = "CBN_ISA"
 
 def built() -> list[str]:
     """The instruction sets that this installation has kernels for, newest first."""
-    return [isa for isa in LEVELS if find_spec(f"cbn._kernels_{isa}")]
+    return [isa for isa in LEVELS if find_spec(f"cbn._micro_{isa}")]
 
 
 def supported_by_cpu() -> list[str]:
     """Those that this CPU and operating system run, newest first."""
-    from cbn import _cpu  # built too: not before it is known to be there
-
-    level = _cpu.x86_64_level()
+    level = kernels.x86_64_level()
     return [isa for isa in LEVELS if LEVELS[isa] <= level]
 
 
@@ -38,14 +36,15 @@ def supported() -> list[str]:
     return [isa for isa in supported_by_cpu() if isa in built()]
 
 
-def load(isa: str) -> ModuleType:
-    """The kernels for an instruction set."""
-    return import_module(f"cbn._kernels_{isa}")
+def use(isa: str) -> None:
+    """Let the kernels run on an instruction set."""
+    kernels.use(import_module(f"cbn._micro_{isa}").table)
 
 
-_checks.extensions_built(Path(__file__).parent, bool(find_spec("cbn._cpu") and built()))
+_checks.extensions_built(Path(__file__).parent, bool(find_spec("cbn._core") and built()))
+kernels: ModuleType = import_module("cbn._core")  # the same on every processor
 forced = os.environ.get(VARIABLE)
 if forced is not None:
     _checks.instruction_set(VARIABLE, forced, list(LEVELS), built(), supported())
 active = forced or supported()[0]
-kernels = load(active)
+use(active)

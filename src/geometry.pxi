@@ -38,7 +38,7 @@
 # sample, what its values are added up by (lanes, rows, blocks, pieces) depends on the shape of that
 # sample alone, so that it has the same bits in any batch; how many samples make a strip is free.
 
-cdef enum:
+cdef public enum:
     LANES = 64           # values in a row of a plane: 4 vectors of 512 bits of float, ...
     FEW_LANES = 16       # ... or fewer, where a channel is too small to be worth folding so many
     WIDTH = 1024         # most columns of a sheet: 4 KiB of float from each row of the array
@@ -69,7 +69,7 @@ cdef enum:
     GATHERED_RUN = 4096
 
 
-cdef struct View:
+cdef public struct View:
     Py_ssize_t B
     Py_ssize_t N
     Py_ssize_t C
@@ -79,7 +79,7 @@ cdef struct View:
     Py_ssize_t most   # values in a piece
 
 
-cdef struct Geometry:
+cdef public struct Geometry:
     Py_ssize_t B
     Py_ssize_t N
     Py_ssize_t C
@@ -102,7 +102,7 @@ cdef struct Geometry:
     Py_ssize_t pieces          # of a strip: the product of the two
 
 
-cdef struct Sheet:
+cdef public struct Sheet:
     Py_ssize_t offset          # of its first value in the array
     Py_ssize_t start           # of its first value in the channel's run
     Py_ssize_t runs
@@ -111,6 +111,7 @@ cdef struct Sheet:
     Py_ssize_t row_stride
     Py_ssize_t width           # columns; they are (repeat, channels, span)
     Py_ssize_t tail            # columns that have one more row, the last of each run
+    Py_ssize_t length          # by plane, of a run
     Py_ssize_t repeat
     Py_ssize_t channels
     Py_ssize_t span
@@ -236,6 +237,7 @@ cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece
     sheet.repeat = g.repeat
     if g.by_plane:
         sheet.width = sheet.span = g.lanes
+        sheet.length = inner
         sheet.runs, sheet.run_stride = outer, line
         sheet.row_stride = g.lanes
         if g.lanes == LANES:   # literals, so that these are no divisions
@@ -243,6 +245,7 @@ cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece
         else:
             sheet.rows, sheet.tail = inner // FEW_LANES, inner % FEW_LANES
     else:
+        sheet.length = 0
         sheet.span = g.S
         sheet.width = g.repeat * channels * inner
         sheet.runs, sheet.run_stride = 1, 0
@@ -257,26 +260,3 @@ cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece
 cdef inline Py_ssize_t shortest_run(const Geometry* g) noexcept nogil:
     """By plane, the values that are written with the same coefficients, or parameters by value."""
     return g.S if g.by_value else g.S // g.parts
-
-
-cdef inline void spread(const real* value, Py_ssize_t channels, Py_ssize_t span,
-                        Py_ssize_t repeat,
-                        real* columns) noexcept nogil:  # OUT
-    """Set every column to the value of its channel."""
-    cdef Py_ssize_t filled = channels * span, width = repeat * filled, c, k
-    if span == 1:
-        for c in range(channels):
-            columns[c] = value[c]
-    else:
-        for c in range(channels):
-            for k in range(span):
-                columns[c * span + k] = value[c]
-    while filled < width:   # twice as many at each turn: from one to the next takes too long
-        for k in range(min(filled, width - filled)):
-            columns[filled + k] = columns[k]
-        filled *= 2
-
-
-cdef inline const real* moved(const real* array, Py_ssize_t by) noexcept nogil:
-    """A place further on in an array, if there is one."""
-    return array + by if array else NULL

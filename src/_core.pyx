@@ -1,14 +1,15 @@
-# The kernels, one text for every instruction set: a _kernels_*.pyx names a set and includes this.
-#
+"""The passes over arrays, compiled once; loops over lanes are those of a module cbn._micro_*."""
+
 # The functions at the end are what cbn/_engine.py calls. They check nothing: arrays are
 # C-contiguous, aligned, in native byte order and of the right sizes; x, grad_output, out,
 # grad_weight and grad_bias share one element type, float32 or float64; weight, bias, mean and var
 # may each be float32, float64 or None; statistics are the mean, what float64 rounds off it, and the
 # variance of every channel: float64 of shape (3, channels).
 
+from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.tuple cimport PyTuple_GET_ITEM
 from cython.parallel cimport parallel, prange, threadid
-from libc.math cimport INFINITY, fabs, frexp, ldexp, sqrt
+from libc.math cimport INFINITY
 from libc.stdio cimport FILE, fclose, fopen, fscanf
 from libc.stdlib cimport free, malloc
 from posix.time cimport (
@@ -20,6 +21,9 @@ from numpy cimport (
     PyArray_NBYTES, PyArray_NDIM, PyArray_SAMESHAPE, PyArray_SIZE, PyArray_TYPE, import_array,
     ndarray, npy_int64, npy_intp,
 )
+
+cdef extern from "cpu.h":
+    int x86_64_level_of_cpu "x86_64_level"()
 
 cdef extern from "threads.h":
     int omp_get_max_threads() nogil
@@ -43,29 +47,15 @@ cdef extern from "teams.h":
     int children_have_teams()
     int watch_forks_and_threads()
 
-cdef extern from "vector.h":
-    enum:
-        VECTOR_BYTES
-    double multiply_add(double a, double b, double c) nogil
-    double sum_of(const double* value, Py_ssize_t n) nogil
-    void stream_lines(void* to, const void* from_, size_t bytes) nogil
-    void stream_fence() nogil
-
-ctypedef fused real:    # the element type of the data
-    float
-    double
-
-ctypedef fused sum_t:   # the type that a block of it is summed in
+ctypedef fused real:    # the element type of statistics
     float
     double
 
 include "geometry.pxi"
-include "per_channel.pxi"
+include "interface.pxi"
 include "contention.pxi"
-include "pass.pxi"
 include "moments.pxi"
 include "gradients.pxi"
-include "apply.pxi"
 include "passes.pxi"
 
 import_array()
@@ -80,6 +70,12 @@ cdef enum:
     # But not where planes, or parts of them, are shorter: they are written one by one, and their
     # first and last lines not whole. Those of 49 took a third longer, of 98 as long, of 196 less.
     SHORTEST_STREAMED = 128
+    MARGIN = 64   # bytes after a table, which may be read a vector too far
+
+
+def x86_64_level():
+    """The x86-64 level of this processor under this operating system: 1, 3 or 4; 0 elsewhere."""
+    return x86_64_level_of_cpu()
 
 
 def walk(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S):
@@ -143,65 +139,47 @@ cdef void use_statistics(Pass* p, ndarray statistics):
     p.var.double_ = p.mean.double_ + 2 * p.geometry.channels
 
 
-cdef void use_parameters(const real* x,   # for its element type only
-                         Pass* p) noexcept nogil:
-    """Take weights and biases of the parts of channels as a table of the element type of x."""
-    cdef Py_ssize_t n = p.geometry.parameters, k
-    cdef real* parameter = <real*>p.parameters
-    for k in range(n):
-        parameter[k] = <real>value_of(&p.weight, k)
-    for k in range(n):
-        parameter[n + k] = <real>value_of(&p.bias, k)
-    p.weight = per_channel_absent(1)
-    p.bias = per_channel_absent(0)
-
-
 cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, int num_threads):
     cdef const Geometry* g = &p.geometry
-    cdef void* x_data = data_of(x)
-    cdef void* grad_data = data_of(grad_output)
-    cdef void* out_data = data_of(out)
-    cdef bint single = PyArray_TYPE(x) == NPY_FLOAT
     cdef bint gradients = p.kind == GRADIENTS or p.kind == FROZEN_GRADIENTS
     cdef size_t size = PyArray_NBYTES(x)
+    cdef Team team
+    p.storage = FLOAT32 if PyArray_TYPE(x) == NPY_FLOAT else FLOAT64
+    p.x, p.grad_output, p.out = data_of(x), data_of(grad_output), data_of(out)
     # An output that is also an input is in the cache already, line by line.
     p.stream = (size * (3 if p.kind == GRADIENTS else 2) >= STREAM_BYTES
-                and out_data != x_data and out_data != grad_data
+                and p.out != p.x and p.out != p.grad_output
                 and (not g.by_plane or shortest_run(g) >= SHORTEST_STREAMED))
-    # The table of coefficients, what the pieces find (with given statistics, nothing), weights and
-    # biases of parts of channels, and shares in their gradients.
-    cdef size_t table = g.channels * COEFFICIENTS * (sizeof(float) if single else sizeof(double))
-    table += table % sizeof(double)   # what comes next is aligned
+    # What the pieces find (with given statistics, nothing), shares in gradients, paces, and the
+    # tables of coefficients and of weights and biases of parts of channels.
     cdef size_t found = 0 if p.kind == GIVEN else g.channels * g.pieces * (
         parts_kept(g) * sizeof(Sums) if gradients else sizeof(Moments))
-    cdef size_t parameters = 0 if g.parts == 1 else 2 * g.parameters * sizeof(double)
     cdef size_t shares = 0
     if gradients and shares_parameters(g):
         p.sharers = sharers_of(g)
         shares = p.sharers * 2 * g.parameters * sizeof(double)
-    num_threads = begin_pass(<int>min(num_threads, g.strips * g.pieces), PyArray_SIZE(x))
-    cdef size_t paces = 0 if num_threads == 1 else num_threads * ROUNDS * sizeof(Pace)
-    p.coefficients = malloc(table + found + parameters + shares + paces)
-    if p.coefficients == NULL:
+    team.threads = begin_pass(<int>min(num_threads, g.strips * g.pieces), PyArray_SIZE(x))
+    cdef size_t paces = 0 if team.threads == 1 else team.threads * ROUNDS * sizeof(Pace)
+    cdef size_t coefficients = g.channels * COEFFICIENTS * sizeof(double)
+    cdef size_t parameters = 0 if g.parts == 1 else 2 * g.parameters * sizeof(double)
+    cdef char* memory = <char*>malloc(found + shares + paces + coefficients + parameters + MARGIN)
+    if memory == NULL:
         end_call()
         raise MemoryError
-    p.partial = <char*>p.coefficients + table
-    p.parameters = <char*>p.partial + found
-    p.shares = <double*>(<char*>p.parameters + parameters) if shares else NULL
-    p.paces = <Pace*>(<char*>p.parameters + parameters + shares)
-    p.seconds = p.on_one_thread = 0
-    p.clock = CLOCK_THREAD_CPUTIME_ID if PyArray_SIZE(x) >= LONG_CALL else CLOCK_MONOTONIC
+    p.partial = memory
+    p.shares = <double*>(memory + found) if shares else NULL
+    team.paces = <Pace*>(memory + found + shares)
+    p.coefficients = memory + found + shares + paces
+    p.parameters = memory + found + shares + paces + coefficients
+    team.seconds = team.on_one_thread = 0
+    team.clock = CLOCK_THREAD_CPUTIME_ID if PyArray_SIZE(x) >= LONG_CALL else CLOCK_MONOTONIC
     with nogil:
-        if single:
-            run(<const float*>x_data, <const float*>grad_data, <float*>out_data, p, num_threads)
-        else:
-            run(<const double*>x_data, <const double*>grad_data, <double*>out_data, p,
-                num_threads)
+        run(p, &team)
     end_call()
-    free(p.coefficients)
-    if num_threads > 1 and contention.judges:
-        contention.judge(seconds(CLOCK_MONOTONIC), p.seconds, p.on_one_thread,
-                         num_threads if has_new_team() else 0)
+    free(memory)
+    if team.threads > 1 and contention.judges:
+        contention.judge(seconds(CLOCK_MONOTONIC), team.seconds, team.on_one_thread,
+                         team.threads if has_new_team() else 0)
 
 
 cdef int begin_pass(int num_threads, Py_ssize_t values):
@@ -340,84 +318,5 @@ cpdef gradients(ndarray grad_output, Saved saved, ndarray weight,
     run_pass(&p, saved.x, grad_output, grad_input, num_threads)
 
 
-cdef void blend(real* running, const double* batch, Py_ssize_t C, double momentum,
-                double factor) noexcept nogil:
-    cdef Py_ssize_t c
-    for c in range(C):
-        running[c] = <real>((1 - momentum) * running[c] + momentum * (batch[c] * factor))
-
-
-cdef inline bint fits(double value, bint single) noexcept nogil:
-    """Whether a value is finite, also in the element type that it is to be kept in."""
-    if single:
-        value = <float>value
-    return -INFINITY < value < INFINITY
-
-
-cdef inline bint is_single(ndarray array):
-    return array is not None and PyArray_TYPE(array) == NPY_FLOAT
-
-
-cpdef ndarray averages(ndarray statistics, Py_ssize_t C):
-    """Those of C channels over the samples of an instance norm."""
-    from numpy import errstate
-    with errstate(all="ignore"):
-        # Axis 0 holds samples: their sums are in order, whatever the number of threads.
-        return statistics.reshape(3, -1, C).mean(axis=1)
-
-
-cpdef list not_finite(ndarray statistics, ndarray running_mean, ndarray running_var, double count,
-                      double correction):
-    """The channels with statistics that running statistics should not learn."""
-    cdef Py_ssize_t C = PyArray_DIM(statistics, 1), c
-    cdef const double* mean = <const double*>data_of(statistics)
-    cdef const double* var = mean + 2 * C
-    cdef double unbiased = 1 if running_var is None else count / (count - correction)
-    cdef bint single_mean = is_single(running_mean), single_var = is_single(running_var)
-    return [c for c in range(C)
-            if not (fits(mean[c], single_mean) and fits(var[c] * unbiased, single_var))]
-
-
-cpdef learn(ndarray running_mean, ndarray running_var, num_batches_tracked,   # IN, OUT, or None
-            ndarray statistics, momentum, double count, double correction,
-            bint skips):   # channels whose statistics are not finite
-    """Let the running statistics learn those of a batch of count values per channel."""
-    # The GIL is held throughout: calls from several threads lose nothing that one has learnt. No
-    # container is made in between, because that may collect garbage and so let other threads run.
-    if momentum is None:
-        momentum = 1.0 / (<object>num_batches_tracked.item() + 1)
-    if running_mean is not None:
-        blend_both(running_mean, running_var, statistics, momentum, count / (count - correction),
-                   skips)
-    if num_batches_tracked is not None:
-        if is_counter(num_batches_tracked):   # a microsecond less than the addition of arrays
-            (<npy_int64*>PyArray_DATA(<ndarray>num_batches_tracked))[0] += 1
-        else:
-            num_batches_tracked += 1
-
-
-cdef void blend_both(ndarray running_mean, ndarray running_var, ndarray statistics,
-                     double momentum, double unbiased, bint skips):
-    cdef Py_ssize_t C = PyArray_DIM(statistics, 1), first = 0, c
-    cdef const double* mean = <const double*>data_of(statistics)
-    cdef const double* var = mean + 2 * C
-    cdef bint single_mean = is_single(running_mean), single_var = is_single(running_var)
-    if skips:
-        for c in range(C):   # from one channel that is not finite to the next
-            if not (fits(mean[c], single_mean) and fits(var[c] * unbiased, single_var)):
-                blend_some(running_mean, mean, first, c, momentum, 1)
-                blend_some(running_var, var, first, c, momentum, unbiased)
-                first = c + 1
-    blend_some(running_mean, mean, first, C, momentum, 1)
-    blend_some(running_var, var, first, C, momentum, unbiased)
-
-
-cdef void blend_some(ndarray running, const double* batch, Py_ssize_t first, Py_ssize_t end,
-                     double momentum, double factor):
-    if is_single(running):
-        blend(<float*>data_of(running) + first, batch + first, end - first, momentum, factor)
-    else:
-        blend(<double*>data_of(running) + first, batch + first, end - first, momentum, factor)
-
-
+include "running.pxi"
 include "express.pxi"

@@ -1,0 +1,156 @@
+# What the micro-kernels (micro.h) are given, and what they are. Cython writes all that is public here
+# and in geometry.pxi to _core.h, which they include.
+
+cdef public enum:
+    AT_ONCE = 64   # channels, or parameters, that are finished side by side
+
+
+cdef public enum Storage:   # what the data are kept in
+    FLOAT32
+    FLOAT64
+    STORAGES
+
+
+cdef public enum Kind:
+    STATISTICS        # reduce, finish
+    BATCH             # reduce, finish, write: normalise by the statistics of the batch
+    GIVEN             # finish, write: normalise by given statistics
+    GRADIENTS         # reduce, finish, write: through the statistics of the batch
+    FROZEN_GRADIENTS  # reduce, finish, write: the statistics do not depend on x
+
+
+cdef public enum:   # rows of the (COEFFICIENTS, channels) table; micro_write.h says what they are
+    MEAN
+    MEAN_LOW
+    SCALE
+    BIAS
+    SLOPE
+    COEFFICIENTS
+    MEAN_GRAD = BIAS         # a pass has one or the other
+    WEIGHT = COEFFICIENTS    # only where it is put before a loop
+    ALL_COEFFICIENTS
+
+
+cdef public struct PerChannel:   # one value per channel, as the caller has it
+    const float* single
+    const double* double_
+    double absent   # the value of every channel when there is no array
+
+
+cdef public struct Moments:
+    double count
+    double shift   # the mean is shift + mean: two numbers carry the digits that one would round off
+    double mean
+    double m2      # sum of squared deviations from the mean
+
+
+cdef public struct Columns:   # arrays of WIDTH
+    double* shift
+    double* mean
+    double* m2
+
+
+cdef public struct Rows:      # how many there are, in the columns of the tail and in the rest
+    double tail
+    double rest
+
+
+cdef public struct Sums:
+    double grad_output           # sum(grad_output)
+    double grad_output_centred   # sum(grad_output * (x - mean))
+
+
+cdef public struct Pass:
+    Kind kind
+    Storage storage
+    Geometry geometry
+    const void* x
+    const void* grad_output
+    void* out               # OUT
+    bint stream             # whether it is written past the cache
+    bint centred            # whether the mean is subtracted; RMS norm does not
+    PerChannel weight       # of a channel, where it has one
+    PerChannel bias
+    PerChannel mean         # given statistics; mean_low is what float64 rounds off mean
+    PerChannel mean_low
+    PerChannel var
+    double eps
+    double* statistics      # OUT (3, channels): mean, mean_low and var
+    void* grad_weight       # OUT (parameters,) of the element type of x, or NULL
+    void* grad_bias
+    void* partial           # (pieces, channels) Moments, or (pieces, channels, parts_kept) Sums
+    # The next two are of the type that is computed in, and may be read a vector too far.
+    void* coefficients      # (COEFFICIENTS, channels)
+    void* parameters        # (2, parameters): weights and biases of parts of channels
+    # The gradients of parameters that several channels share: OUT (sharers, 2, parameters), of the
+    # biases and of the weights, to be added up.
+    double* shares
+    Py_ssize_t sharers
+
+
+cdef public struct Micro:
+    # Merge a block of a sheet into columns of so many rows before.
+    void (*add_block)(const void* x, const Sheet* block, bint ends, double smallest, Rows before,
+                      Columns* columns) noexcept nogil
+    # The moments of channels, each from those of so many columns.
+    void (*fold)(const Columns* columns, Py_ssize_t channels, Py_ssize_t span, Py_ssize_t tail,
+                 Rows rows, Moments* into) noexcept nogil
+    # The moments of channels too small for blocks.
+    void (*few_moments)(const void* x, const Sheet* sheet, Py_ssize_t S,
+                        Moments* into) noexcept nogil
+    # The sums of channels for gradients, each in so many parts.
+    void (*sum_products)(const Pass* p, const Sheet* sheet, Py_ssize_t first, Py_ssize_t parts,
+                         Sums* into) noexcept nogil
+    # Those that channels share, for the gradients of parameters by value.
+    void (*share_products)(const Pass* p, const Sheet* sheet, Py_ssize_t first, double* grad_bias,
+                           double* grad_weight) noexcept nogil
+    # The weights and biases of parts of channels as a table.
+    void (*take_parameters)(const Pass* p) noexcept nogil
+    # At most AT_ONCE channels: their coefficients; those for gradients; shared parameters.
+    void (*finish_coefficients)(const Pass* p, Py_ssize_t first, Py_ssize_t n,
+                                double* reciprocal) noexcept nogil
+    void (*finish_gradients)(const Pass* p, Py_ssize_t first, Py_ssize_t n,
+                             const double* reciprocal, const double* total,
+                             const double* product) noexcept nogil
+    void (*finish_parameters)(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcept nogil
+    # Write a sheet.
+    void (*write)(const Pass* p, const Sheet* sheet, Py_ssize_t first) noexcept nogil
+
+
+cdef const Micro* micros = NULL   # one for each storage, of the instruction set in use
+
+
+def use(capsule):
+    """Use the micro-kernels of a module cbn._micro_*, whose table this is."""
+    global micros
+    micros = <const Micro*>PyCapsule_GetPointer(capsule, "cbn.micro")
+
+
+cdef inline const Micro* micro_of(const Pass* p) noexcept nogil:
+    return micros + <int>p.storage
+
+
+cdef inline PerChannel per_channel_absent(double value) noexcept nogil:
+    cdef PerChannel p
+    p.single = NULL
+    p.double_ = NULL
+    p.absent = value
+    return p
+
+
+cdef PerChannel per_channel(ndarray array, double absent):
+    cdef PerChannel p = per_channel_absent(absent)
+    if array is not None:
+        if PyArray_TYPE(array) == NPY_FLOAT:
+            p.single = <const float*>PyArray_DATA(array)
+        else:
+            p.double_ = <const double*>PyArray_DATA(array)
+    return p
+
+
+cdef inline double value_of(const PerChannel* p, Py_ssize_t c) noexcept nogil:
+    if p.single:
+        return p.single[c]
+    if p.double_:
+        return p.double_[c]
+    return p.absent

@@ -1,0 +1,252 @@
+/* Lanes: vectors of the native width, and how a storage type is loaded into them and stored.
+
+   A vector operator works lane by lane, so that no width changes a bit of a result. A storage type
+   is what data are kept in; `real` is the type that they are computed in, and that coefficients and
+   the sums of a block have. To add a storage type is to add its section at the end, and its line in
+   micro_module.h. */
+#ifndef CBN_LANES_H
+#define CBN_LANES_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+/* A loop over a few vectors that are held in registers, and so have literal places. */
+#define EACH(v, vectors) _Pragma("GCC unroll 8") for (int v = 0; v < (vectors); v++)
+
+enum {
+    FLOATS = VECTOR_BYTES / 4, /* lanes of a vector of float */
+    DOUBLES = VECTOR_BYTES / 8,
+    LINE = 64, /* bytes of a cache line */
+};
+
+typedef float floats __attribute__((vector_size(VECTOR_BYTES)));
+typedef float few_floats __attribute__((vector_size(VECTOR_BYTES / 2))); /* DOUBLES of them */
+typedef double doubles __attribute__((vector_size(VECTOR_BYTES)));
+/* The same at any address, as lvalues. */
+typedef floats any_floats __attribute__((aligned(4), may_alias));
+typedef few_floats any_few_floats __attribute__((aligned(4), may_alias));
+typedef doubles any_doubles __attribute__((aligned(8), may_alias));
+
+#define FLOATS_AT(address) (*(any_floats *)(address))
+#define DOUBLES_AT(address) (*(any_doubles *)(address))
+
+INLINE floats all_floats(float value) { return value - (floats){0}; }
+INLINE doubles all_doubles(double value) { return value - (doubles){0}; }
+
+/* Tails: of n lanes, n < 1 none and more than there are all. What is not loaded is zero. */
+
+#if defined(__AVX512F__)
+
+INLINE __mmask16 first_16(ptrdiff_t n) {
+    return _mm512_cmplt_epi32_mask(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+        _mm512_set1_epi32((int)n));
+}
+INLINE floats some_floats(const float *at, ptrdiff_t n) {
+    return (floats)_mm512_maskz_loadu_ps(first_16(n), at);
+}
+INLINE few_floats some_few_floats(const float *at, ptrdiff_t n) {
+    return (few_floats)_mm256_maskz_loadu_ps((__mmask8)first_16(n), at);
+}
+INLINE doubles some_doubles(const double *at, ptrdiff_t n) {
+    return (doubles)_mm512_maskz_loadu_pd((__mmask8)first_16(n), at);
+}
+INLINE void put_floats(float *at, floats value, ptrdiff_t n) {
+    _mm512_mask_storeu_ps(at, first_16(n), (__m512)value);
+}
+INLINE void put_doubles(double *at, doubles value, ptrdiff_t n) {
+    _mm512_mask_storeu_pd(at, (__mmask8)first_16(n), (__m512d)value);
+}
+INLINE doubles first_doubles(doubles value, ptrdiff_t n) {
+    return (doubles)_mm512_maskz_mov_pd((__mmask8)first_16(n), (__m512d)value);
+}
+
+#else
+
+INLINE doubles first_doubles(doubles value, ptrdiff_t n) {
+    typedef int64_t longs __attribute__((vector_size(VECTOR_BYTES)));
+#if VECTOR_BYTES == 32
+    const longs lane = {0, 1, 2, 3};
+#else
+    const longs lane = {0, 1};
+#endif
+    return (doubles)((longs)value & (lane < (int64_t)n - (longs){0}));
+}
+
+/* Stores of some lanes are slow by masks (18 cycles on Zen 2), and fast one by one. */
+INLINE void put_floats(float *at, floats value, ptrdiff_t n) {
+    for (int i = 0; i < FLOATS && i < n; i++)
+        at[i] = value[i];
+}
+INLINE void put_doubles(double *at, doubles value, ptrdiff_t n) {
+    for (int i = 0; i < DOUBLES && i < n; i++)
+        at[i] = value[i];
+}
+
+#ifdef __AVX2__
+
+INLINE __m256i first_8(ptrdiff_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+INLINE floats some_floats(const float *at, ptrdiff_t n) {
+    return (floats)_mm256_maskload_ps(at, first_8(n));
+}
+INLINE few_floats some_few_floats(const float *at, ptrdiff_t n) {
+    return (few_floats)_mm_maskload_ps(at, _mm256_castsi256_si128(first_8(n)));
+}
+INLINE doubles some_doubles(const double *at, ptrdiff_t n) {
+    return (doubles)_mm256_maskload_pd(
+        at, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)));
+}
+
+#else
+
+INLINE floats some_floats(const float *at, ptrdiff_t n) {
+    floats value = all_floats(0);
+    for (int i = 0; i < FLOATS && i < n; i++)
+        value[i] = at[i];
+    return value;
+}
+INLINE few_floats some_few_floats(const float *at, ptrdiff_t n) {
+    return (few_floats){n > 0 ? at[0] : 0, n > 1 ? at[1] : 0};
+}
+INLINE doubles some_doubles(const double *at, ptrdiff_t n) {
+    return (doubles){n > 0 ? at[0] : 0, n > 1 ? at[1] : 0};
+}
+
+#endif
+#endif
+
+/* To float64, of which every float32 is one. gcc 12 would take __builtin_convertvector apart. */
+INLINE doubles widen(few_floats value) {
+#if defined(__AVX512F__)
+    return (doubles)_mm512_cvtps_pd((__m256)value);
+#elif defined(__AVX2__)
+    return (doubles)_mm256_cvtps_pd((__m128)value);
+#else
+    return (doubles){value[0], value[1]};
+#endif
+}
+
+/* a * b + c where the product is exact, as that of two floats is in double: then one rounding or
+   two make no difference. */
+INLINE doubles add_exact_product(doubles a, doubles b, doubles c) {
+#if defined(__AVX512F__)
+    return (doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+    return (doubles)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+    return a * b + c;
+#endif
+}
+
+/* Streaming stores: a line that is written whole need not be read first, which saves a third of the
+   traffic of a pass that reads one array and writes another. */
+INLINE void stream(void *at, doubles value) { /* a multiple of VECTOR_BYTES */
+#if defined(__AVX512F__)
+    _mm512_stream_pd((double *)at, (__m512d)value);
+#elif defined(__AVX2__)
+    _mm256_stream_pd((double *)at, (__m256d)value);
+#elif defined(__SSE2__)
+    _mm_stream_pd((double *)at, (__m128d)value);
+#else
+    *(doubles *)at = value;
+#endif
+}
+
+/* Make streamed lines visible before whatever the caller does next. */
+INLINE void stream_fence(void) {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
+}
+
+/* A sum in eight chains, which an adder of four cycles' latency can take in parallel, folded by
+   halves. */
+INLINE double sum_of(const double *value, ptrdiff_t n) {
+    typedef double four_doubles __attribute__((vector_size(32)));
+    doubles lane[8 / DOUBLES];
+    four_doubles half[2];
+    ptrdiff_t i = 0;
+    if (n == 1)
+        return value[0];
+    for (int v = 0; v < 8 / DOUBLES; v++)
+        lane[v] = all_doubles(0);
+    for (; i + 8 <= n; i += 8)
+        for (int v = 0; v < 8 / DOUBLES; v++)
+            lane[v] += DOUBLES_AT(value + i + v * DOUBLES);
+    if (i < n)
+        for (int v = 0; v < 8 / DOUBLES; v++)
+            lane[v] += some_doubles(value + i + v * DOUBLES, n - i - v * DOUBLES);
+    memcpy(half, lane, sizeof half);
+    half[0] += half[1];
+    return (half[0][0] + half[0][2]) + (half[0][1] + half[0][3]);
+}
+
+/* What micro.h asks of a storage type: stored, real; vector, of LANES_OF lanes of real; few, of
+   DOUBLES lanes. */
+
+/* float32 */
+typedef float stored_f32, real_f32;
+typedef floats vector_f32;
+typedef any_floats any_vector_f32;
+enum { LANES_f32 = FLOATS, LIMITED_f32 = 1 }; /* squares may leave the range of real */
+INLINE vector_f32 all_f32(float value) { return all_floats(value); }
+INLINE vector_f32 some_reals_f32(const float *at, ptrdiff_t n) { return some_floats(at, n); }
+INLINE float value_at_f32(const stored_f32 *at) { return *at; }
+INLINE vector_f32 load_f32(const stored_f32 *at) { return FLOATS_AT(at); }
+INLINE vector_f32 load_some_f32(const stored_f32 *at, ptrdiff_t n) { return some_floats(at, n); }
+INLINE void store_f32(stored_f32 *at, vector_f32 value) { FLOATS_AT(at) = value; }
+INLINE void store_some_f32(stored_f32 *at, vector_f32 value, ptrdiff_t n) {
+    put_floats(at, value, n);
+}
+INLINE void stream_f32(stored_f32 *at, vector_f32 value) { stream(at, (doubles)value); }
+typedef few_floats few_f32;
+INLINE few_f32 all_few_f32(float value) { return value - (few_floats){0}; }
+INLINE few_f32 few_reals_f32(const float *at) { return *(any_few_floats *)at; }
+INLINE few_f32 load_few_f32(const stored_f32 *at) { return *(any_few_floats *)at; }
+INLINE few_f32 load_some_few_f32(const stored_f32 *at, ptrdiff_t n) {
+    return some_few_floats(at, n);
+}
+INLINE doubles widen_f32(few_f32 value) { return widen(value); }
+INLINE doubles add_product_f32(few_f32 a, few_f32 b, doubles c) {
+    return add_exact_product(widen(a), widen(b), c);
+}
+
+/* float64 */
+typedef double stored_f64, real_f64;
+typedef doubles vector_f64;
+typedef any_doubles any_vector_f64;
+enum { LANES_f64 = DOUBLES, LIMITED_f64 = 0 };
+INLINE vector_f64 all_f64(double value) { return all_doubles(value); }
+INLINE vector_f64 some_reals_f64(const double *at, ptrdiff_t n) { return some_doubles(at, n); }
+INLINE double value_at_f64(const stored_f64 *at) { return *at; }
+INLINE vector_f64 load_f64(const stored_f64 *at) { return DOUBLES_AT(at); }
+INLINE vector_f64 load_some_f64(const stored_f64 *at, ptrdiff_t n) { return some_doubles(at, n); }
+INLINE void store_f64(stored_f64 *at, vector_f64 value) { DOUBLES_AT(at) = value; }
+INLINE void store_some_f64(stored_f64 *at, vector_f64 value, ptrdiff_t n) {
+    put_doubles(at, value, n);
+}
+INLINE void stream_f64(stored_f64 *at, vector_f64 value) { stream(at, value); }
+typedef doubles few_f64;
+INLINE few_f64 all_few_f64(double value) { return all_doubles(value); }
+INLINE few_f64 few_reals_f64(const double *at) { return DOUBLES_AT(at); }
+INLINE few_f64 load_few_f64(const stored_f64 *at) { return load_f64(at); }
+INLINE few_f64 load_some_few_f64(const stored_f64 *at, ptrdiff_t n) { return load_some_f64(at, n); }
+INLINE doubles widen_f64(few_f64 value) { return value; }
+INLINE doubles add_product_f64(few_f64 a, few_f64 b, doubles c) { return a * b + c; }
+
+#endif

@@ -1,0 +1,66 @@
+/* The micro-kernels of one storage type: STORAGE says which. They know addresses and lanes, of a
+   sheet or of a strip at a time; what is cut, merged and shared out is decided in _core.pyx, whose
+   structures they take. The same text is compiled for every instruction set. */
+
+#define PASTE(name, storage) name##_##storage
+#define PASTED(name, storage) PASTE(name, storage)
+#define T(name) PASTED(name, STORAGE)
+
+#define stored T(stored)
+#define real T(real)
+#define vector T(vector)
+#define LANES_OF T(LANES)
+#define LIMITED T(LIMITED)
+#define REALS(address) (*(T(any_vector) *)(address))
+#define all T(all)
+#define some_reals T(some_reals)
+#define load T(load)
+#define load_some T(load_some)
+#define few T(few)
+#define all_few T(all_few)
+#define few_reals T(few_reals)
+#define load_few T(load_few)
+#define load_some_few T(load_some_few)
+#define widen T(widen)
+
+struct T(Block) {
+    real shift[WIDTH + LANES_OF], total[WIDTH + LANES_OF], square[WIDTH + LANES_OF];
+};
+
+#include "micro_finish.h"
+#include "micro_moments.h"
+#include "micro_gradients.h"
+#include "micro_write.h"
+
+static const struct Micro T(micro) = {
+    T(add_block),
+    fold,
+    T(few_moments),
+    T(sum_products),
+    T(share_products),
+    T(take_parameters),
+    T(finish_coefficients),
+    T(finish_gradients),
+    T(finish_parameters),
+    T(write),
+};
+
+#undef stored
+#undef real
+#undef vector
+#undef LANES_OF
+#undef LIMITED
+#undef REALS
+#undef all
+#undef some_reals
+#undef load
+#undef load_some
+#undef few
+#undef all_few
+#undef few_reals
+#undef load_few
+#undef load_some_few
+#undef widen
+#undef T
+#undef PASTED
+#undef PASTE

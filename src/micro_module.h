@@ -1,0 +1,105 @@
+/* A module of the micro-kernels for one instruction set: a _micro_*.c names it and includes this. */
+
+#include <Python.h>
+#include <math.h>
+#include "_core.h" /* made by Cython of what _core.pyx calls public */
+#include "lanes.h"
+
+enum { /* what `way` says of a loop, as a literal: the compiler keeps what it needs */
+    BACKWARD = 1,   /* grad_input is written, not y */
+    STREAM = 2,     /* past the cache: whole cache lines */
+    WEIGHTED = 4,   /* grad_output has a weight among its coefficients */
+    BY_COLUMN = 8,  /* coefficients, or means, are for a column each, not one for all */
+    BY_VALUE = 16,  /* a weight and a bias beside each value of a run */
+    BY_PART = 32,   /* a weight and a bias for several values of a run each */
+    BY_ROW = 64,    /* x is normalised first, by what each row has */
+};
+
+enum {
+    WORTH_A_TABLE = 4096, /* values */
+    ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
+};
+
+INLINE ptrdiff_t min_of(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+INLINE ptrdiff_t max_of(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
+
+/* n values per channel, as the caller has them: float32, float64, or the same for all. */
+static void take_values(const struct PerChannel *p, ptrdiff_t first, ptrdiff_t n, double *values) {
+    if (p->single)
+        for (ptrdiff_t c = 0; c < n; c++)
+            values[c] = p->single[first + c];
+    else if (p->double_)
+        for (ptrdiff_t c = 0; c < n; c++)
+            values[c] = p->double_[first + c];
+    else
+        for (ptrdiff_t c = 0; c < n; c++)
+            values[c] = p->absent;
+}
+
+/* The same, of values that repeat after `period` channels. */
+static void take_in_turn(const struct PerChannel *p, ptrdiff_t first, ptrdiff_t n, ptrdiff_t period,
+                         double *values) {
+    ptrdiff_t c = first % period, step;
+    for (ptrdiff_t done = 0; done < n; done += step, c = 0) {
+        step = min_of(n - done, period - c);
+        take_values(p, c, step, values + done);
+    }
+}
+
+/* The moments of channels, each from those of so many columns. */
+static void fold(const struct Columns *columns, ptrdiff_t channels, ptrdiff_t span, ptrdiff_t tail,
+                 struct Rows rows, struct Moments *into) {
+    const double *shift = columns->shift, *mean = columns->mean, *m2 = columns->m2;
+    const double count = span == 1 ? rows.rest : tail * rows.tail + (span - tail) * rows.rest;
+    double deviation[WIDTH];
+    for (ptrdiff_t c = 0; c < channels; c++, shift += span, mean += span, m2 += span) {
+        struct Moments m = {count, shift[0], mean[0], m2[0]};
+        if (span > 1) {
+            for (ptrdiff_t k = 0; k < span; k++)
+                deviation[k] = (k < tail ? rows.tail : rows.rest) * ((shift[k] - m.shift) + mean[k]);
+            m.mean = sum_of(deviation, span) / m.count;
+            for (ptrdiff_t k = 0; k < span; k++) {
+                deviation[k] = ((shift[k] - m.shift) + mean[k]) - m.mean;
+                deviation[k] =
+                    m2[k] + (k < tail ? rows.tail : rows.rest) * (deviation[k] * deviation[k]);
+            }
+            m.m2 = sum_of(deviation, span);
+        }
+        into[c] = m;
+    }
+}
+
+enum { FEW_VECTORS = FEW_LANES / DOUBLES };
+
+#define STORAGE f32
+#include "micro.h"
+#undef STORAGE
+
+#define STORAGE f64
+#include "micro.h"
+#undef STORAGE
+
+static const struct Micro table[STORAGES] = {micro_f32, micro_f64};
+
+#define JOINED(a, b) a##b
+#define INIT(name) JOINED(PyInit_, name)
+#define QUOTED(name) #name
+#define NAME(name) QUOTED(name)
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = NAME(MODULE),
+    .m_size = -1,
+};
+
+PyMODINIT_FUNC INIT(MODULE)(void) {
+    PyObject *module = PyModule_Create(&definition);
+    PyObject *capsule = PyCapsule_New((void *)table, "cbn.micro", NULL);
+    if (module && capsule && PyModule_AddObjectRef(module, "table", capsule) == 0) {
+        Py_DECREF(capsule);
+        return module;
+    }
+    Py_XDECREF(capsule);
+    Py_XDECREF(module);
+    return NULL;
+}

@@ -1,0 +1,308 @@
+/* The two passes that write, with a few coefficients for each channel:
+
+     y          = ((x - mean) - mean_low) * scale + bias
+     grad_input = ((grad_output - mean_grad) - ((x - mean) - mean_low) * slope) * scale
+
+   x is centred before it is scaled, by a mean in two parts: x * alpha + beta would lose as many
+   digits as the mean is larger than the standard deviation.
+
+   scale is weight / std where a channel has one weight. Where it has several, scale is 1 / std, and
+
+     y          = ((x - mean) - mean_low) * scale * weight + bias
+     grad_input = ((grad_output * weight - mean_grad) - ((x - mean) - mean_low) * slope) * scale
+
+   with weight and bias beside x, value by value, or, where they are for several values each, of the
+   columns of a table: there y has weight in its scale, and grad_input finds it in WEIGHT. */
+
+/* Where loops are, and what they write with. */
+struct T(Place) {
+    const stored *x, *grad_output;
+    stored *out; /* may be x or grad_output */
+    const real *weights, *biases; /* value by value */
+    const real *coefficients;     /* a table with rows `stride` apart */
+    ptrdiff_t stride;
+};
+
+struct T(Coefficients) {
+    vector mean, mean_low, scale, bias, slope, weight; /* bias is also mean_grad */
+};
+
+INLINE struct T(Place) T(moved)(struct T(Place) place, ptrdiff_t by, const int way) {
+    place.x += by;
+    place.out += by;
+    if (way & BACKWARD)
+        place.grad_output += by;
+    if (way & BY_VALUE) {
+        place.weights += by;
+        place.biases += by;
+    }
+    if (way & BY_COLUMN)
+        place.coefficients += by;
+    return place;
+}
+
+INLINE vector T(coefficient)(const struct T(Place) *place, int row, int v, const int way) {
+    const real *at = place->coefficients + row * place->stride;
+    return way & BY_COLUMN ? (vector)REALS(at + v * LANES_OF) : all(*at);
+}
+
+/* Here an epilogue belongs: what becomes of a value before it is stored. */
+INLINE vector T(result)(vector x, vector grad, const struct T(Coefficients) *c, const int way) {
+    const vector centred = (x - c->mean) - c->mean_low;
+    if (way & BACKWARD) {
+        if (way & (BY_VALUE | WEIGHTED))
+            grad *= c->weight;
+        return ((grad - c->bias) - centred * c->slope) * c->scale;
+    }
+    if (way & BY_VALUE)
+        return centred * c->scale * c->weight + c->bias;
+    return centred * c->scale + c->bias;
+}
+
+/* Write `vectors` vectors, or some lanes of one, of each of some rows. */
+INLINE void T(write_rows)(struct T(Place) place, ptrdiff_t rows, ptrdiff_t row_stride,
+                          const int vectors, ptrdiff_t lanes, const int way) {
+    const int whole = lanes >= LANES_OF, own = way & BY_COLUMN ? vectors : 1;
+    struct T(Coefficients) c[4], *at;
+    vector x, grad = all(0);
+    EACH (v, own) {
+        c[v].mean = T(coefficient)(&place, MEAN, v, way);
+        c[v].mean_low = T(coefficient)(&place, MEAN_LOW, v, way);
+        c[v].scale = T(coefficient)(&place, SCALE, v, way);
+        c[v].bias = T(coefficient)(&place, BIAS, v, way);
+        if (way & BACKWARD)
+            c[v].slope = T(coefficient)(&place, SLOPE, v, way);
+        if (way & BACKWARD && way & WEIGHTED)
+            c[v].weight = T(coefficient)(&place, WEIGHT, v, way);
+    }
+    for (ptrdiff_t j = 0; j < rows; j++) {
+        EACH (v, vectors) {
+            at = c + (way & BY_COLUMN ? v : 0);
+            if (way & BY_VALUE) {
+                at->weight = REALS(place.weights + v * LANES_OF);
+                if (!(way & BACKWARD))
+                    at->bias = REALS(place.biases + v * LANES_OF);
+            }
+            x = whole ? load(place.x + v * LANES_OF) : load_some(place.x, lanes);
+            if (way & BACKWARD)
+                grad = whole ? load(place.grad_output + v * LANES_OF)
+                             : load_some(place.grad_output, lanes);
+            x = T(result)(x, grad, at, way);
+            if (!whole)
+                T(store_some)(place.out, x, lanes);
+            else if (way & STREAM)
+                T(stream)(place.out + v * LANES_OF, x);
+            else
+                T(store)(place.out + v * LANES_OF, x);
+        }
+        place = T(moved)(place, row_stride, way & ~BY_COLUMN);
+    }
+}
+
+/* Write fewer columns than two vectors, or a cache line, of some rows. */
+INLINE void T(write_few)(struct T(Place) place, ptrdiff_t rows, ptrdiff_t row_stride, ptrdiff_t n,
+                         const int way) {
+    for (; n >= LANES_OF; n -= LANES_OF) {
+        T(write_rows)(place, rows, row_stride, 1, LANES_OF, way);
+        place = T(moved)(place, LANES_OF, way);
+    }
+    if (n > 0)
+        T(write_rows)(place, rows, row_stride, 1, n, way);
+}
+
+/* How many of n values lie before the first that begins a cache line. */
+INLINE ptrdiff_t T(values_to_line)(const stored *at, ptrdiff_t n) {
+    return min_of(n, (ptrdiff_t)(-((uintptr_t)at / sizeof(stored)) % (LINE / sizeof(stored))));
+}
+
+/* Write n columns of some rows, or, with one set of coefficients, n values of one row. */
+INLINE void T(write_band)(struct T(Place) place, ptrdiff_t rows, ptrdiff_t row_stride, ptrdiff_t n,
+                          const int way) {
+    /* Two vectors, whose coefficients fit the registers; but no less than a cache line. */
+    enum { VECTORS = 2 * VECTOR_BYTES < LINE ? LINE / VECTOR_BYTES : 2 };
+    const ptrdiff_t wide = VECTORS * LANES_OF;
+    ptrdiff_t k;
+    if (way & STREAM || n >= ALIGNED_RUN) {
+        /* Up to the next cache line of out; arrays from one allocator are aligned alike, so the
+           loads of x gain as much as the stores. */
+        k = T(values_to_line)(place.out, n);
+        T(write_few)(place, rows, row_stride, k, way & ~STREAM);
+        place = T(moved)(place, k, way);
+        n -= k;
+    }
+    if (way & BY_COLUMN)
+        for (; n >= wide; n -= wide) {
+            T(write_rows)(place, rows, row_stride, VECTORS, LANES_OF, way);
+            place = T(moved)(place, wide, way);
+        }
+    else {
+        k = n / wide * wide;
+        T(write_rows)(place, n / wide, wide, VECTORS, LANES_OF, way);
+        place = T(moved)(place, k, way);
+        n -= k;
+    }
+    T(write_few)(place, rows, row_stride, n, way & ~STREAM);
+}
+
+INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t first,
+                                   const int way) {
+    struct T(Place) place;
+    place.x = p->kind == FROZEN_GRADIENTS ? p->grad_output : p->x;
+    place.x += at;
+    place.out = (stored *)p->out + at;
+    place.grad_output = way & BACKWARD ? (const stored *)p->grad_output + at : NULL;
+    place.weights = place.biases = NULL;
+    place.coefficients = (const real *)p->coefficients + first;
+    place.stride = p->geometry.channels;
+    return place;
+}
+
+/* Write by plane, with a weight and a bias for each part of a channel. */
+INLINE void T(write_parts)(struct T(Place) place, const struct Pass *p, const struct Sheet *sheet,
+                           ptrdiff_t c, const int way) {
+    const ptrdiff_t length = p->geometry.S / p->geometry.parts;
+    const ptrdiff_t start = sheet->start, stop = start + sheet->length;
+    const real *weight = T(weights_of)(p, c), *bias = weight + p->geometry.parameters;
+    real own[ALL_COEFFICIENTS];
+    ptrdiff_t begin, end;
+    for (int k = 0; k < COEFFICIENTS; k++)
+        own[k] = place.coefficients[k * place.stride];
+    const real scale = own[SCALE];
+    place.coefficients = own;
+    place.stride = 1;
+    for (ptrdiff_t q = start / length; q * length < stop; q++) {
+        begin = max_of(start, q * length);
+        end = min_of(stop, (q + 1) * length);
+        if (way & BACKWARD)
+            own[WEIGHT] = weight[q];
+        else {
+            own[SCALE] = scale * weight[q];
+            own[BIAS] = bias[q];
+        }
+        T(write_band)(T(moved)(place, begin - start, way), 1, 0, end - begin, way);
+    }
+}
+
+INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
+                            const int way) {
+    struct T(Place) place;
+    for (ptrdiff_t i = 0; i < sheet->runs; i++) {
+        place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first, way);
+        for (ptrdiff_t c = first; c < first + sheet->channels; c++) {
+            if (way & BY_VALUE) {
+                place.weights = T(weights_of)(p, c) + sheet->start;
+                place.biases = place.weights + p->geometry.parameters;
+            }
+            if (way & BY_PART)
+                T(write_parts)(place, p, sheet, c, way & ~BY_PART);
+            else
+                T(write_band)(place, 1, 0, sheet->length, way);
+            place.coefficients++;
+            place = T(moved)(place, p->geometry.S, way & ~BY_VALUE);
+        }
+    }
+}
+
+INLINE void T(write_sheet)(struct T(Place) place, const struct Sheet *sheet, const int way) {
+    /* Rows that do not all begin alike in their cache lines are streamed one by one. */
+    const ptrdiff_t band =
+        way & STREAM && sheet->row_stride * sizeof(stored) % LINE ? 1 : BAND;
+    ptrdiff_t n;
+    for (ptrdiff_t rest = sheet->rows; rest > 0; rest -= n) {
+        n = min_of(band, rest);
+        T(write_band)(place, n, sheet->row_stride, sheet->width, way);
+        place = T(moved)(place, n * sheet->row_stride, way & ~BY_COLUMN);
+    }
+    if (sheet->tail)
+        T(write_band)(place, 1, 0, sheet->tail, way);
+}
+
+/* Rows without gaps between them, after the first few values: the same in longer rows. */
+static struct Sheet T(unbroken)(struct Sheet sheet, ptrdiff_t head) {
+    const ptrdiff_t period = sheet.channels * sheet.span;
+    const ptrdiff_t n = sheet.rows * sheet.width + sheet.tail - head;
+    sheet.repeat = max_of(1, min_of(WIDTH / period, n / (2 * BAND * period)));
+    if (sheet.repeat >= 16)
+        sheet.repeat -= sheet.repeat % 16; /* so that all rows begin alike in their cache lines */
+    sheet.offset += head;
+    sheet.width = sheet.row_stride = sheet.repeat * period;
+    sheet.rows = n / sheet.width;
+    sheet.tail = n % sheet.width;
+    return sheet;
+}
+
+/* Write by row, with a table of the coefficients of each column. */
+INLINE void T(write_table)(const struct Pass *p, struct Sheet sheet, ptrdiff_t first,
+                           const int way) {
+    /* A line more than WIDTH, so that a row can start within one; and rows of the table that lie
+       whole pages apart would fight for the same places of the L1 cache. */
+    enum { TABLE_WIDTH = WIDTH + LINE / 4, BACK = BACKWARD | WEIGHTED };
+    real table[ALL_COEFFICIENTS * TABLE_WIDTH + LANES_OF] __attribute__((aligned(LINE)));
+    real weight[WIDTH];
+    const ptrdiff_t C = p->geometry.channels, parts = p->geometry.parts;
+    const real *weights = T(weights_of)(p, first), *coefficients = (real *)p->coefficients + first;
+    const int rows = (way & BACK) == BACK ? ALL_COEFFICIENTS : way & BACKWARD ? COEFFICIENTS : SLOPE;
+    struct T(Place) place = T(place_of)(p, sheet.offset, first, way);
+    ptrdiff_t head = 0;
+    real *columns;
+    if (sheet.row_stride == sheet.width) {
+        /* From one cache line to the next: the table goes on for as long as the first row is late. */
+        head = T(values_to_line)(place.out, sheet.rows * sheet.width);
+        sheet = T(unbroken)(sheet, head);
+    }
+    for (int q = 0; q < min_of(rows, COEFFICIENTS); q++)
+        T(spread)(coefficients + q * C, sheet.channels, sheet.span, sheet.repeat,
+                  table + q * TABLE_WIDTH);
+    if (parts > 1) {
+        columns = way & BACKWARD ? table + WEIGHT * TABLE_WIDTH : weight;
+        T(spread)(weights, sheet.channels * parts, sheet.span / parts, sheet.repeat, columns);
+        if (!(way & BACKWARD)) {
+            T(spread)(weights + p->geometry.parameters, sheet.channels * parts, sheet.span / parts,
+                      sheet.repeat, table + BIAS * TABLE_WIDTH);
+            for (ptrdiff_t k = 0; k < sheet.width; k++)
+                table[SCALE * TABLE_WIDTH + k] *= weight[k];
+        }
+    }
+    for (int q = 0; q < rows; q++) {
+        columns = table + q * TABLE_WIDTH;
+        for (ptrdiff_t k = 0; k < head; k++)
+            columns[sheet.width + k] = columns[k];
+    }
+    place.coefficients = table;
+    place.stride = TABLE_WIDTH;
+    T(write_few)(place, 1, 0, head, way & ~STREAM);
+    T(write_sheet)(T(moved)(place, head, way), &sheet, way);
+}
+
+INLINE void T(write_way)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
+                         const int way) {
+    const ptrdiff_t parts = p->geometry.parts;
+    if (p->geometry.by_plane) {
+        if (p->geometry.by_value)
+            T(write_planes)(p, sheet, first, way | BY_VALUE);
+        else if (parts > 1)
+            T(write_planes)(p, sheet, first, way | BY_PART | WEIGHTED);
+        else
+            T(write_planes)(p, sheet, first, way);
+    } else if (sheet->repeat * sheet->span == 1
+               && (sheet->width > WIDTH / 2 || sheet->rows * sheet->width < WORTH_A_TABLE))
+        /* Where a row holds each channel once, the coefficients lie as a table would. */
+        T(write_sheet)(T(place_of)(p, sheet->offset, first, way), sheet, way | BY_COLUMN);
+    else if (parts > 1)
+        T(write_table)(p, *sheet, first, way | BY_COLUMN | WEIGHTED);
+    else
+        T(write_table)(p, *sheet, first, way | BY_COLUMN);
+}
+
+static void T(write)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first) {
+    if (p->kind == GRADIENTS && p->stream)
+        T(write_way)(p, sheet, first, BACKWARD | STREAM);
+    else if (p->kind == GRADIENTS)
+        T(write_way)(p, sheet, first, BACKWARD);
+    else if (p->stream)
+        T(write_way)(p, sheet, first, STREAM);
+    else
+        T(write_way)(p, sheet, first, 0);
+    if (p->stream)
+        stream_fence();
+}
