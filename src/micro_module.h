@@ -12,10 +12,15 @@ enum { /* what `way` says of a loop, as a literal: the compiler keeps what it ne
     BY_COLUMN = 8,  /* coefficients, or means, are for a column each, not one for all */
     BY_VALUE = 16,  /* a weight and a bias beside each value of a run */
     BY_PART = 32,   /* a weight and a bias for several values of a run each */
+    BELOW = 128,    /* vectors lie below each other, in rows with the same coefficients */
     BY_ROW = 64,    /* x is normalised first, by what each row has */
 };
 
 enum {
+#ifndef GROUP
+    GROUP = 2,
+#endif
+    ROWS = 4, /* that are written below each other */
     WORTH_A_TABLE = 4096, /* values */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
 };

@@ -17,33 +17,32 @@
 /* Where loops are, and what they write with. */
 struct T(Place) {
     const stored *x, *grad_output;
-    stored *out; /* may be x or grad_output */
-    const real *weights, *biases; /* value by value */
+    stored *out;                  /* may be x or grad_output */
     const real *coefficients;     /* a table with rows `stride` apart */
     ptrdiff_t stride;
+    const real *weights, *biases; /* value by value */
 };
 
 struct T(Coefficients) {
     vector mean, mean_low, scale, bias, slope, weight; /* bias is also mean_grad */
 };
 
-INLINE struct T(Place) T(moved)(struct T(Place) place, ptrdiff_t by, const int way) {
-    place.x += by;
-    place.out += by;
+INLINE struct T(Coefficients) T(coefficients)(const struct T(Place) *at, ptrdiff_t k,
+                                              const int way) {
+    struct T(Coefficients) c;
+    const real *table = at->coefficients + (way & BY_COLUMN ? k : 0);
+#define COEFFICIENT(row)                                                                           \
+    way & BY_COLUMN ? (vector)REALS(table + row * at->stride) : all(table[row * at->stride])
+    c.mean = COEFFICIENT(MEAN);
+    c.mean_low = COEFFICIENT(MEAN_LOW);
+    c.scale = COEFFICIENT(SCALE);
+    c.bias = COEFFICIENT(BIAS);
     if (way & BACKWARD)
-        place.grad_output += by;
-    if (way & BY_VALUE) {
-        place.weights += by;
-        place.biases += by;
-    }
-    if (way & BY_COLUMN)
-        place.coefficients += by;
-    return place;
-}
-
-INLINE vector T(coefficient)(const struct T(Place) *place, int row, int v, const int way) {
-    const real *at = place->coefficients + row * place->stride;
-    return way & BY_COLUMN ? (vector)REALS(at + v * LANES_OF) : all(*at);
+        c.slope = COEFFICIENT(SLOPE);
+    if (way & BACKWARD && way & WEIGHTED)
+        c.weight = COEFFICIENT(WEIGHT);
+#undef COEFFICIENT
+    return c;
 }
 
 /* Here an epilogue belongs: what becomes of a value before it is stored. */
@@ -59,55 +58,39 @@ INLINE vector T(result)(vector x, vector grad, const struct T(Coefficients) *c, 
     return centred * c->scale + c->bias;
 }
 
-/* Write `vectors` vectors, or some lanes of one, of each of some rows. */
-INLINE void T(write_rows)(struct T(Place) place, ptrdiff_t rows, ptrdiff_t row_stride,
-                          const int vectors, ptrdiff_t lanes, const int way) {
-    const int whole = lanes >= LANES_OF, own = way & BY_COLUMN ? vectors : 1;
-    struct T(Coefficients) c[4], *at;
-    vector x, grad = all(0);
-    EACH (v, own) {
-        c[v].mean = T(coefficient)(&place, MEAN, v, way);
-        c[v].mean_low = T(coefficient)(&place, MEAN_LOW, v, way);
-        c[v].scale = T(coefficient)(&place, SCALE, v, way);
-        c[v].bias = T(coefficient)(&place, BIAS, v, way);
+/* Write some vectors, or some lanes of one, from `k` values on: side by side, or below each other.
+   All are loaded first: a load that follows a store to the same place in another page waits for it,
+   and arrays are often whole pages apart. */
+INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int vectors,
+                             ptrdiff_t step, ptrdiff_t lanes, const struct T(Coefficients) *c,
+                             const int way) {
+    const int whole = lanes >= LANES_OF;
+    vector x[4], grad[4];
+    EACH (v, vectors) {
+        x[v] = whole ? load(at->x + k + v * step) : load_some(at->x + k + v * step, lanes);
         if (way & BACKWARD)
-            c[v].slope = T(coefficient)(&place, SLOPE, v, way);
-        if (way & BACKWARD && way & WEIGHTED)
-            c[v].weight = T(coefficient)(&place, WEIGHT, v, way);
+            grad[v] = whole ? load(at->grad_output + k + v * step)
+                            : load_some(at->grad_output + k + v * step, lanes);
     }
-    for (ptrdiff_t j = 0; j < rows; j++) {
-        EACH (v, vectors) {
-            at = c + (way & BY_COLUMN ? v : 0);
-            if (way & BY_VALUE) {
-                at->weight = REALS(place.weights + v * LANES_OF);
-                if (!(way & BACKWARD))
-                    at->bias = REALS(place.biases + v * LANES_OF);
-            }
-            x = whole ? load(place.x + v * LANES_OF) : load_some(place.x, lanes);
-            if (way & BACKWARD)
-                grad = whole ? load(place.grad_output + v * LANES_OF)
-                             : load_some(place.grad_output, lanes);
-            x = T(result)(x, grad, at, way);
-            if (!whole)
-                T(store_some)(place.out, x, lanes);
-            else if (way & STREAM)
-                T(stream)(place.out + v * LANES_OF, x);
-            else
-                T(store)(place.out + v * LANES_OF, x);
+    EACH (v, vectors) {
+        struct T(Coefficients) own = *c;
+        if (way & BY_COLUMN && !(way & BELOW))
+            own = T(coefficients)(at, k + v * step, way);
+        if (way & BY_VALUE) {
+            own.weight = REALS(at->weights + k + v * step);
+            if (!(way & BACKWARD))
+                own.bias = REALS(at->biases + k + v * step);
         }
-        place = T(moved)(place, row_stride, way & ~BY_COLUMN);
+        x[v] = T(result)(x[v], grad[v], &own, way);
     }
-}
-
-/* Write fewer columns than two vectors, or a cache line, of some rows. */
-INLINE void T(write_few)(struct T(Place) place, ptrdiff_t rows, ptrdiff_t row_stride, ptrdiff_t n,
-                         const int way) {
-    for (; n >= LANES_OF; n -= LANES_OF) {
-        T(write_rows)(place, rows, row_stride, 1, LANES_OF, way);
-        place = T(moved)(place, LANES_OF, way);
+    EACH (v, vectors) {
+        if (!whole)
+            T(store_some)(at->out + k + v * step, x[v], lanes);
+        else if (way & STREAM)
+            T(stream)(at->out + k + v * step, x[v]);
+        else
+            T(store)(at->out + k + v * step, x[v]);
     }
-    if (n > 0)
-        T(write_rows)(place, rows, row_stride, 1, n, way);
 }
 
 /* How many of n values lie before the first that begins a cache line. */
@@ -115,33 +98,45 @@ INLINE ptrdiff_t T(values_to_line)(const stored *at, ptrdiff_t n) {
     return min_of(n, (ptrdiff_t)(-((uintptr_t)at / sizeof(stored)) % (LINE / sizeof(stored))));
 }
 
-/* Write n columns of some rows, or, with one set of coefficients, n values of one row. */
-INLINE void T(write_band)(struct T(Place) place, ptrdiff_t rows, ptrdiff_t row_stride, ptrdiff_t n,
+/* Write columns k to n of one row. */
+INLINE void T(write_row)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t n, const int way) {
+    enum { VECTORS = 2 * VECTOR_BYTES < LINE ? LINE / VECTOR_BYTES : GROUP }; /* at least a line */
+    struct T(Coefficients) c;
+    if (!(way & BY_COLUMN))
+        c = T(coefficients)(at, 0, way);
+    for (; n - k >= VECTORS * LANES_OF; k += VECTORS * LANES_OF)
+        T(write_vectors)(at, k, VECTORS, LANES_OF, LANES_OF, &c, way);
+    for (; n - k >= LANES_OF; k += LANES_OF)
+        T(write_vectors)(at, k, 1, LANES_OF, LANES_OF, &c, way & ~STREAM);
+    if (k < n)
+        T(write_vectors)(at, k, 1, LANES_OF, n - k, &c, way & ~STREAM);
+}
+
+/* Write n columns of ROWS rows, whose coefficients are loaded once. */
+INLINE void T(write_rows)(const struct T(Place) *at, ptrdiff_t row_stride, ptrdiff_t n,
                           const int way) {
-    /* Two vectors, whose coefficients fit the registers; but no less than a cache line. */
-    enum { VECTORS = 2 * VECTOR_BYTES < LINE ? LINE / VECTOR_BYTES : 2 };
-    const ptrdiff_t wide = VECTORS * LANES_OF;
-    ptrdiff_t k;
+    struct T(Coefficients) c;
+    ptrdiff_t k = 0;
+    for (; n - k >= LANES_OF; k += LANES_OF) {
+        c = T(coefficients)(at, k, way);
+        T(write_vectors)(at, k, ROWS, row_stride, LANES_OF, &c, way | BELOW);
+    }
+    if (k < n) {
+        c = T(coefficients)(at, k, way);
+        T(write_vectors)(at, k, ROWS, row_stride, n - k, &c, way | BELOW);
+    }
+}
+
+/* Write n values of a run, or of a row with a coefficient for each column. */
+INLINE void T(write_run)(const struct T(Place) *at, ptrdiff_t n, const int way) {
+    ptrdiff_t k = 0;
     if (way & STREAM || n >= ALIGNED_RUN) {
         /* Up to the next cache line of out; arrays from one allocator are aligned alike, so the
            loads of x gain as much as the stores. */
-        k = T(values_to_line)(place.out, n);
-        T(write_few)(place, rows, row_stride, k, way & ~STREAM);
-        place = T(moved)(place, k, way);
-        n -= k;
+        k = T(values_to_line)(at->out, n);
+        T(write_row)(at, 0, k, way & ~STREAM);
     }
-    if (way & BY_COLUMN)
-        for (; n >= wide; n -= wide) {
-            T(write_rows)(place, rows, row_stride, VECTORS, LANES_OF, way);
-            place = T(moved)(place, wide, way);
-        }
-    else {
-        k = n / wide * wide;
-        T(write_rows)(place, n / wide, wide, VECTORS, LANES_OF, way);
-        place = T(moved)(place, k, way);
-        n -= k;
-    }
-    T(write_few)(place, rows, row_stride, n, way & ~STREAM);
+    T(write_row)(at, k, n, way);
 }
 
 INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t first,
@@ -155,6 +150,13 @@ INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t
     place.coefficients = (const real *)p->coefficients + first;
     place.stride = p->geometry.channels;
     return place;
+}
+
+INLINE void T(move)(struct T(Place) *place, ptrdiff_t by, const int way) {
+    place->x += by;
+    place->out += by;
+    if (way & BACKWARD)
+        place->grad_output += by;
 }
 
 /* Write by plane, with a weight and a bias for each part of a channel. */
@@ -179,7 +181,8 @@ INLINE void T(write_parts)(struct T(Place) place, const struct Pass *p, const st
             own[SCALE] = scale * weight[q];
             own[BIAS] = bias[q];
         }
-        T(write_band)(T(moved)(place, begin - start, way), 1, 0, end - begin, way);
+        T(write_run)(&place, end - begin, way);
+        T(move)(&place, end - begin, way);
     }
 }
 
@@ -196,25 +199,27 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
             if (way & BY_PART)
                 T(write_parts)(place, p, sheet, c, way & ~BY_PART);
             else
-                T(write_band)(place, 1, 0, sheet->length, way);
+                T(write_run)(&place, sheet->length, way);
             place.coefficients++;
-            place = T(moved)(place, p->geometry.S, way & ~BY_VALUE);
+            T(move)(&place, p->geometry.S, way);
         }
     }
 }
 
+/* Write by row, with a coefficient for each column. */
 INLINE void T(write_sheet)(struct T(Place) place, const struct Sheet *sheet, const int way) {
-    /* Rows that do not all begin alike in their cache lines are streamed one by one. */
-    const ptrdiff_t band =
-        way & STREAM && sheet->row_stride * sizeof(stored) % LINE ? 1 : BAND;
-    ptrdiff_t n;
-    for (ptrdiff_t rest = sheet->rows; rest > 0; rest -= n) {
-        n = min_of(band, rest);
-        T(write_band)(place, n, sheet->row_stride, sheet->width, way);
-        place = T(moved)(place, n * sheet->row_stride, way & ~BY_COLUMN);
+    ptrdiff_t rest = sheet->rows;
+    if (!(way & STREAM))
+        for (; rest >= ROWS; rest -= ROWS) {
+            T(write_rows)(&place, sheet->row_stride, sheet->width, way);
+            T(move)(&place, ROWS * sheet->row_stride, way);
+        }
+    for (; rest > 0; rest--) {
+        T(write_run)(&place, sheet->width, way);
+        T(move)(&place, sheet->row_stride, way);
     }
     if (sheet->tail)
-        T(write_band)(place, 1, 0, sheet->tail, way);
+        T(write_run)(&place, sheet->tail, way);
 }
 
 /* Rows without gaps between them, after the first few values: the same in longer rows. */
@@ -270,8 +275,10 @@ INLINE void T(write_table)(const struct Pass *p, struct Sheet sheet, ptrdiff_t f
     }
     place.coefficients = table;
     place.stride = TABLE_WIDTH;
-    T(write_few)(place, 1, 0, head, way & ~STREAM);
-    T(write_sheet)(T(moved)(place, head, way), &sheet, way);
+    T(write_row)(&place, 0, head, way & ~STREAM);
+    T(move)(&place, head, way);
+    place.coefficients += head;
+    T(write_sheet)(place, &sheet, way);
 }
 
 INLINE void T(write_way)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
