@@ -274,10 +274,12 @@ struct Pass {
  * 
  * 
  * cdef public struct Micro:             # <<<<<<<<<<<<<<
- *     # Merge a block of a sheet into columns of so many rows before.
- *     void (*add_block)(const void* x, const Sheet* block, bint ends, double smallest, Rows before,
+ *     # Values per channel in float64, and whether no variance, with eps, would be divided by the root
+ *     # of zero or of less; a NaN stays a NaN.
 */
 struct Micro {
+  void (*take_values)(struct PerChannel const *, Py_ssize_t, Py_ssize_t, double *);
+  int (*are_usable)(struct PerChannel const *, Py_ssize_t, double);
   void (*add_block)(void const *, struct Sheet const *, int, double, struct Rows, struct Columns *);
   void (*fold)(struct Columns const *, Py_ssize_t, Py_ssize_t, Py_ssize_t, struct Rows, struct Moments *);
   void (*few_moments)(void const *, struct Sheet const *, Py_ssize_t, struct Moments *);

@@ -99,24 +99,13 @@ cdef bint is_non_negative(object value):
     return is_finite(value) and <double>value >= 0
 
 
-cdef bint are_usable(const real* var, Py_ssize_t C, double eps) noexcept nogil:
-    """Whether no channel would be divided by the root of zero, or of less; a NaN stays a NaN."""
-    cdef int unusable = 0
-    cdef Py_ssize_t c
-    for c in range(C):   # no early end, so that it is done with vectors
-        unusable |= <int>(var[c] + eps <= 0)
-    return not unusable
-
-
 cdef bint is_variance(object var, tuple shape, object eps):
     """One value per channel that can be normalised by with this eps."""
-    cdef Py_ssize_t C
+    cdef PerChannel values
     if not (is_parameter(var, shape) and is_non_negative(eps)):
         return False
-    C = PyArray_DIM(<ndarray>var, 0)
-    if is_single(<ndarray>var):
-        return are_usable(<const float*>PyArray_DATA(<ndarray>var), C, <double>eps)
-    return are_usable(<const double*>PyArray_DATA(<ndarray>var), C, <double>eps)
+    values = per_channel(<ndarray>var, 1)
+    return micros.are_usable(&values, PyArray_DIM(<ndarray>var, 0), <double>eps)
 
 
 def express_forward(x, dict views, dtype, weight, bias, eps, bint centred, Py_ssize_t least, out,

@@ -89,6 +89,11 @@ cdef public struct Pass:
 
 
 cdef public struct Micro:
+    # Values per channel in float64, and whether no variance, with eps, would be divided by the root
+    # of zero or of less; a NaN stays a NaN.
+    void (*take_values)(const PerChannel* p, Py_ssize_t first, Py_ssize_t n,
+                        double* values) noexcept nogil
+    bint (*are_usable)(const PerChannel* var, Py_ssize_t n, double eps) noexcept nogil
     # Merge a block of a sheet into columns of so many rows before.
     void (*add_block)(const void* x, const Sheet* block, bint ends, double smallest, Rows before,
                       Columns* columns) noexcept nogil
@@ -146,11 +151,3 @@ cdef PerChannel per_channel(ndarray array, double absent):
         else:
             p.double_ = <const double*>PyArray_DATA(array)
     return p
-
-
-cdef inline double value_of(const PerChannel* p, Py_ssize_t c) noexcept nogil:
-    if p.single:
-        return p.single[c]
-    if p.double_:
-        return p.double_[c]
-    return p.absent

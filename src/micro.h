@@ -33,6 +33,8 @@ struct T(Block) {
 #include "micro_write.h"
 
 static const struct Micro T(micro) = {
+    take_values,
+    are_usable,
     T(add_block),
     fold,
     T(few_moments),

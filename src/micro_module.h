@@ -17,10 +17,10 @@ enum { /* what `way` says of a loop, as a literal: the compiler keeps what it ne
 };
 
 enum {
-#ifndef GROUP
-    GROUP = 2,
-#endif
-    ROWS = 4, /* that are written below each other */
+    /* Vectors that are written side by side: two, but no less than a cache line; and below each
+       other. */
+    VECTORS = 2 * VECTOR_BYTES < LINE ? LINE / VECTOR_BYTES : 2,
+    ROWS = 4,
     WORTH_A_TABLE = 4096, /* values */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
 };
@@ -41,7 +41,21 @@ static void take_values(const struct PerChannel *p, ptrdiff_t first, ptrdiff_t n
             values[c] = p->absent;
 }
 
-/* The same, of values that repeat after `period` channels. */
+/* Whether no channel would be divided by the root of zero, or of less; a NaN stays a NaN. */
+static int are_usable(const struct PerChannel *var, ptrdiff_t n, double eps) {
+    double values[AT_ONCE];
+    int unusable = 0;
+    ptrdiff_t step;
+    for (ptrdiff_t first = 0; first < n; first += step) {
+        step = min_of(AT_ONCE, n - first);
+        take_values(var, first, step, values);
+        for (ptrdiff_t c = 0; c < step; c++) /* no early end, so that it is done with vectors */
+            unusable |= values[c] + eps <= 0;
+    }
+    return !unusable;
+}
+
+/* Values that repeat after `period` channels. */
 static void take_in_turn(const struct PerChannel *p, ptrdiff_t first, ptrdiff_t n, ptrdiff_t period,
                          double *values) {
     ptrdiff_t c = first % period, step;

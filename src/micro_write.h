@@ -58,20 +58,29 @@ INLINE vector T(result)(vector x, vector grad, const struct T(Coefficients) *c, 
     return centred * c->scale + c->bias;
 }
 
-/* Write some vectors, or some lanes of one, from `k` values on: side by side, or below each other.
-   All are loaded first: a load that follows a store to the same place in another page waits for it,
-   and arrays are often whole pages apart. */
-INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int vectors,
-                             ptrdiff_t step, ptrdiff_t lanes, const struct T(Coefficients) *c,
-                             const int way) {
-    const int whole = lanes >= LANES_OF;
+struct T(Loaded) {
     vector x[4], grad[4];
+};
+
+/* Load some vectors, `step` values apart, or some lanes of one, from `k` values on. */
+INLINE struct T(Loaded) T(load_vectors)(const struct T(Place) *at, ptrdiff_t k, const int vectors,
+                                        ptrdiff_t step, ptrdiff_t lanes, const int way) {
+    const int whole = lanes >= LANES_OF;
+    struct T(Loaded) values;
     EACH (v, vectors) {
-        x[v] = whole ? load(at->x + k + v * step) : load_some(at->x + k + v * step, lanes);
+        values.x[v] = whole ? load(at->x + k + v * step) : load_some(at->x + k + v * step, lanes);
         if (way & BACKWARD)
-            grad[v] = whole ? load(at->grad_output + k + v * step)
-                            : load_some(at->grad_output + k + v * step, lanes);
+            values.grad[v] = whole ? load(at->grad_output + k + v * step)
+                                   : load_some(at->grad_output + k + v * step, lanes);
     }
+    return values;
+}
+
+/* Write what was loaded. */
+INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int vectors,
+                             ptrdiff_t step, ptrdiff_t lanes, const struct T(Loaded) *values,
+                             const struct T(Coefficients) *c, const int way) {
+    vector y[4];
     EACH (v, vectors) {
         struct T(Coefficients) own = *c;
         if (way & BY_COLUMN && !(way & BELOW))
@@ -81,15 +90,15 @@ INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int v
             if (!(way & BACKWARD))
                 own.bias = REALS(at->biases + k + v * step);
         }
-        x[v] = T(result)(x[v], grad[v], &own, way);
+        y[v] = T(result)(values->x[v], values->grad[v], &own, way);
     }
     EACH (v, vectors) {
-        if (!whole)
-            T(store_some)(at->out + k + v * step, x[v], lanes);
+        if (lanes < LANES_OF)
+            T(store_some)(at->out + k + v * step, y[v], lanes);
         else if (way & STREAM)
-            T(stream)(at->out + k + v * step, x[v]);
+            T(stream)(at->out + k + v * step, y[v]);
         else
-            T(store)(at->out + k + v * step, x[v]);
+            T(store)(at->out + k + v * step, y[v]);
     }
 }
 
@@ -98,45 +107,65 @@ INLINE ptrdiff_t T(values_to_line)(const stored *at, ptrdiff_t n) {
     return min_of(n, (ptrdiff_t)(-((uintptr_t)at / sizeof(stored)) % (LINE / sizeof(stored))));
 }
 
-/* Write columns k to n of one row. */
+/* Write columns k to n of one row. The next vectors are loaded before these are stored: a load that
+   follows a store to the same place in another page waits for it, and arrays are often about a whole
+   number of pages apart. */
 INLINE void T(write_row)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t n, const int way) {
-    enum { VECTORS = 2 * VECTOR_BYTES < LINE ? LINE / VECTOR_BYTES : GROUP }; /* at least a line */
+    enum { STEP = VECTORS * LANES_OF };
     struct T(Coefficients) c;
+    struct T(Loaded) now, next;
     if (!(way & BY_COLUMN))
         c = T(coefficients)(at, 0, way);
-    for (; n - k >= VECTORS * LANES_OF; k += VECTORS * LANES_OF)
-        T(write_vectors)(at, k, VECTORS, LANES_OF, LANES_OF, &c, way);
-    for (; n - k >= LANES_OF; k += LANES_OF)
-        T(write_vectors)(at, k, 1, LANES_OF, LANES_OF, &c, way & ~STREAM);
-    if (k < n)
-        T(write_vectors)(at, k, 1, LANES_OF, n - k, &c, way & ~STREAM);
+    if (n - k >= STEP) {
+        now = T(load_vectors)(at, k, VECTORS, LANES_OF, LANES_OF, way);
+        for (; n - k >= 2 * STEP; k += STEP) {
+            next = T(load_vectors)(at, k + STEP, VECTORS, LANES_OF, LANES_OF, way);
+            T(write_vectors)(at, k, VECTORS, LANES_OF, LANES_OF, &now, &c, way);
+            now = next;
+        }
+        T(write_vectors)(at, k, VECTORS, LANES_OF, LANES_OF, &now, &c, way);
+        k += STEP;
+    }
+    for (; n - k >= LANES_OF; k += LANES_OF) {
+        now = T(load_vectors)(at, k, 1, LANES_OF, LANES_OF, way);
+        T(write_vectors)(at, k, 1, LANES_OF, LANES_OF, &now, &c, way & ~STREAM);
+    }
+    if (k < n) {
+        now = T(load_vectors)(at, k, 1, LANES_OF, n - k, way);
+        T(write_vectors)(at, k, 1, LANES_OF, n - k, &now, &c, way & ~STREAM);
+    }
+}
+
+/* Where a run should begin to be written by whole vectors: at the next cache line of out, if it is
+   long. Arrays from one allocator are aligned alike, so the loads of x gain as much as the stores. */
+INLINE ptrdiff_t T(late)(const struct T(Place) *at, ptrdiff_t n, const int way) {
+    return way & STREAM || n >= ALIGNED_RUN ? T(values_to_line)(at->out, n) : 0;
+}
+
+/* Write n values of a run, or of a row with a coefficient for each column. */
+INLINE void T(write_run)(const struct T(Place) *at, ptrdiff_t n, const int way) {
+    const ptrdiff_t k = T(late)(at, n, way);
+    T(write_row)(at, 0, k, way & ~STREAM);
+    T(write_row)(at, k, n, way);
 }
 
 /* Write n columns of ROWS rows, whose coefficients are loaded once. */
 INLINE void T(write_rows)(const struct T(Place) *at, ptrdiff_t row_stride, ptrdiff_t n,
                           const int way) {
     struct T(Coefficients) c;
-    ptrdiff_t k = 0;
-    for (; n - k >= LANES_OF; k += LANES_OF) {
+    struct T(Loaded) now;
+    ptrdiff_t k = 0, end = T(late)(at, n, way), lanes;
+    for (; k < n; k += lanes) {
         c = T(coefficients)(at, k, way);
-        T(write_vectors)(at, k, ROWS, row_stride, LANES_OF, &c, way | BELOW);
+        lanes = min_of(LANES_OF, (k < end ? end : n) - k);
+        if (lanes == LANES_OF && k >= end) {
+            now = T(load_vectors)(at, k, ROWS, row_stride, LANES_OF, way);
+            T(write_vectors)(at, k, ROWS, row_stride, LANES_OF, &now, &c, way | BELOW);
+        } else {
+            now = T(load_vectors)(at, k, ROWS, row_stride, lanes, way);
+            T(write_vectors)(at, k, ROWS, row_stride, lanes, &now, &c, (way & ~STREAM) | BELOW);
+        }
     }
-    if (k < n) {
-        c = T(coefficients)(at, k, way);
-        T(write_vectors)(at, k, ROWS, row_stride, n - k, &c, way | BELOW);
-    }
-}
-
-/* Write n values of a run, or of a row with a coefficient for each column. */
-INLINE void T(write_run)(const struct T(Place) *at, ptrdiff_t n, const int way) {
-    ptrdiff_t k = 0;
-    if (way & STREAM || n >= ALIGNED_RUN) {
-        /* Up to the next cache line of out; arrays from one allocator are aligned alike, so the
-           loads of x gain as much as the stores. */
-        k = T(values_to_line)(at->out, n);
-        T(write_row)(at, 0, k, way & ~STREAM);
-    }
-    T(write_row)(at, k, n, way);
 }
 
 INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t first,
@@ -209,7 +238,8 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
 /* Write by row, with a coefficient for each column. */
 INLINE void T(write_sheet)(struct T(Place) place, const struct Sheet *sheet, const int way) {
     ptrdiff_t rest = sheet->rows;
-    if (!(way & STREAM))
+    /* Rows that do not all begin alike in their cache lines are streamed one by one. */
+    if (!(way & STREAM && sheet->row_stride * sizeof(stored) % LINE))
         for (; rest >= ROWS; rest -= ROWS) {
             T(write_rows)(&place, sheet->row_stride, sheet->width, way);
             T(move)(&place, ROWS * sheet->row_stride, way);
@@ -220,6 +250,21 @@ INLINE void T(write_sheet)(struct T(Place) place, const struct Sheet *sheet, con
     }
     if (sheet->tail)
         T(write_run)(&place, sheet->tail, way);
+}
+
+/* Write n values in the order of the memory, with a coefficient for each of `width` columns, again
+   and again: what begins in a row goes on into the next by whole vectors, and so does the table. */
+INLINE void T(write_wrapped)(struct T(Place) place, ptrdiff_t n, ptrdiff_t width, const int way) {
+    enum { STEP = VECTORS * LANES_OF };
+    const real *table = place.coefficients;
+    ptrdiff_t column = 0, length;
+    for (; n > 0; n -= length) {
+        length = min_of(n, (width - column + STEP - 1) / STEP * STEP);
+        place.coefficients = table + column;
+        T(write_row)(&place, 0, length, way);
+        T(move)(&place, length, way);
+        column += length - width;
+    }
 }
 
 /* Rows without gaps between them, after the first few values: the same in longer rows. */
@@ -241,8 +286,8 @@ INLINE void T(write_table)(const struct Pass *p, struct Sheet sheet, ptrdiff_t f
                            const int way) {
     /* A line more than WIDTH, so that a row can start within one; and rows of the table that lie
        whole pages apart would fight for the same places of the L1 cache. */
-    enum { TABLE_WIDTH = WIDTH + LINE / 4, BACK = BACKWARD | WEIGHTED };
-    real table[ALL_COEFFICIENTS * TABLE_WIDTH + LANES_OF] __attribute__((aligned(LINE)));
+    enum { TABLE_WIDTH = WIDTH + 6 * LINE / 4, BACK = BACKWARD | WEIGHTED };
+    real space[ALL_COEFFICIENTS * TABLE_WIDTH] __attribute__((aligned(LINE))), *table = space;
     real weight[WIDTH];
     const ptrdiff_t C = p->geometry.channels, parts = p->geometry.parts;
     const real *weights = T(weights_of)(p, first), *coefficients = (real *)p->coefficients + first;
@@ -254,6 +299,7 @@ INLINE void T(write_table)(const struct Pass *p, struct Sheet sheet, ptrdiff_t f
         /* From one cache line to the next: the table goes on for as long as the first row is late. */
         head = T(values_to_line)(place.out, sheet.rows * sheet.width);
         sheet = T(unbroken)(sheet, head);
+        table += (LINE / sizeof(real) - head) % (LINE / sizeof(real));
     }
     for (int q = 0; q < min_of(rows, COEFFICIENTS); q++)
         T(spread)(coefficients + q * C, sheet.channels, sheet.span, sheet.repeat,
@@ -270,7 +316,7 @@ INLINE void T(write_table)(const struct Pass *p, struct Sheet sheet, ptrdiff_t f
     }
     for (int q = 0; q < rows; q++) {
         columns = table + q * TABLE_WIDTH;
-        for (ptrdiff_t k = 0; k < head; k++)
+        for (ptrdiff_t k = 0; k < head + VECTORS * LANES_OF; k++)
             columns[sheet.width + k] = columns[k];
     }
     place.coefficients = table;
@@ -278,7 +324,11 @@ INLINE void T(write_table)(const struct Pass *p, struct Sheet sheet, ptrdiff_t f
     T(write_row)(&place, 0, head, way & ~STREAM);
     T(move)(&place, head, way);
     place.coefficients += head;
-    T(write_sheet)(place, &sheet, way);
+    if (sheet.row_stride == sheet.width
+        && (way & STREAM || sheet.width * sizeof(stored) % LINE))
+        T(write_wrapped)(place, sheet.rows * sheet.width + sheet.tail, sheet.width, way);
+    else
+        T(write_sheet)(place, &sheet, way);
 }
 
 INLINE void T(write_way)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
@@ -292,7 +342,8 @@ INLINE void T(write_way)(const struct Pass *p, const struct Sheet *sheet, ptrdif
         else
             T(write_planes)(p, sheet, first, way);
     } else if (sheet->repeat * sheet->span == 1
-               && (sheet->width > WIDTH / 2 || sheet->rows * sheet->width < WORTH_A_TABLE))
+               && (sheet->rows * sheet->width < WORTH_A_TABLE || sheet->width > WIDTH
+                   || (sheet->width > WIDTH / 2 && !(way & STREAM))))
         /* Where a row holds each channel once, the coefficients lie as a table would. */
         T(write_sheet)(T(place_of)(p, sheet->offset, first, way), sheet, way | BY_COLUMN);
     else if (parts > 1)
