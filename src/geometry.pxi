@@ -155,7 +155,8 @@ cdef Geometry cut(View view,
         B, C = 1, B * C
     g.B, g.N, g.C, g.S, g.parts, g.period = B, N, C, S, view.parts, view.period
     g.channels, g.parameters = B * C, view.period * view.parts
-    g.by_plane = S >= LONG_RUN or (N < FEW_ROWS and (S >= FEW_LANES or g.parts > 1))
+    g.by_plane = S >= LONG_RUN or (
+        (N < FEW_ROWS or not reduces) and (S >= FEW_LANES or g.parts > 1))
     g.by_value = g.by_plane and g.parts > 1 and g.parts == S
     gathers = gathers and g.by_value
     g.lanes = LANES if N * (S // LANES) >= FEW_LANES else FEW_LANES
