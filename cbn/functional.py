@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cbn import _checks, _dispatch, _engine, _norms, _threads
+from cbn import _arrays, _dispatch, _engine, _norms, _scalars, _threads
 from cbn._types import Array
 
 __all__ = [
@@ -111,10 +111,10 @@ def batch_norm(
     if done is not None:
         return done
     norm = _norms.any_batch(channel_axis)
-    if _checks.flag("training", training):
+    if _scalars.flag("training", training):
         learning = running_mean, running_var, None, momentum, correction
         return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning)[0]
-    _checks.unused(momentum, correction)
+    _scalars.unused(momentum, correction)
     given = running_mean, running_var, weight, bias, eps, out
     return _engine.forward_given(x, norm, None, *given)[0]
 
@@ -225,7 +225,7 @@ def batch_norm_backward(
     >>> [grad.round(3).ravel().tolist() for grad in grads]
     [[0.204, -0.408, 0.204], [-1.225], [1.0]]
     """
-    norm, x = _norms.any_batch(channel_axis), _checks.array("x", x)
+    norm, x = _norms.any_batch(channel_axis), _arrays.array("x", x)
     saved = _engine.given_statistics(x, norm, mean, var, eps, training)
     return _engine.backward(saved, grad_output, weight, out, x)
 
@@ -342,7 +342,7 @@ def group_norm_backward(
     >>> [gradient.round(3).tolist() for gradient in gradients]
     [[[0.204, -0.408, 0.204]], [-1.225, 0.0, 0.0], [1.0, 0.0, 0.0]]
     """
-    norm, x = _norms.any_group(num_groups, channel_axis), _checks.array("x", x)
+    norm, x = _norms.any_group(num_groups, channel_axis), _arrays.array("x", x)
     return _engine.backward(_engine.statistics(x, norm, eps), grad_output, weight, out, x)
 
 
@@ -418,10 +418,10 @@ def instance_norm(
             [-1.,  1.]]])
     """
     norm, given_norm = _norms.any_instance(channel_axis)
-    if _checks.flag("use_input_stats", use_input_stats):
+    if _scalars.flag("use_input_stats", use_input_stats):
         learning = running_mean, running_var, None, momentum, correction
         return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning)[0]
-    _checks.unused(momentum, correction)
+    _scalars.unused(momentum, correction)
     given = running_mean, running_var, weight, bias, eps, out
     return _engine.forward_given(x, given_norm, None, *given)[0]
 
@@ -478,7 +478,7 @@ def instance_norm_backward(
     >>> [gradient.round(3).tolist() for gradient in gradients]
     [[[[0.204, -0.408, 0.204]]], [-1.225], [1.0]]
     """
-    (norm, _), x = _norms.any_instance(channel_axis), _checks.array("x", x)
+    (norm, _), x = _norms.any_instance(channel_axis), _arrays.array("x", x)
     return _engine.backward(_engine.statistics(x, norm, eps), grad_output, weight, out, x)
 
 
@@ -588,7 +588,7 @@ def layer_norm_backward(
     >>> [gradient.round(3).tolist() for gradient in gradients]
     [[[0.204, -0.408, 0.204]], [-1.225, 0.0, 0.0], [1.0, 0.0, 0.0]]
     """
-    norm, x = _norms.any_layer(normalized_shape), _checks.array("x", x)
+    norm, x = _norms.any_layer(normalized_shape), _arrays.array("x", x)
     return _engine.backward(_engine.statistics(x, norm, eps), grad_output, weight, out, x)
 
 
@@ -639,7 +639,7 @@ def rms_norm(
     >>> rms_norm([[1.0, 7.0]], 2, eps=0.0)
     array([[0.2, 1.4]])
     """
-    norm, x = _norms.any_layer(normalized_shape, centred=False), _checks.array("x", x)
+    norm, x = _norms.any_layer(normalized_shape, centred=False), _arrays.array("x", x)
     eps = _norms.default_eps(x.dtype) if eps is None else eps
     return _engine.forward(x, norm, None, weight, None, eps, out)[0]
 
@@ -692,7 +692,7 @@ def rms_norm_backward(
     >>> [gradient.round(3).tolist() for gradient in gradients]
     [[[0.196, -0.028]], [0.2, 0.0]]
     """
-    norm, x = _norms.any_layer(normalized_shape, centred=False), _checks.array("x", x)
+    norm, x = _norms.any_layer(normalized_shape, centred=False), _arrays.array("x", x)
     eps = _norms.default_eps(x.dtype) if eps is None else eps
     saved = _engine.statistics(x, norm, eps)
     return _engine.backward(saved, grad_output, weight, out, x)[:2]

@@ -5,9 +5,10 @@ A layer decides which statistics to use, and calls the engine.
 
 from __future__ import annotations
 
+import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from cbn import _checks, _engine, _norms
+from cbn import _arrays, _engine, _norms, _statistics
 from cbn._types import Array
 from cbn.layers._base import documented_by
 from cbn.layers._channel_norm import ChannelNorm
@@ -120,11 +121,23 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
         )
         for name, value in (("running_mean", running_mean), ("running_var", running_var)):
             if value is not None:
-                _checks.tracked(name, self.track_running_stats)
-                initial = _checks.initial_statistic(name, value, self.num_features, self.dtype)
-                if name == "running_var":
-                    _checks.usable_variance(name, initial, self.eps, nan=False)
-                setattr(self, name, initial)
+                setattr(self, name, self._initial(name, value))
+
+    def _initial(self, name: str, value: ArrayLike) -> Array:
+        """The statistic to start with, from a scalar or one value per channel."""
+        if not self.track_running_stats:
+            raise ValueError(
+                f"{name}: expected None with track_running_stats=False, got a value that nothing "
+                f"would use"
+            )
+        C = self.num_features
+        array = _arrays.floats(name, value, self.dtype)
+        if array.shape not in ((), (C,)):
+            raise ValueError(f"{name}: expected a scalar or shape ({C},), got shape {array.shape}")
+        initial = np.full(C, array, dtype=self.dtype)
+        if name == "running_var":
+            _statistics.usable_variance(name, initial, self.eps, nan=False)
+        return initial
 
     def _set_norm(self) -> None:
         self._norm = self._by_channel = _norms.batch(self._axes)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from cbn import _checks, _engine
+from cbn import _engine, _scalars, _statistics
 from cbn._norms import Norm
-from cbn._types import Array, Axes
+from cbn._types import Array, Axes, Config
+from cbn.exceptions import warn_caller
 from cbn.layers._base import NormLayer
-
-if TYPE_CHECKING:
-    from cbn import _state
 
 
 class ChannelNorm(NormLayer, of_cbn=True):
@@ -53,21 +51,21 @@ class ChannelNorm(NormLayer, of_cbn=True):
         correction: float,
         nonfinite: str,
     ) -> None:
-        self._num_features = _checks.positive_integer("num_features", num_features)
-        self.eps = _checks.non_negative("eps", eps)
-        self.momentum = _checks.momentum_or_none(momentum)
-        _checks.warn_of_momentum(self.momentum)
-        self.affine = _checks.flag("affine", affine)
-        _checks.device(device)
-        self.dtype = _checks.dtype(dtype)
-        self._channel_axis = _checks.channel_axis(channel_axis)
+        self._num_features = _scalars.positive_integer("num_features", num_features)
+        self.eps = _scalars.non_negative("eps", eps)
+        self.momentum = _scalars.momentum_or_none(momentum)
+        _warn_of_momentum(self.momentum)
+        self.affine = _scalars.flag("affine", affine)
+        _scalars.device(device)
+        self.dtype = _scalars.dtype(dtype)
+        self._channel_axis = _scalars.channel_axis(channel_axis)
         self._axes = self._axes_of(self._num_features, self._channel_axis)
-        self.correction = _checks.non_negative("correction", correction)
-        self.nonfinite = _checks.nonfinite(nonfinite)
+        self.correction = _scalars.non_negative("correction", correction)
+        self.nonfinite = _scalars.nonfinite(nonfinite)
         self.training = True
         self.frozen = False
         self._make_parameters((self._num_features,), self.affine, bias)
-        self.track_running_stats = _checks.flag("track_running_stats", track_running_stats)
+        self.track_running_stats = _scalars.flag("track_running_stats", track_running_stats)
         # Who gets the statistics of each batch in training, in place of the running statistics.
         self._observer: Callable[[_engine.Saved], None] | None = None
         self._set_norm()
@@ -84,7 +82,7 @@ class ChannelNorm(NormLayer, of_cbn=True):
 
     @track_running_stats.setter
     def track_running_stats(self, value: bool) -> None:
-        self._track_running_stats = _checks.flag("track_running_stats", value)
+        self._track_running_stats = _scalars.flag("track_running_stats", value)
         if value and self.running_mean is None:
             self.running_mean = np.zeros(self.num_features, self.dtype)
             self.running_var = np.ones(self.num_features, self.dtype)
@@ -116,9 +114,9 @@ class ChannelNorm(NormLayer, of_cbn=True):
             self.training and not self.frozen and observer is None and self._track_running_stats
         )
         if updates and self.num_batches_tracked is None:
-            _checks.batch_to_count(None)
+            _statistics.batch_to_count(None)
         warns = self.training and observer is None and not self._warned
-        least = _checks.SMALL_BATCH if warns else 2
+        least = _statistics.SMALL_BATCH if warns else 2
         if observer is not None and not self._averages_samples:
             least = 1  # it merges the statistics of all batches
         y, saved = _engine.forward(
@@ -138,7 +136,7 @@ class ChannelNorm(NormLayer, of_cbn=True):
             self.nonfinite if self.training else "propagate",
         )
         self._forward = saved
-        if warns and 0 < saved.view.values < _checks.SMALL_BATCH:
+        if warns and 0 < saved.view.values < _statistics.SMALL_BATCH:
             self._warned = True
         if observer is not None:
             observer(saved)
@@ -148,20 +146,20 @@ class ChannelNorm(NormLayer, of_cbn=True):
         """Set the running statistics to mean 0 and variance 1, after no batch."""
         self._reset(running_mean=0, running_var=1, num_batches_tracked=0)
 
-    def _config(self) -> _state.Config:
+    def _config(self) -> Config:
         # Tracking may have been switched off on a layer that has statistics.
         return {
             **super()._config(),
             "has_running_stats": self.running_mean is not None,
-            "frozen": _checks.flag("frozen", self.frozen),
+            "frozen": _scalars.flag("frozen", self.frozen),
         }
 
     @classmethod
-    def _from_config(cls, config: _state.Config) -> Self:
+    def _from_config(cls, config: Config) -> Self:
         has, tracks = config["has_running_stats"], config["track_running_stats"]
         layer = super()._from_config(config | {"track_running_stats": has})
         layer.track_running_stats = tracks
-        layer.frozen = _checks.flag("frozen", config["frozen"])
+        layer.frozen = _scalars.flag("frozen", config["frozen"])
         return layer
 
     def __getstate__(self) -> dict[str, Any]:
@@ -189,3 +187,13 @@ class ChannelNorm(NormLayer, of_cbn=True):
         if self.nonfinite != "propagate":
             optional["nonfinite"] = repr(self.nonfinite)
         return self._described_by(self.num_features, **optional)
+
+
+def _warn_of_momentum(value: float | None) -> None:
+    """PyTorch takes any number without a word; the average leaves the range of the data."""
+    if value is not None and not 0 <= value <= 1:
+        warn_caller(
+            f"momentum: expected a number from 0 to 1, the weight of the new batch, got {value:g}; "
+            "momentum=0.1 is what Keras and ONNX call 0.9",
+            UserWarning,
+        )

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from cbn import _checks, _engine, _norms
-from cbn._types import Array, Shape
+from cbn import _engine, _norms, _scalars
+from cbn._types import Array, Config, Shape
 from cbn.layers._base import NormLayer
-
-if TYPE_CHECKING:
-    from cbn import _state
 
 
 class GroupNorm(NormLayer, of_cbn=True):
@@ -87,14 +84,14 @@ class GroupNorm(NormLayer, of_cbn=True):
         bias: bool = True,
         channel_axis: int = 1,
     ) -> None:
-        self._num_groups = _checks.positive_integer("num_groups", num_groups)
-        self._num_channels = _checks.positive_integer("num_channels", num_channels)
-        _checks.group_count(num_groups, num_channels)
-        self.eps = _checks.non_negative("eps", eps)
-        self.affine = _checks.flag("affine", affine)
-        _checks.device(device)
-        self.dtype = _checks.dtype(dtype)
-        self._channel_axis = _checks.channel_axis(channel_axis)
+        self._num_groups = _scalars.positive_integer("num_groups", num_groups)
+        self._num_channels = _scalars.positive_integer("num_channels", num_channels)
+        _norms.check_group_count(num_groups, num_channels)
+        self.eps = _scalars.non_negative("eps", eps)
+        self.affine = _scalars.flag("affine", affine)
+        _scalars.device(device)
+        self.dtype = _scalars.dtype(dtype)
+        self._channel_axis = _scalars.channel_axis(channel_axis)
         self.training = True
         self._make_parameters((self._num_channels,), self.affine, bias)
         self._set_norm()
@@ -127,10 +124,10 @@ class GroupNorm(NormLayer, of_cbn=True):
     _normalise = __call__
 
     @classmethod
-    def _parameter_shape_of(cls, config: _state.Config) -> Shape:
-        groups = _checks.positive_integer("num_groups", config["num_groups"])
-        channels = _checks.positive_integer("num_channels", config["num_channels"])
-        _checks.group_count(groups, channels)
+    def _parameter_shape_of(cls, config: Config) -> Shape:
+        groups = _scalars.positive_integer("num_groups", config["num_groups"])
+        channels = _scalars.positive_integer("num_channels", config["num_channels"])
+        _norms.check_group_count(groups, channels)
         return (channels,)
 
     def __repr__(self) -> str:

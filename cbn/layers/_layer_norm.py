@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from cbn import _checks, _engine, _norms
-from cbn._types import Array, Shape
+from cbn import _engine, _norms, _scalars
+from cbn._types import Array, Config, Shape
 from cbn.layers._base import NormLayer
-
-if TYPE_CHECKING:
-    from cbn import _state
 
 
 class _RowNorm(NormLayer, of_cbn=True):
@@ -31,12 +28,12 @@ class _RowNorm(NormLayer, of_cbn=True):
         device: str | None,
         dtype: DTypeLike | None,
     ) -> None:
-        self._normalized_shape = _checks.normalized_shape(normalized_shape)
-        self.elementwise_affine = _checks.flag("elementwise_affine", elementwise_affine)
-        _checks.device(device)
-        self.dtype = _checks.dtype(dtype)
+        self._normalized_shape = _norms.lengths_of(normalized_shape)
+        self.elementwise_affine = _scalars.flag("elementwise_affine", elementwise_affine)
+        _scalars.device(device)
+        self.dtype = _scalars.dtype(dtype)
         self.eps = _norms.default_eps(self.dtype) if eps is None else eps
-        self.eps = _checks.non_negative("eps", self.eps)
+        self.eps = _scalars.non_negative("eps", self.eps)
         self.training = True
         self._make_parameters(self._normalized_shape, self.elementwise_affine, bias)
         self._set_norm()
@@ -58,12 +55,12 @@ class _RowNorm(NormLayer, of_cbn=True):
 
     _normalise = __call__
 
-    def _config(self) -> _state.Config:
+    def _config(self) -> Config:
         return {**super()._config(), "normalized_shape": list(self.normalized_shape)}
 
     @classmethod
-    def _parameter_shape_of(cls, config: _state.Config) -> Shape:
-        return _checks.normalized_shape(config["normalized_shape"])
+    def _parameter_shape_of(cls, config: Config) -> Shape:
+        return _norms.lengths_of(config["normalized_shape"])
 
     def __repr__(self) -> str:
         optional: dict[str, Any] = {
@@ -140,7 +137,7 @@ class LayerNorm(_RowNorm, of_cbn=True):
         device: str | None = None,
         dtype: DTypeLike | None = None,
     ) -> None:
-        eps = _checks.non_negative("eps", eps)
+        eps = _scalars.non_negative("eps", eps)
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from cbn import _checks, _cpu, _dispatch, _pools, _threads
+from cbn import _cpu, _dispatch, _pools, _threads
 from cbn._version import __version__
 
 Config = dict[str, dict[str, Any]]
@@ -48,7 +48,8 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> Config | None:
     >>> sorted(cbn.show_config(mode="dicts"))
     ['calls', 'instruction set', 'pools', 'threads', 'versions']
     """
-    _checks.config_mode(mode)
+    if mode not in ("stdout", "dicts"):
+        raise ValueError(f"mode: expected 'stdout' or 'dicts', got {mode!r}")
     config = _config()
     if mode == "dicts":
         return config
