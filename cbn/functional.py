@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cbn import _arrays, _dispatch, _engine, _norms, _scalars, _threads
+from cbn._docstrings import documented_by
 from cbn._types import Array
 
 __all__ = [
@@ -119,20 +120,14 @@ def batch_norm(
     return _engine.forward_given(x, norm, None, *given)[0]
 
 
+@documented_by(batch_norm)
 def batch_norm_stats(
     x: ArrayLike, *, channel_axis: int = 1
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
     """Return the mean, the biased variance and the number of values of each channel.
 
     ``mean = sum(x) / count`` and ``var = sum((x - mean)**2) / count`` over all axes but that of
-    the channels. Two batches merge exactly from these three (Chan, Golub and LeVeque 1983).
-
-    Parameters
-    ----------
-    x : array_like
-        Float32 or float64 data of at least two axes, in any layout. Never modified.
-    channel_axis : {1, -1}
-        Channels first (N, C, ...) or last (N, ..., C).
+    the channels. Two batches merge exactly from these three.
 
     Returns
     -------
@@ -145,6 +140,10 @@ def batch_norm_stats(
     TypeError, ValueError
         If ``x`` or ``channel_axis`` is not as above.
 
+    References
+    ----------
+    Chan, Golub and LeVeque (1983) for merging.
+
     Examples
     --------
     >>> from cbn.functional import batch_norm_stats
@@ -156,6 +155,7 @@ def batch_norm_stats(
     return saved.statistics[0].copy(), saved.statistics[2].copy(), saved.view.values
 
 
+@documented_by(batch_norm)
 def batch_norm_backward(
     grad_output: ArrayLike,
     x: ArrayLike,
@@ -193,10 +193,6 @@ def batch_norm_backward(
         Scale of the forward call; 1 where absent.
     training : bool
         Whether ``mean`` and ``var`` are the statistics of ``x``.
-    eps : float
-        Added to the variance, >= 0.
-    channel_axis : {1, -1}
-        Channels first (N, C, ...) or last (N, ..., C).
     out : ndarray, optional
         Array to write ``grad_input`` to: ``grad_output`` or ``x`` itself, or memory apart.
 
@@ -230,6 +226,7 @@ def batch_norm_backward(
     return _engine.backward(saved, grad_output, weight, out, x)
 
 
+@documented_by(batch_norm)
 def group_norm(
     x: ArrayLike,
     num_groups: int,
@@ -257,19 +254,6 @@ def group_norm(
         modified.
     num_groups : int
         A divisor of C.
-    weight, bias : array_like of shape (C,), optional
-        Scale and shift of each channel; 1 and 0 where absent.
-    eps : float
-        Added to the variance, >= 0.
-    channel_axis : {1, -1}
-        Channels first (N, C, ...) or last (N, ..., C).
-    out : ndarray, optional
-        Array of the shape and dtype of ``x`` to write to: ``x`` itself or memory apart from it.
-
-    Returns
-    -------
-    ndarray
-        The normalised data, of the shape and dtype of ``x``; ``out`` if that was given.
 
     Raises
     ------
@@ -291,6 +275,7 @@ def group_norm(
     return _engine.forward(x, norm, None, weight, bias, eps, out)[0]
 
 
+@documented_by(batch_norm_backward, group_norm)
 def group_norm_backward(
     grad_output: ArrayLike,
     x: ArrayLike,
@@ -312,19 +297,8 @@ def group_norm_backward(
 
     Parameters
     ----------
-    grad_output : array_like, shape and dtype of x
-        Gradient with respect to the output. Never modified.
     x : array_like
         Input of the forward call, whose statistics are computed once more; a layer keeps them.
-    num_groups, weight, eps, channel_axis
-        As for :func:`group_norm`.
-    out : ndarray, optional
-        Array to write ``grad_input`` to: ``grad_output`` or ``x`` itself, or memory apart.
-
-    Returns
-    -------
-    grad_input : ndarray, shape and dtype of x
-    grad_weight, grad_bias : ndarray of shape (C,), dtype of x
 
     Raises
     ------
@@ -346,6 +320,7 @@ def group_norm_backward(
     return _engine.backward(_engine.statistics(x, norm, eps), grad_output, weight, out, x)
 
 
+@documented_by(batch_norm)
 def instance_norm(
     x: ArrayLike,
     running_mean: ArrayLike | None = None,
@@ -378,25 +353,12 @@ def instance_norm(
         memory layout. Never modified.
     running_mean, running_var : array_like of shape (C,) or None
         Statistics to normalise by, or, with ``use_input_stats``, arrays to update.
-    weight, bias : array_like of shape (C,), optional
-        Scale and shift of each channel; 1 and 0 where absent.
     use_input_stats : bool
         Whether to use the statistics of ``x``.
     momentum : float
         Weight of the new statistics, as in PyTorch.
-    eps : float
-        Added to the variance, >= 0.
-    channel_axis : {1, -1}
-        Channels first (N, C, ...) or last (N, ..., C).
     correction : float
         The running variance is divided by n - correction.
-    out : ndarray, optional
-        Array of the shape and dtype of ``x`` to write to: ``x`` itself or memory apart from it.
-
-    Returns
-    -------
-    ndarray
-        The normalised data, of the shape and dtype of ``x``; ``out`` if that was given.
 
     Raises
     ------
@@ -426,6 +388,7 @@ def instance_norm(
     return _engine.forward_given(x, given_norm, None, *given)[0]
 
 
+@documented_by(group_norm_backward)
 def instance_norm_backward(
     grad_output: ArrayLike,
     x: ArrayLike,
@@ -446,27 +409,6 @@ def instance_norm_backward(
         grad_input = weight / sqrt(var + eps)
                      * (grad_output - mean(grad_output) - x_hat * mean(grad_output * x_hat))
 
-    Parameters
-    ----------
-    grad_output : array_like, shape and dtype of x
-        Gradient with respect to the output. Never modified.
-    x : array_like
-        Input of the forward call, whose statistics are computed once more; a layer keeps them.
-    weight, eps, channel_axis
-        As for :func:`instance_norm`.
-    out : ndarray, optional
-        Array to write ``grad_input`` to: ``grad_output`` or ``x`` itself, or memory apart.
-
-    Returns
-    -------
-    grad_input : ndarray, shape and dtype of x
-    grad_weight, grad_bias : ndarray of shape (C,), dtype of x
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
-
     References
     ----------
     Ulyanov, Vedaldi and Lempitsky, "Instance Normalization" (2016), differentiated.
@@ -482,6 +424,7 @@ def instance_norm_backward(
     return _engine.backward(_engine.statistics(x, norm, eps), grad_output, weight, out, x)
 
 
+@documented_by(group_norm)
 def layer_norm(
     x: ArrayLike,
     normalized_shape: int | Sequence[int],
@@ -505,20 +448,6 @@ def layer_norm(
         Lengths of the axes to normalise over.
     weight, bias : array_like of shape normalized_shape, optional
         Scale and shift of each value; 1 and 0 where absent.
-    eps : float
-        Added to the variance, >= 0.
-    out : ndarray, optional
-        Array of the shape and dtype of ``x`` to write to: ``x`` itself or memory apart from it.
-
-    Returns
-    -------
-    ndarray
-        The normalised data, of the shape and dtype of ``x``; ``out`` if that was given.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
 
     References
     ----------
@@ -537,6 +466,7 @@ def layer_norm(
     return _engine.forward(x, norm, None, weight, bias, eps, out)[0]
 
 
+@documented_by(group_norm_backward, layer_norm)
 def layer_norm_backward(
     grad_output: ArrayLike,
     x: ArrayLike,
@@ -557,24 +487,13 @@ def layer_norm_backward(
 
     Parameters
     ----------
-    grad_output : array_like, shape and dtype of x
-        Gradient with respect to the output. Never modified.
-    x : array_like
-        Input of the forward call, whose statistics are computed once more; a layer keeps them.
-    normalized_shape, weight, eps
-        As for :func:`layer_norm`.
-    out : ndarray, optional
-        Array to write ``grad_input`` to: ``grad_output`` or ``x`` itself, or memory apart.
+    weight : array_like of shape normalized_shape, optional
+        Scale of the forward call; 1 where absent.
 
     Returns
     -------
     grad_input : ndarray, shape and dtype of x
     grad_weight, grad_bias : ndarray of shape normalized_shape, dtype of x
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
 
     References
     ----------
@@ -592,6 +511,7 @@ def layer_norm_backward(
     return _engine.backward(_engine.statistics(x, norm, eps), grad_output, weight, out, x)
 
 
+@documented_by(layer_norm)
 def rms_norm(
     x: ArrayLike,
     normalized_shape: int | Sequence[int],
@@ -606,27 +526,10 @@ def rms_norm(
 
     Parameters
     ----------
-    x : array_like
-        Float32 or float64 data whose last axes are ``normalized_shape``, in any memory layout.
-        Never modified.
-    normalized_shape : int or sequence of int
-        Lengths of the axes to normalise over.
     weight : array_like of shape normalized_shape, optional
         Scale of each value; 1 where absent.
     eps : float or None
         Added to the mean square, >= 0. None: ``numpy.finfo(x.dtype).eps``.
-    out : ndarray, optional
-        Array of the shape and dtype of ``x`` to write to: ``x`` itself or memory apart from it.
-
-    Returns
-    -------
-    ndarray
-        The normalised data, of the shape and dtype of ``x``; ``out`` if that was given.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
 
     References
     ----------
@@ -644,6 +547,7 @@ def rms_norm(
     return _engine.forward(x, norm, None, weight, None, eps, out)[0]
 
 
+@documented_by(layer_norm_backward, rms_norm)
 def rms_norm_backward(
     grad_output: ArrayLike,
     x: ArrayLike,
@@ -662,24 +566,15 @@ def rms_norm_backward(
 
     Parameters
     ----------
-    grad_output : array_like, shape and dtype of x
-        Gradient with respect to the output. Never modified.
     x : array_like
         Input of the forward call, whose mean squares are computed once more; a layer keeps them.
-    normalized_shape, weight, eps
-        As for :func:`rms_norm`.
-    out : ndarray, optional
-        Array to write ``grad_input`` to: ``grad_output`` or ``x`` itself, or memory apart.
+    eps : float or None
+        Added to the mean square, >= 0. None: ``numpy.finfo(x.dtype).eps``.
 
     Returns
     -------
     grad_input : ndarray, shape and dtype of x
     grad_weight : ndarray of shape normalized_shape, dtype of x
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
 
     References
     ----------

@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from cbn import _engine, _scalars, _schema
 from cbn._arrays import writable
+from cbn._docstrings import documented_by
 from cbn._norms import Norm
 from cbn._state_dict import IncompatibleKeys, load_arrays
 from cbn._types import Array, Config, Expected, Shape, Target
@@ -25,6 +26,14 @@ OF_ATTRIBUTES: dict[str, Callable[[str, Any], Any]] = {
     "momentum": lambda name, value: _scalars.momentum_or_none(value),
     "correction": _scalars.non_negative,
     "nonfinite": lambda name, value: _scalars.nonfinite(value),
+}
+# Attributes that a repr shows where they are not as usual, and how.
+UNUSUAL: dict[str, tuple[Any, Callable[[Any], object]]] = {
+    "dtype": (np.float32, np.dtype),
+    "channel_axis": (1, str),
+    "correction": (1, "{:g}".format),
+    "frozen": (False, str),
+    "nonfinite": ("propagate", repr),
 }
 
 
@@ -53,7 +62,28 @@ GIVEN_FORWARD = "_given_forward"
 
 
 class NormLayer(ABC):
-    """A layer that normalises: the base of all of cbn, for those who look for them."""
+    """A layer that normalises: the base of all of cbn, for those who look for them.
+
+    Parameters
+    ----------
+    eps : float
+        Added to the variance, >= 0.
+    affine : bool
+        Whether to scale by ``weight`` and shift by ``bias``.
+    device : None or "cpu"
+        For code that comes from PyTorch.
+    dtype : dtype, optional
+        Float32 (None) or float64: of the layer's arrays and the data.
+    bias : bool
+        False keeps the scale and drops the shift.
+    channel_axis : {1, -1}
+        Channels first (N, C, ...) or last (N, ..., C).
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as above.
+    """
 
     dtype: np.dtype[Any]
     eps: float
@@ -108,6 +138,8 @@ class NormLayer(ABC):
         super().__init_subclass__(**arguments)
         if of_cbn:
             cls._class_of_cbn = cls
+            assert cls.__base__ is not None
+            documented_by(cls.__base__)(cls)
         if cls.forward not in (NormLayer.forward, cls.__call__):
             cls._call_by_forward()
 
@@ -374,10 +406,19 @@ class NormLayer(ABC):
         if GIVEN_FORWARD in state:
             self._call_by_forward()
 
-    def _described_by(self, *required: Any, **optional: Any) -> str:
-        """For repr: the layer as a call with its arguments."""
-        arguments = [str(value) for value in required]
-        arguments += [f"{name}={value}" for name, value in optional.items()]
+    _required: ClassVar[tuple[str, ...]]  # arguments that a repr shows by value alone
+    _shown: ClassVar[tuple[str, ...]]  # those that it shows by name
+
+    def __repr__(self) -> str:
+        """The layer as a call with its arguments."""
+        shown = {name: getattr(self, name) for name in self._shown}
+        if "bias" in shown:
+            shown["bias"] = self.bias is not None
+        for name, (usual, text) in UNUSUAL.items():
+            if (value := getattr(self, name, usual)) != usual:
+                shown[name] = text(value)
+        arguments = [str(getattr(self, name)) for name in self._required]
+        arguments += [f"{name}={value}" for name, value in shown.items()]
         return f"{type(self).__name__}({', '.join(arguments)})"
 
 
@@ -404,19 +445,3 @@ def _check_restorable(cls: type, norm: type) -> None:
                 f"keeps, got {base.__name__}{theirs}; use cbn.save(layer, path), and "
                 "cbn.load(layer, path) on a layer that the program has made"
             )
-
-
-Layer = TypeVar("Layer", bound=type[NormLayer])
-
-
-def documented_by(family: type[NormLayer]) -> Callable[[Layer], Layer]:
-    """Insert the sections that a family of layers shares before the example of a class."""
-
-    def document(cls: Layer) -> Layer:
-        if cls.__doc__ and family.__doc__:  # python -OO has neither
-            summary, heading, example = cls.__doc__.partition("    Examples\n")
-            shared = family.__doc__.partition("\n\n")[2]
-            cls.__doc__ = summary + shared.rstrip() + "\n\n" + heading + example
-        return cls
-
-    return document

@@ -10,7 +10,6 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from cbn import _arrays, _engine, _norms, _statistics
 from cbn._types import Array
-from cbn.layers._base import documented_by
 from cbn.layers._channel_norm import ChannelNorm
 
 
@@ -24,27 +23,13 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
 
     Parameters
     ----------
-    num_features : int
-        Number of channels C.
-    eps : float
-        Added to the variance, >= 0.
     momentum : float or None
         Weight of the NEW batch, as in PyTorch: ``running = (1 - momentum) * running + momentum *
         batch``. Keras and ONNX count the other way round, ``running = momentum * running +
         (1 - momentum) * batch``: their 0.9 is 0.1 here. None: the average over all batches.
-    affine : bool
-        Whether to scale by ``weight`` and shift by ``bias``.
     track_running_stats : bool
         Whether to keep running statistics; without them eval mode uses those of the batch. Can be
         switched on a live layer.
-    device : None or "cpu"
-        For code that comes from PyTorch.
-    dtype : dtype, optional
-        Float32 (None) or float64: of the parameters, the statistics and the data.
-    bias : bool
-        False keeps the scale and drops the shift.
-    channel_axis : {1, -1}
-        Channels first (N, C, ...) or last (N, ..., C).
     correction : float
         The running variance is divided by n - correction (1: PyTorch; 0: Keras, Flax, ONNX).
     running_mean, running_var : float or array_like of shape (C,), optional
@@ -54,34 +39,6 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
         infinite, or beyond the dtype of the running statistics: let it into them, as in PyTorch;
         refuse it with a FloatingPointError that names the channels; or leave the running
         statistics of these channels as they were and count the batch.
-
-    Attributes
-    ----------
-    weight, bias : ndarray of shape (C,) or None
-        Parameters. Edits in place take effect at the next call, as with the statistics.
-    running_mean, running_var : ndarray of shape (C,) or None
-        Running statistics.
-    num_batches_tracked : ndarray of int64, shape (), or None
-        Number of batches they have seen.
-    weight_grad, bias_grad : ndarray of shape (C,) or None
-        Gradients of the last ``backward``.
-    training : bool
-        The mode; set by ``train`` and ``eval``.
-    frozen : bool
-        Whether training, too, uses the running statistics and keeps them; set by
-        :func:`cbn.freeze` and :func:`cbn.unfreeze`.
-    eps, momentum, correction, track_running_stats, nonfinite
-        As above.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
-
-    Warns
-    -----
-    UserWarning
-        If ``momentum`` is outside 0 to 1.
 
     References
     ----------
@@ -106,19 +63,8 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
         running_var: ArrayLike | None = None,
         nonfinite: str = "propagate",
     ) -> None:
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            bias,
-            channel_axis,
-            correction,
-            nonfinite,
-        )
+        arguments = num_features, eps, momentum, affine, track_running_stats, device, dtype
+        super().__init__(*arguments, bias, channel_axis, correction, nonfinite)
         for name, value in (("running_mean", running_mean), ("running_var", running_var)):
             if value is not None:
                 setattr(self, name, self._initial(name, value))
@@ -201,7 +147,6 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
     _normalise = __call__
 
 
-@documented_by(_BatchNorm)
 class BatchNorm1d(_BatchNorm, of_cbn=True):
     """Batch normalisation of (N, C) or (N, C, L) data; channels last (N, C) or (N, L, C).
 
@@ -221,7 +166,6 @@ class BatchNorm1d(_BatchNorm, of_cbn=True):
     _layouts = ("NC", "NCL")
 
 
-@documented_by(_BatchNorm)
 class BatchNorm2d(_BatchNorm, of_cbn=True):
     """Batch normalisation of (N, C, H, W) or (C, H, W) data; channels last (N, H, W, C), (H, W, C).
 
@@ -236,7 +180,6 @@ class BatchNorm2d(_BatchNorm, of_cbn=True):
     _layouts = ("NCHW", "CHW")
 
 
-@documented_by(_BatchNorm)
 class BatchNorm3d(_BatchNorm, of_cbn=True):
     """Batch normalisation of (N, C, D, H, W) or (C, D, H, W) data; channels last (N, D, H, W, C).
 

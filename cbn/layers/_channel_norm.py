@@ -16,7 +16,36 @@ from cbn.layers._base import NormLayer
 
 
 class ChannelNorm(NormLayer, of_cbn=True):
-    """A layer with a weight, a bias and running statistics for each channel."""
+    """A layer with a weight, a bias and running statistics for each channel.
+
+    Parameters
+    ----------
+    num_features : int
+        Number of channels C.
+
+    Attributes
+    ----------
+    weight, bias : ndarray of shape (C,) or None
+        Parameters. Edits in place take effect at the next call, as with the statistics.
+    running_mean, running_var : ndarray of shape (C,) or None
+        Running statistics.
+    num_batches_tracked : ndarray of int64, shape (), or None
+        Number of batches they have seen.
+    weight_grad, bias_grad : ndarray of shape (C,) or None
+        Gradients of the last ``backward``.
+    training : bool
+        The mode; set by ``train`` and ``eval``.
+    frozen : bool
+        Whether training, too, uses the running statistics and keeps them; set by
+        :func:`cbn.freeze` and :func:`cbn.unfreeze`.
+    eps, momentum, correction, track_running_stats, nonfinite
+        As above.
+
+    Warns
+    -----
+    UserWarning
+        If ``momentum`` is outside 0 to 1.
+    """
 
     _layouts: ClassVar[tuple[str, ...]]  # the axes of what it accepts, channels first
     _saved: ClassVar[tuple[str, ...]] = (
@@ -32,6 +61,8 @@ class ChannelNorm(NormLayer, of_cbn=True):
         "nonfinite",
     )
     _smallest: ClassVar[dict[str, Any]] = {"num_features": 1, "momentum": None}
+    _required = ("num_features",)
+    _shown = ("eps", "momentum", "affine", "bias", "track_running_stats")
     nonfinite = "propagate"  # of pickles that are older than this attribute
     _warned = False  # of a small batch
     _averages_samples: ClassVar[bool] = False  # whether that is what the running statistics learn
@@ -167,26 +198,6 @@ class ChannelNorm(NormLayer, of_cbn=True):
         state = {**super().__getstate__(), "_observer": None}
         del state["_by_channel"]
         return state
-
-    def __repr__(self) -> str:
-        optional: dict[str, Any] = {
-            "eps": self.eps,
-            "momentum": self.momentum,
-            "affine": self.affine,
-            "bias": self.bias is not None,
-            "track_running_stats": self.track_running_stats,
-        }
-        if self.dtype != np.float32:
-            optional["dtype"] = np.dtype(self.dtype)
-        if self.channel_axis != 1:
-            optional["channel_axis"] = self.channel_axis
-        if self.correction != 1:
-            optional["correction"] = f"{self.correction:g}"
-        if self.frozen:
-            optional["frozen"] = True
-        if self.nonfinite != "propagate":
-            optional["nonfinite"] = repr(self.nonfinite)
-        return self._described_by(self.num_features, **optional)
 
 
 def _warn_of_momentum(value: float | None) -> None:

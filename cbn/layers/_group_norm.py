@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from cbn import _engine, _norms, _scalars
@@ -28,18 +27,6 @@ class GroupNorm(NormLayer, of_cbn=True):
         A divisor of ``num_channels``.
     num_channels : int
         Number of channels C.
-    eps : float
-        Added to the variance, >= 0.
-    affine : bool
-        Whether to scale by ``weight`` and shift by ``bias``.
-    device : None or "cpu"
-        For code that comes from PyTorch.
-    dtype : dtype, optional
-        Float32 (None) or float64: of the parameters and the data.
-    bias : bool
-        False keeps the scale and drops the shift.
-    channel_axis : {1, -1}
-        Channels first (N, C, ...) or last (N, ..., C).
 
     Attributes
     ----------
@@ -51,11 +38,6 @@ class GroupNorm(NormLayer, of_cbn=True):
         The mode, which changes nothing here.
     eps
         As above.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
 
     References
     ----------
@@ -71,6 +53,8 @@ class GroupNorm(NormLayer, of_cbn=True):
 
     _saved = ("num_groups", "num_channels", "eps", "affine", "channel_axis", "dtype", "bias")
     _smallest: ClassVar[dict[str, Any]] = {"num_groups": 1, "num_channels": 1}
+    _required = ("num_groups", "num_channels")
+    _shown = ("eps", "affine", "bias")
 
     def __init__(
         self,
@@ -129,15 +113,3 @@ class GroupNorm(NormLayer, of_cbn=True):
         channels = _scalars.positive_integer("num_channels", config["num_channels"])
         _norms.check_group_count(groups, channels)
         return (channels,)
-
-    def __repr__(self) -> str:
-        optional: dict[str, Any] = {
-            "eps": self.eps,
-            "affine": self.affine,
-            "bias": self.bias is not None,
-        }
-        if self.dtype != np.float32:
-            optional["dtype"] = np.dtype(self.dtype)
-        if self.channel_axis != 1:
-            optional["channel_axis"] = self.channel_axis
-        return self._described_by(self.num_groups, self.num_channels, **optional)

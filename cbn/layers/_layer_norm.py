@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from cbn import _engine, _norms, _scalars
@@ -14,9 +13,17 @@ from cbn.layers._base import NormLayer
 
 
 class _RowNorm(NormLayer, of_cbn=True):
-    """A layer that normalises over the last axes."""
+    """A layer that normalises over the last axes.
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        Lengths of the last axes, over which to normalise.
+    """
 
     _smallest: ClassVar[dict[str, Any]] = {"normalized_shape": [1]}
+    _required = ("normalized_shape",)
+    _shown: ClassVar[tuple[str, ...]] = ("eps", "elementwise_affine", "bias")
     _centred: ClassVar[bool]
 
     def __init__(
@@ -62,17 +69,6 @@ class _RowNorm(NormLayer, of_cbn=True):
     def _parameter_shape_of(cls, config: Config) -> Shape:
         return _norms.lengths_of(config["normalized_shape"])
 
-    def __repr__(self) -> str:
-        optional: dict[str, Any] = {
-            "eps": self.eps,
-            "elementwise_affine": self.elementwise_affine,
-        }
-        if "bias" in self._saved:
-            optional["bias"] = self.bias is not None
-        if self.dtype != np.float32:
-            optional["dtype"] = np.dtype(self.dtype)
-        return self._described_by(self.normalized_shape, **optional)
-
 
 class LayerNorm(_RowNorm, of_cbn=True):
     """Layer normalisation: every row of the last axes by its own statistics.
@@ -82,18 +78,8 @@ class LayerNorm(_RowNorm, of_cbn=True):
 
     Parameters
     ----------
-    normalized_shape : int or sequence of int
-        Lengths of the last axes, over which to normalise.
-    eps : float
-        Added to the variance, >= 0.
     elementwise_affine : bool
         Whether to scale by ``weight`` and shift by ``bias``.
-    bias : bool
-        False keeps the scale and drops the shift.
-    device : None or "cpu"
-        For code that comes from PyTorch.
-    dtype : dtype, optional
-        Float32 (None) or float64: of the parameters and the data.
 
     Attributes
     ----------
@@ -105,11 +91,6 @@ class LayerNorm(_RowNorm, of_cbn=True):
         The mode, which changes nothing here.
     eps
         As above.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
 
     References
     ----------
@@ -148,16 +129,10 @@ class RMSNorm(_RowNorm, of_cbn=True):
 
     Parameters
     ----------
-    normalized_shape : int or sequence of int
-        Lengths of the last axes, over which to normalise.
     eps : float or None
         Added to the mean square, >= 0. None: ``numpy.finfo(dtype).eps``.
     elementwise_affine : bool
         Whether to scale by ``weight``.
-    device : None or "cpu"
-        For code that comes from PyTorch.
-    dtype : dtype, optional
-        Float32 (None) or float64: of the parameters and the data.
 
     Attributes
     ----------
@@ -169,11 +144,6 @@ class RMSNorm(_RowNorm, of_cbn=True):
         The mode, which changes nothing here.
     eps
         As above, a number.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
 
     References
     ----------
@@ -189,6 +159,7 @@ class RMSNorm(_RowNorm, of_cbn=True):
     """
 
     _saved = ("normalized_shape", "eps", "elementwise_affine", "dtype")
+    _shown = ("eps", "elementwise_affine")
     _centred = False
 
     def __init__(
