@@ -32,14 +32,8 @@ def array(name: str, value: ArrayLike, like: np.dtype[Any] | None = None) -> Arr
 def data(name: str, value: ArrayLike, like: np.dtype[Any] | None = None) -> Array:
     """An array that a kernel can read: value itself where its layout allows, else a copy.
 
-    Parameters
-    ----------
-    name : str
-        For the error.
-    value : array_like
-        Of float32 or float64, in any layout and byte order; or (nested) lists of numbers.
-    like : dtype, optional
-        The element type it must have; lists of Python's numbers are converted to it.
+    It must be of float32 or float64, and of the dtype like where that is given, in any byte order;
+    (nested) lists of Python's numbers are converted to it.
     """
     return readable(_held(name, value, like))
 

@@ -55,31 +55,15 @@ def forward(
     """
     kernels = _dispatch.kernels
     done: tuple[Array, Saved] | None = kernels.express_forward(
-        x,
-        norm.views,
-        dtype,
-        weight,
-        bias,
-        eps,
-        norm.centred,
-        least,
-        out,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        momentum,
-        correction,
-        nonfinite,
-        _threads.threads_for,
-    )
+        x, norm.views, dtype, weight, bias, eps, norm.centred, least, out, running_mean,
+        running_var, num_batches_tracked, momentum, correction, nonfinite, _threads.threads_for,
+    )  # fmt: skip
     if done is not None:
         return done
 
     if num_batches_tracked is not None:
         _statistics.batch_to_count(num_batches_tracked)
-    x = _arrays.array("x", x, dtype)
-    array = _arrays.data("x", x, dtype)
-    view = norm.view(array.shape)
+    x, array, view = _read(x, norm, dtype)
     _statistics.both_or_none(running_mean, running_var)
     channels = view.parameter_shape[0]
     running_mean = _statistics.running_or_none("running_mean", running_mean, channels)
@@ -94,15 +78,8 @@ def forward(
     if least > 1:
         needed = 0.0 if running_mean is None else correction
         _statistics.enough_values(array.shape, view.values, needed, view.of_samples)
-    overwrites_x = _overwrites(
-        out,
-        x,
-        "x",
-        running_mean=running_mean,
-        running_var=running_var,
-        weight=weight,
-        bias=bias,
-    )
+    running = {"running_mean": running_mean, "running_var": running_var}
+    overwrites_x = _overwrites(out, x, "x", **running, weight=weight, bias=bias)
     if 0 < view.values < least == _statistics.SMALL_BATCH:
         _statistics.warn_of_few_values(view.values, array.shape, view.of_samples)
     buffer, y = _allocate(out, array.shape, array.dtype)
@@ -129,10 +106,7 @@ def forward(
     if y is not buffer:
         y[...] = buffer
     kept = None if overwrites_x else array
-    saved: Saved = kernels.Saved(
-        kept, array.shape, array.dtype, view, statistics, eps, norm.centred, False
-    )
-    return y, saved
+    return y, _saved(kept, array, view, statistics, eps, norm.centred)
 
 
 def forward_given(
@@ -149,23 +123,12 @@ def forward_given(
     """Normalise x by given statistics."""
     kernels = _dispatch.kernels
     done: tuple[Array, Saved] | None = kernels.express_inference(
-        x,
-        norm.views,
-        dtype,
-        mean,
-        var,
-        weight,
-        bias,
-        eps,
-        out,
-        _threads.threads_for,
+        x, norm.views, dtype, mean, var, weight, bias, eps, out, _threads.threads_for
     )
     if done is not None:
         return done
 
-    x = _arrays.array("x", x, dtype)
-    array = _arrays.data("x", x, dtype)
-    view = norm.view(array.shape)
+    x, array, view = _read(x, norm, dtype)
     mean = _statistics.statistic("running_mean", mean, view.C)
     var = _statistics.statistic("running_var", var, view.C)
     weight, bias = _parameter("weight", weight, view), _parameter("bias", bias, view)
@@ -182,24 +145,18 @@ def forward_given(
     if y is not buffer:
         y[...] = buffer
     kept = None if overwrites_x or weight is None else array
-    statistics = kernels.given_statistics(mean, var)
-    saved: Saved = kernels.Saved(kept, array.shape, array.dtype, view, statistics, eps, True, True)
-    return y, saved
+    return y, _saved(kept, array, view, kernels.given_statistics(mean, var), eps, frozen=True)
 
 
 def statistics(x: ArrayLike, norm: Norm, eps: float = 0.0) -> Saved:
     """Return what a forward pass would have kept, for a backward pass without one."""
-    array = _arrays.data("x", x)
-    view = norm.view(array.shape)
+    _, array, view = _read(x, norm)
     eps = _scalars.non_negative("eps", eps)
     found = np.zeros((3, view.B * view.C))
     if array.size:
         threads = _threads.threads_for(array.size)
         _dispatch.kernels.statistics_of(array, view, eps, norm.centred, found, threads)
-    saved: Saved = _dispatch.kernels.Saved(
-        array, array.shape, array.dtype, view, found, eps, norm.centred, False
-    )
-    return saved
+    return _saved(array, array, view, found, eps, norm.centred)
 
 
 def given_statistics(
@@ -211,16 +168,13 @@ def given_statistics(
     if done is not None:
         return done
 
-    array = _arrays.data("x", x)
-    view = norm.view(array.shape)
+    _, array, view = _read(x, norm)
     mean = _arrays.per_channel("mean", mean, view.C)
     var = _arrays.per_channel("var", var, view.C)
     frozen = not _scalars.flag("training", training)
     eps = _scalars.non_negative("eps", eps)
     _statistics.usable_variance("var", var, eps)
-    found = kernels.given_statistics(mean, var)
-    saved: Saved = kernels.Saved(array, array.shape, array.dtype, view, found, eps, True, frozen)
-    return saved
+    return _saved(array, array, view, kernels.given_statistics(mean, var), eps, frozen=frozen)
 
 
 def backward(
@@ -278,6 +232,31 @@ def backward(
     if overwrites_x:
         saved.x = None
     return grad_input, grad_weight, grad_bias
+
+
+def _read(
+    x: ArrayLike, norm: Norm, dtype: np.dtype[Any] | None = None
+) -> tuple[Array, Array, View]:
+    """The input as the caller has it and as a kernel can read it, and how the norm sees it."""
+    x = _arrays.array("x", x, dtype)
+    array = _arrays.data("x", x, dtype)
+    return x, array, norm.view(array.shape)
+
+
+def _saved(
+    x: Array | None,
+    like: Array,
+    view: View,
+    statistics: Array,
+    eps: float,
+    centred: bool = True,
+    frozen: bool = False,
+) -> Saved:
+    """What a pass backward needs; like is x even where that has been overwritten."""
+    saved: Saved = _dispatch.kernels.Saved(
+        x, like.shape, like.dtype, view, statistics, eps, centred, frozen
+    )
+    return saved
 
 
 def _parameter(name: str, value: ArrayLike | None, view: View) -> Array | None:

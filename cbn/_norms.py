@@ -72,8 +72,7 @@ class Norm:
 
 
 def _batch(axes: Axes, least_axes: int, shape: Shape) -> View:
-    _check_axes(shape, least_axes)
-    axis = _axis_of_channels(shape, axes)
+    axis = _axis_of_channels(shape, axes, least_axes)
     N, C, S = prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
     return View(1, N, C, S, 1, C, False, (C,), N * S)
 
@@ -81,8 +80,7 @@ def _batch(axes: Axes, least_axes: int, shape: Shape) -> View:
 def _instance(
     axes: Axes, least_axes: int, channel_axis: int, batch_rank: int | None, shape: Shape
 ) -> View:
-    _check_axes(shape, least_axes)
-    axis = _axis_of_channels(shape, axes)
+    axis = _axis_of_channels(shape, axes, least_axes)
     C = shape[axis]
     if channel_axis == 1:
         view = 1, 1, prod(shape[:axis]) * C, prod(shape[axis + 1 :])
@@ -94,7 +92,9 @@ def _instance(
 
 
 def _group(num_groups: int, channel_axis: int, num_channels: int | None, shape: Shape) -> View:
-    _check_groups(shape, num_groups, channel_axis, num_channels)
+    _check_axes(shape, 2)
+    _check_channels(shape, channel_axis % len(shape), num_channels)
+    check_group_count(num_groups, shape[channel_axis])
     N, C = shape[0], shape[channel_axis]
     each = C // num_groups
     if channel_axis == 1:
@@ -105,7 +105,11 @@ def _group(num_groups: int, channel_axis: int, num_channels: int | None, shape: 
 
 
 def _layer(normalized_shape: Shape, shape: Shape) -> View:
-    _check_last_axes(shape, normalized_shape)
+    if shape[-len(normalized_shape) :] != normalized_shape:
+        raise ValueError(
+            f"x: expected the last axes to be {normalized_shape}, that is normalized_shape, "
+            f"got shape {shape}"
+        )
     rows = prod(shape[: len(shape) - len(normalized_shape)])
     length = prod(normalized_shape)
     return _of_samples(1, 1, rows, length, length, 1, normalized_shape)
@@ -121,54 +125,34 @@ def _of_samples(
 # ---------------------------------------------------------------------------------- the checks
 
 
-def _axis_of_channels(shape: Shape, axes: Axes) -> int:
-    rank = len(shape)
-    axis = axes.of_rank[rank] if rank < len(axes.of_rank) else -1
-    if axis < 0:
-        raise ValueError(f"x: expected {axes.expected}, got {rank} axes in shape {shape}")
-    if axes.channels not in (None, shape[axis]):
-        raise ValueError(
-            f"x: expected {axes.channels} channels on axis {axis}, got {shape[axis]} in shape "
-            f"{shape}{_other_channel_axis(shape, axis, axes.channels)}"
-        )
-    return axis
-
-
-def _other_channel_axis(shape: Shape, axis: int, channels: int | None) -> str:
-    """The remedy of a layer for the other layout, where that would fit."""
-    last = len(shape) - 1
-    if axis != last and shape[last] == channels:
-        return "; if the channels are last, make the layer with channel_axis=-1"
-    if axis == last > 1 and shape[1] == channels:
-        return "; if the channels are first, make the layer with channel_axis=1"
-    return ""
-
-
 def _check_axes(shape: Shape, least: int) -> None:
     if len(shape) < least:
         raise ValueError(f"x: expected at least {least} axes, got {len(shape)} in shape {shape}")
 
 
-def _check_last_axes(shape: Shape, normalized_shape: Shape) -> None:
-    if shape[-len(normalized_shape) :] != normalized_shape:
-        raise ValueError(
-            f"x: expected the last axes to be {normalized_shape}, that is normalized_shape, "
-            f"got shape {shape}"
-        )
+def _check_channels(shape: Shape, axis: int, channels: int | None) -> None:
+    """Refuse another number of channels; where the other layout would fit, that is the remedy."""
+    if channels in (None, shape[axis]):
+        return
+    last, remedy = len(shape) - 1, ""
+    if axis != last and shape[last] == channels:
+        remedy = "; if the channels are last, make the layer with channel_axis=-1"
+    elif axis == last > 1 and shape[1] == channels:
+        remedy = "; if the channels are first, make the layer with channel_axis=1"
+    raise ValueError(
+        f"x: expected {channels} channels on axis {axis}, got {shape[axis]} in shape {shape}"
+        f"{remedy}"
+    )
 
 
-def _check_groups(
-    shape: Shape, num_groups: int, channel_axis: int, num_channels: int | None
-) -> None:
-    """Refuse what is not (N, C, ...) or (N, ..., C) with channels that make so many groups."""
-    _check_axes(shape, 2)
-    if num_channels not in (None, shape[channel_axis]):
-        axis = channel_axis % len(shape)
-        raise ValueError(
-            f"x: expected {num_channels} channels on axis {axis}, got {shape[axis]} in shape "
-            f"{shape}{_other_channel_axis(shape, axis, num_channels)}"
-        )
-    check_group_count(num_groups, shape[channel_axis])
+def _axis_of_channels(shape: Shape, axes: Axes, least_axes: int) -> int:
+    _check_axes(shape, least_axes)
+    rank = len(shape)
+    axis = axes.of_rank[rank] if rank < len(axes.of_rank) else -1
+    if axis < 0:
+        raise ValueError(f"x: expected {axes.expected}, got {rank} axes in shape {shape}")
+    _check_channels(shape, axis, axes.channels)
+    return axis
 
 
 def check_group_count(num_groups: int, num_channels: int) -> None:

@@ -82,24 +82,11 @@ def _replace(path: Path, config: Config, arrays: Mapping[str, Array]) -> None:
 def load(
     path: Target, expected: Callable[[Config], Expected], longest_config: int = LONGEST_CONFIG
 ) -> tuple[Config, dict[str, Array]]:
-    """Read a state file.
+    """Read a state file; an open one from where it is to its end.
 
-    Parameters
-    ----------
-    path : path or open binary file
-        The file; an open one is read from where it is to its end.
-    expected : callable
-        Given the configuration, tells the dtype and the shape of each array, or raises TypeError
-        or ValueError.
-    longest_config : int
-        Characters that the configuration may have.
-
-    Raises
-    ------
-    FileNotFoundError, OSError
-        If the file cannot be opened.
-    StateFileError
-        If it is not what save() writes.
+    Given the configuration, of at most longest_config characters, expected tells the dtype and the
+    shape of each array, or raises TypeError or ValueError. A StateFileError says that the file is
+    not what save() writes, an OSError that it cannot be opened.
     """
     with _opened(path) as file, damage_named(path), ZipFile(file) as archive:
         size = file.seek(0, os.SEEK_END)

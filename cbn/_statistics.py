@@ -39,16 +39,12 @@ def enough_values(shape: Shape, count: int, correction: float, of_samples: bool)
 def warn_of_few_values(count: int, shape: Shape, of_samples: bool) -> None:
     whose, remedy = (
         "",
-        (
-            "a larger batch, or GroupNorm or LayerNorm, which do not depend on the batch, "
-            "or cbn.recalibrate(model, batches, forward) after training"
-        ),
+        "a larger batch, or GroupNorm or LayerNorm, which do not depend on the batch, ",
     )
+    remedy += "or cbn.recalibrate(model, batches, forward) after training"
     if of_samples:
-        whose, remedy = (
-            " of a sample",
-            ("larger samples, or GroupNorm or LayerNorm, whose statistics are of several channels"),
-        )
+        whose, remedy = " of a sample", "larger samples, or GroupNorm or LayerNorm, "
+        remedy += "whose statistics are of several channels"
     warn_caller(
         f"x: expected at least {SMALL_BATCH} values per channel{whose} when training, got {count} "
         f"in shape {shape}; use {remedy}",

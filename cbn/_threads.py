@@ -10,6 +10,7 @@ from typing import Any
 
 from cbn import _processors
 from cbn._dispatch import kernels
+from cbn._docstrings import documented_by
 from cbn._scalars import positive_integer
 
 # OpenMP ends the process when it cannot start a thread; no machine has more cores than this.
@@ -91,39 +92,6 @@ def threads_for(values: int) -> int:
     return 1 if values < SERIAL_BELOW else get_num_threads()
 
 
-def set_num_threads(num_threads: int) -> int:
-    """Set the number of threads of the whole process and return the old one.
-
-    Results do not depend on it: they are the same bit for bit.
-
-    Parameters
-    ----------
-    num_threads : int
-        At least 1.
-
-    Returns
-    -------
-    int
-        The number set before.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is not an integer of at least 1.
-
-    Examples
-    --------
-    >>> import cbn
-    >>> old = cbn.set_num_threads(1)
-    >>> cbn.set_num_threads(old)
-    1
-    """
-    global _process_wide, _origin
-    new = _thread_count("num_threads", num_threads)
-    old, _process_wide, _origin = _process_wide, new, "set_num_threads"
-    return old
-
-
 class num_threads(ContextDecorator):
     """Use this number of threads within a ``with`` block, in this thread (or task) only.
 
@@ -156,3 +124,27 @@ class num_threads(ContextDecorator):
 
     def __exit__(self, *exception: object) -> None:
         _here.set(_here.get()[:-1])
+
+
+@documented_by(num_threads)
+def set_num_threads(num_threads: int) -> int:
+    """Set the number of threads of the whole process and return the old one.
+
+    Results do not depend on it: they are the same bit for bit.
+
+    Returns
+    -------
+    int
+        The number set before.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> old = cbn.set_num_threads(1)
+    >>> cbn.set_num_threads(old)
+    1
+    """
+    global _process_wide, _origin
+    new = _thread_count("num_threads", num_threads)
+    old, _process_wide, _origin = _process_wide, new, "set_num_threads"
+    return old

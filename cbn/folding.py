@@ -1,11 +1,7 @@
 """Folding batch normalisation into the layer before it.
 
 In inference a BatchNorm scales and shifts each channel by constants. So does the layer before it,
-if its weight and bias take these constants in, and the BatchNorm can go::
-
-    scale = bn.weight / sqrt(bn.running_var + bn.eps)
-    new_weight = weight * scale                              (of the output channel)
-    new_bias = (bias - bn.running_mean) * scale + bn.bias
+if its weight and bias take these constants in, and the BatchNorm can go.
 """
 
 from __future__ import annotations
@@ -14,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cbn import _arrays, _scalars, _statistics
+from cbn._docstrings import documented_by
 from cbn._types import Array, Shape
 from cbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
@@ -90,6 +87,7 @@ def fold_conv(
     return _folded(array, channels, bias, bn)
 
 
+@documented_by(fold_conv)
 def fold_linear(weight: ArrayLike, bias: ArrayLike | None, bn: BatchNorm) -> tuple[Array, Array]:
     """Return the weight and the bias of a linear layer that does what it and its BatchNorm did.
 
@@ -102,22 +100,9 @@ def fold_linear(weight: ArrayLike, bias: ArrayLike | None, bn: BatchNorm) -> tup
     ----------
     weight : array_like of shape (out, in)
         Weight of the linear layer ``x @ weight.T + bias``, float32 or float64. Never modified.
-    bias : array_like of shape (out,) or None
-        Its bias, float32 or float64.
     bn : BatchNorm1d, BatchNorm2d or BatchNorm3d
         The layer behind it, in eval mode and with running statistics. Its channels are the outputs
         of the linear layer: data (N, out), or channels last.
-
-    Returns
-    -------
-    new_weight : ndarray, shape and dtype of weight
-    new_bias : ndarray of shape (out,), dtype of weight
-        Also where there was no bias. Computed in float64 and rounded once.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for :func:`fold_conv`.
 
     References
     ----------

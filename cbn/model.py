@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from cbn import _model_state, _walk
 from cbn._arrays import writable
+from cbn._docstrings import documented_by
 from cbn._state_dict import IncompatibleKeys, load_arrays
 from cbn._types import Array, Target
 from cbn.layers import ChannelNorm, NormLayer
@@ -196,23 +197,9 @@ def freeze(model: Model) -> Model:
     return model
 
 
+@documented_by(freeze)
 def unfreeze(model: Model) -> Model:
     """Let all norm layers learn running statistics again: undo :func:`freeze`.
-
-    Parameters
-    ----------
-    model : object
-        As for :func:`named_norm_layers`.
-
-    Returns
-    -------
-    object
-        The model.
-
-    Raises
-    ------
-    ValueError
-        If the model has no norm layer with running statistics.
 
     Examples
     --------
@@ -253,6 +240,7 @@ def state_dict(model: object) -> dict[str, Array]:
     return {name: np.array(array) for name, array in arrays.items()}
 
 
+@documented_by(NormLayer.load_state_dict)
 def load_state_dict(
     model: object, state: Mapping[str, ArrayLike], strict: bool = True
 ) -> IncompatibleKeys:
@@ -269,18 +257,6 @@ def load_state_dict(
         Whether the keys must be exactly those of the norm layers. Otherwise what is missing keeps
         its value, and what is unexpected, such as a convolution in PyTorch's, is passed over.
 
-    Returns
-    -------
-    IncompatibleKeys
-        The tuple ``(missing_keys, unexpected_keys)``.
-
-    Raises
-    ------
-    TypeError
-        If ``state`` is not a mapping or a value is not of real numbers, or masked.
-    ValueError
-        If a shape differs or, when strict, a key, or a value is beyond the dtype of the layer.
-
     Examples
     --------
     >>> import cbn
@@ -294,6 +270,7 @@ def load_state_dict(
     return load_arrays(_model_state.arrays(dict(named_norm_layers(model))), state, strict, "model")
 
 
+@documented_by(NormLayer.save)
 def save(model: object, path: Target) -> None:
     """Write all norm layers of a model to one .npz file, without pickle.
 
@@ -304,8 +281,6 @@ def save(model: object, path: Target) -> None:
     ----------
     model : object
         As for :func:`named_norm_layers`.
-    path : str, path or open binary file
-        The file; one that exists is replaced. An open file is written to where it is.
 
     Raises
     ------

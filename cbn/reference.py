@@ -276,12 +276,12 @@ def instance_norm(
         return batch_norm(
             x, running_mean, running_var, weight, bias, eps=eps, channel_axis=channel_axis
         )
-    axes = _other_axes(x, channel_axis)[0][1:]  # nor that of the samples
-    x_hat, _ = _standardise(x, axes, eps)
-    y = _affine(x_hat, weight, bias, channel_axis)
+    # Every channel is a group of its own.
+    y = group_norm(x, x.shape[channel_axis], weight, bias, eps, channel_axis=channel_axis)
     new_mean = None if running_mean is None else _wide(running_mean)
     new_var = None if running_var is None else _wide(running_var)
     if new_mean is not None and new_var is not None and x.size:
+        axes = _other_axes(x, channel_axis)[0][1:]  # nor that of the samples
         count = np.prod([x.shape[axis] for axis in axes])
         mean = x.mean(axis=axes).mean(axis=0)
         var = x.var(axis=axes).mean(axis=0) * count / (count - correction)
@@ -301,11 +301,6 @@ def instance_norm_backward(
 ) -> Gradients:
     """Return the gradients of instance norm by the statistics of the input.
 
-    Parameters
-    ----------
-    grad_output, x, weight, eps, channel_axis
-        As for :func:`cbn.functional.instance_norm_backward`.
-
     Examples
     --------
     >>> from cbn import reference
@@ -313,18 +308,14 @@ def instance_norm_backward(
     >>> [gradient.tolist() for gradient in gradients]
     [[[[0.0, 0.0]]], [-1.0], [1.0]]
     """
-    x = _wide(x)
-    axes = _other_axes(x, channel_axis)[0][1:]
-    x_hat, std = _standardise(x, axes, eps)
-    channels = (channel_axis % x.ndim,)
-    scale = _scale(weight, x, channel_axis)
-    grad_x_hat, grad_weight, grad_bias = _gradients(_wide(grad_output), x_hat, scale, channels)
-    return _through(grad_x_hat, x_hat, std, axes), grad_weight, grad_bias
+    groups = np.shape(x)[channel_axis]
+    return group_norm_backward(grad_output, x, groups, weight, eps, channel_axis=channel_axis)
 
 
 # --------------------------------------------------------------------------------------- group norm
 
 
+@documented_by(batch_norm)
 def group_norm(
     x: ArrayLike,
     num_groups: int,
@@ -338,8 +329,8 @@ def group_norm(
 
     Parameters
     ----------
-    x, num_groups, weight, bias, eps, channel_axis
-        As for :func:`cbn.functional.group_norm`.
+    num_groups : int
+        A divisor of C, the number of channels.
 
     Returns
     -------
@@ -353,11 +344,11 @@ def group_norm(
     """
     x = _wide(x)
     grouped = _split(x, num_groups, channel_axis)
-    x_hat, _ = _standardise(grouped, _all_but_two(grouped), eps)
+    x_hat, _ = _standardise(grouped, tuple(range(2, grouped.ndim)), eps)
     return _affine(_join(x_hat, x, channel_axis), weight, bias, channel_axis)
 
 
-@documented_by(batch_norm_backward)
+@documented_by(batch_norm_backward, group_norm)
 def group_norm_backward(
     grad_output: ArrayLike,
     x: ArrayLike,
@@ -369,11 +360,6 @@ def group_norm_backward(
 ) -> Gradients:
     """Return the gradients of group norm.
 
-    Parameters
-    ----------
-    grad_output, x, num_groups, weight, eps, channel_axis
-        As for :func:`cbn.functional.group_norm_backward`.
-
     Examples
     --------
     >>> from cbn import reference
@@ -383,7 +369,7 @@ def group_norm_backward(
     """
     x = _wide(x)
     grouped = _split(x, num_groups, channel_axis)
-    axes = _all_but_two(grouped)
+    axes = tuple(range(2, grouped.ndim))
     x_hat, std = _standardise(grouped, axes, eps)
     scale = _scale(weight, x, channel_axis)
     grad_x_hat, grad_weight, grad_bias = _gradients(
@@ -548,7 +534,7 @@ def _affine(
     x_hat: WideArray, weight: ArrayLike | None, bias: ArrayLike | None, channel_axis: int
 ) -> WideArray:
     """A weight and a bias for each channel."""
-    y = x_hat if weight is None else x_hat * _column(_wide(weight), x_hat, channel_axis)
+    y = x_hat * _scale(weight, x_hat, channel_axis)
     return y if bias is None else y + _column(_wide(bias), x_hat, channel_axis)
 
 
@@ -572,7 +558,3 @@ def _join(grouped: WideArray, x: WideArray, channel_axis: int) -> WideArray:
     """The shape of x again."""
     N, groups, each, *positions = grouped.shape
     return np.moveaxis(grouped.reshape(N, groups * each, *positions), 1, channel_axis)
-
-
-def _all_but_two(grouped: WideArray) -> tuple[int, ...]:
-    return tuple(range(2, grouped.ndim))

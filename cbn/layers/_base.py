@@ -9,7 +9,7 @@ from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from cbn import _engine, _scalars, _schema
 from cbn._arrays import writable
@@ -99,12 +99,19 @@ class NormLayer(ABC):
     _forward: _engine.Saved | None  # what the last call kept for backward; None: there was none
     _norm: Norm  # its row of the table
 
-    def _make_parameters(self, shape: Shape, affine: bool, bias: bool) -> None:
+    def _set_up(
+        self, shape: Shape, affine: bool, bias: bool, device: str | None, dtype: DTypeLike | None
+    ) -> None:
+        """What every constructor ends in; shape is that of the parameters."""
+        _scalars.device(device)
+        self.dtype = _scalars.dtype(dtype)
+        self.training = True
         shifts = _scalars.flag("bias", bias) and affine
         self.weight = np.ones(shape, self.dtype) if affine else None
         self.bias = np.zeros(shape, self.dtype) if shifts else None
         self.weight_grad = self.bias_grad = None
         self._forward = None
+        self._set_norm()
 
     # ------------------------------------------------------------------------------------ passes
 

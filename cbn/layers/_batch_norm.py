@@ -34,11 +34,6 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
         The running variance is divided by n - correction (1: PyTorch; 0: Keras, Flax, ONNX).
     running_mean, running_var : float or array_like of shape (C,), optional
         Statistics to start with instead of 0 and 1; ``running_var + eps`` must be above 0.
-    nonfinite : {"propagate", "raise", "skip"}
-        What training does with a batch that gives a channel a mean or a variance that is NaN,
-        infinite, or beyond the dtype of the running statistics: let it into them, as in PyTorch;
-        refuse it with a FloatingPointError that names the channels; or leave the running
-        statistics of these channels as they were and count the batch.
 
     References
     ----------
@@ -63,8 +58,10 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
         running_var: ArrayLike | None = None,
         nonfinite: str = "propagate",
     ) -> None:
-        arguments = num_features, eps, momentum, affine, track_running_stats, device, dtype
-        super().__init__(*arguments, bias, channel_axis, correction, nonfinite)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            bias=bias, channel_axis=channel_axis, correction=correction, nonfinite=nonfinite,
+        )  # fmt: skip
         for name, value in (("running_mean", running_mean), ("running_var", running_var)):
             if value is not None:
                 setattr(self, name, self._initial(name, value))
@@ -132,16 +129,9 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
         if by_batch or (self.running_mean is None and self.running_var is None):
             return self._normalise_by_own(x, out)
         y, self._forward = _engine.forward_given(
-            x,
-            self._by_channel,
-            self.dtype,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.eps,
-            out,
-        )
+            x, self._by_channel, self.dtype, self.running_mean, self.running_var, self.weight,
+            self.bias, self.eps, out,
+        )  # fmt: skip
         return y
 
     _normalise = __call__

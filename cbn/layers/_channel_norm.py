@@ -22,6 +22,12 @@ class ChannelNorm(NormLayer, of_cbn=True):
     ----------
     num_features : int
         Number of channels C.
+    nonfinite : {"propagate", "raise", "skip"}
+        What training does with a batch that gives a channel, in instance norm of any sample, a mean
+        or a variance that is NaN, infinite, or, when it is learnt, beyond the dtype of the running
+        statistics: let it into them, as in PyTorch; refuse it with a FloatingPointError that names
+        the channels; or leave the running statistics of these channels as they were and count the
+        batch.
 
     Attributes
     ----------
@@ -71,35 +77,32 @@ class ChannelNorm(NormLayer, of_cbn=True):
     def __init__(
         self,
         num_features: int,
-        eps: float,
-        momentum: float | None,
-        affine: bool,
-        track_running_stats: bool,
-        device: str | None,
-        dtype: DTypeLike | None,
-        bias: bool,
-        channel_axis: int,
-        correction: float,
-        nonfinite: str,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: str | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        bias: bool = True,
+        channel_axis: int = 1,
+        correction: float = 1,
+        nonfinite: str = "propagate",
     ) -> None:
         self._num_features = _scalars.positive_integer("num_features", num_features)
         self.eps = _scalars.non_negative("eps", eps)
         self.momentum = _scalars.momentum_or_none(momentum)
         _warn_of_momentum(self.momentum)
         self.affine = _scalars.flag("affine", affine)
-        _scalars.device(device)
-        self.dtype = _scalars.dtype(dtype)
         self._channel_axis = _scalars.channel_axis(channel_axis)
         self._axes = self._axes_of(self._num_features, self._channel_axis)
         self.correction = _scalars.non_negative("correction", correction)
         self.nonfinite = _scalars.nonfinite(nonfinite)
-        self.training = True
         self.frozen = False
-        self._make_parameters((self._num_features,), self.affine, bias)
+        self._set_up((self._num_features,), self.affine, bias, device, dtype)
         self.track_running_stats = _scalars.flag("track_running_stats", track_running_stats)
         # Who gets the statistics of each batch in training, in place of the running statistics.
         self._observer: Callable[[_engine.Saved], None] | None = None
-        self._set_norm()
 
     @property
     def num_features(self) -> int:
@@ -151,21 +154,14 @@ class ChannelNorm(NormLayer, of_cbn=True):
         if observer is not None and not self._averages_samples:
             least = 1  # it merges the statistics of all batches
         y, saved = _engine.forward(
-            x,
-            self._norm,
-            self.dtype,
-            self.weight,
-            self.bias,
-            self.eps,
-            out,
-            least,
+            x, self._norm, self.dtype, self.weight, self.bias, self.eps, out, least,
             self.running_mean if updates else None,
             self.running_var if updates else None,
             self.num_batches_tracked if updates else None,
             self.momentum if updates else 0.0,
             self.correction,
             self.nonfinite if self.training else "propagate",
-        )
+        )  # fmt: skip
         self._forward = saved
         if warns and 0 < saved.view.values < _statistics.SMALL_BATCH:
             self._warned = True

@@ -17,9 +17,8 @@ class GroupNorm(NormLayer, of_cbn=True):
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with the mean and the biased variance of
     num_channels / num_groups channels at all positions of one sample, in training and in eval mode.
 
-    A group of one value, as of GroupNorm(C, C) on (N, C), has a variance of 0: with an eps
-    above 0 its output is the bias, whatever the value; PyTorch does the same. InstanceNorm, whose
-    channels are these groups, refuses it.
+    Of a group of one value, as of GroupNorm(C, C) on (N, C), the output is the bias:
+    :func:`cbn.functional.group_norm` tells why.
 
     Parameters
     ----------
@@ -73,12 +72,8 @@ class GroupNorm(NormLayer, of_cbn=True):
         _norms.check_group_count(num_groups, num_channels)
         self.eps = _scalars.non_negative("eps", eps)
         self.affine = _scalars.flag("affine", affine)
-        _scalars.device(device)
-        self.dtype = _scalars.dtype(dtype)
         self._channel_axis = _scalars.channel_axis(channel_axis)
-        self.training = True
-        self._make_parameters((self._num_channels,), self.affine, bias)
-        self._set_norm()
+        self._set_up((self._num_channels,), self.affine, bias, device, dtype)
 
     def _set_norm(self) -> None:
         self._norm = _norms.group(self._num_groups, self._channel_axis, self._num_channels)

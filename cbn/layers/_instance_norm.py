@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike
 
 from cbn import _engine, _norms
 from cbn._types import Array
@@ -28,11 +28,6 @@ class _InstanceNorm(ChannelNorm, of_cbn=True):
         Whether to keep running statistics for eval mode. Can be switched on a live layer.
     correction : float
         The running variance is divided by n - correction, n the positions of a sample.
-    nonfinite : {"propagate", "raise", "skip"}
-        What training does with a batch that gives a channel of a sample a mean or a variance that
-        is NaN, infinite, or, averaged over the samples, beyond the dtype of the running statistics:
-        let it into them; refuse it with a FloatingPointError that names the channels; or leave the
-        running statistics of these channels as they were and count the batch.
 
     References
     ----------
@@ -42,24 +37,6 @@ class _InstanceNorm(ChannelNorm, of_cbn=True):
 
     _later: ClassVar = {"nonfinite": "propagate"}
     _averages_samples = True
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = False,
-        track_running_stats: bool = False,
-        device: str | None = None,
-        dtype: DTypeLike | None = None,
-        *,
-        bias: bool = True,
-        channel_axis: int = 1,
-        correction: float = 1,
-        nonfinite: str = "propagate",
-    ) -> None:
-        arguments = num_features, eps, momentum, affine, track_running_stats, device, dtype
-        super().__init__(*arguments, bias, channel_axis, correction, nonfinite)
 
     def _set_norm(self) -> None:
         batch_rank = max(map(len, self._layouts))
@@ -71,16 +48,9 @@ class _InstanceNorm(ChannelNorm, of_cbn=True):
         if not self.frozen and (self.training or not self._track_running_stats):
             return self._normalise_by_own(x, out)
         y, self._forward = _engine.forward_given(
-            x,
-            self._by_channel,
-            self.dtype,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.eps,
-            out,
-        )
+            x, self._by_channel, self.dtype, self.running_mean, self.running_var, self.weight,
+            self.bias, self.eps, out,
+        )  # fmt: skip
         return y
 
     _normalise = __call__

@@ -29,21 +29,16 @@ class _RowNorm(NormLayer, of_cbn=True):
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
-        eps: float | None,
-        elementwise_affine: bool,
-        bias: bool,
-        device: str | None,
-        dtype: DTypeLike | None,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: str | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
         self._normalized_shape = _norms.lengths_of(normalized_shape)
+        self.eps = _scalars.non_negative("eps", eps)
         self.elementwise_affine = _scalars.flag("elementwise_affine", elementwise_affine)
-        _scalars.device(device)
-        self.dtype = _scalars.dtype(dtype)
-        self.eps = _norms.default_eps(self.dtype) if eps is None else eps
-        self.eps = _scalars.non_negative("eps", self.eps)
-        self.training = True
-        self._make_parameters(self._normalized_shape, self.elementwise_affine, bias)
-        self._set_norm()
+        self._set_up(self._normalized_shape, self.elementwise_affine, bias, device, dtype)
 
     def _set_norm(self) -> None:
         self._norm = _norms.layer(self._normalized_shape, self._centred)
@@ -109,18 +104,6 @@ class LayerNorm(_RowNorm, of_cbn=True):
     _saved = ("normalized_shape", "eps", "elementwise_affine", "dtype", "bias")
     _centred = True
 
-    def __init__(
-        self,
-        normalized_shape: int | Sequence[int],
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
-        device: str | None = None,
-        dtype: DTypeLike | None = None,
-    ) -> None:
-        eps = _scalars.non_negative("eps", eps)
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
-
 
 class RMSNorm(_RowNorm, of_cbn=True):
     """Division by the root mean square of the last axes.
@@ -170,4 +153,5 @@ class RMSNorm(_RowNorm, of_cbn=True):
         device: str | None = None,
         dtype: DTypeLike | None = None,
     ) -> None:
+        eps = _norms.default_eps(_scalars.dtype(dtype)) if eps is None else eps
         super().__init__(normalized_shape, eps, elementwise_affine, False, device, dtype)
