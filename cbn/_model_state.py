@@ -52,9 +52,9 @@ def save(layers: Layers, path: Target) -> None:
 
 def load(layers: Layers, path: Target) -> None:
     """Read a file into the layers: all of it, or nothing."""
-    import json
+    import json  # here, as in save()
 
-    from cbn import _state_files  # here, as in save()
+    from cbn import _state_files
 
     state = arrays(layers)
     for name, array in state.items():
@@ -106,9 +106,7 @@ def _check_member_name(name: str) -> None:
 
 
 def _check_same_layers(
-    saved: Any,
-    expected: Mapping[str, Mapping[str, Any]],
-    later: Mapping[str, Mapping[str, Any]],
+    saved: Any, expected: Mapping[str, Mapping[str, Any]], later: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Whether a file has the layers of a model, with their configurations.
 

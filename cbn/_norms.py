@@ -1,18 +1,9 @@
 """The norms as a table: how each of them sees an array, and what it subtracts.
 
 This is the only place that derives anything from a shape. Every norm is a view (B, N, C, S) of the
-array, and a way in which the affine parameters lie over it (src/geometry.pxi):
-
-========= ==================================== ======================= ================
-norm      channels first (n, c, s)             channels last (n, s, c) parameters
-========= ==================================== ======================= ================
-batch     (1, n, c, s)                         (1, n * s, c, 1)        (c,)
-instance  (1, 1, n * c, s)                     (n, s, c, 1)            (c,)
-group     (1, 1, n * groups, c / groups * s)   (n, s, groups, c/groups) (c,)
-layer     (1, 1, rows, values)                                         normalized_shape
-========= ==================================== ======================= ================
-
-RMS norm is layer norm with a mean of 0 and the mean square for a variance.
+array (docs/architecture.md has all of them side by side), and a way in which the affine parameters
+lie over it (src/geometry.pxi). RMS norm is layer norm with a mean of 0 and the mean square for a
+variance.
 """
 
 from __future__ import annotations

@@ -44,11 +44,7 @@ def config_keys(
         )
 
 
-def savable(
-    state: Mapping[str, Array],
-    expected: Expected,
-    prefix: str = "",
-) -> None:
+def savable(state: Mapping[str, Array], expected: Expected, prefix: str = "") -> None:
     """Whether load() would take what save() is about to write."""
     for name in state.keys() | expected.keys():
         wanted = "no array" if name not in expected else "{} of shape {}".format(*expected[name])

@@ -90,9 +90,7 @@ def _config() -> Config:
             ),
         },
         "threads": {
-            "openmp": "none: built without OpenMP"
-            if openmp is None
-            else f"{openmp[0]} ({openmp[1]})",
+            "openmp": "{} ({})".format(*openmp) if openmp else "none: built without OpenMP",
             "waiting": "none waits" if openmp is None else _pools.waiting(openmp[0]),
             "number": threads,
             "because": origin,
@@ -105,11 +103,7 @@ def _config() -> Config:
             "now": _now(calls),
         },
         "pools": {
-            file: {
-                "api": pool.user_api,
-                "library": pool.library,
-                "threads": pool.num_threads,
-            }
+            file: {"api": pool.user_api, "library": pool.library, "threads": pool.num_threads}
             for file, pool in _pools.loaded().items()
         },
     }

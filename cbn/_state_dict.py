@@ -15,6 +15,8 @@ from cbn._arrays import read, unmasked, writable
 from cbn._scalars import BOOLS, flag
 from cbn._types import Array
 
+REAL = (Real, Decimal)  # beside the types of NumPy
+
 
 class IncompatibleKeys(NamedTuple):
     """What ``load_state_dict(state, strict=False)`` passed over, as in PyTorch."""
@@ -69,10 +71,7 @@ def _real_numbers(name: str, array: Array) -> None:
         return
     seen = str(array.dtype)
     if kind == "O":
-        real = (Real, Decimal)
-        others = [
-            each for each in array.flat if isinstance(each, BOOLS) or not isinstance(each, real)
-        ]
+        others = [v for v in array.flat if isinstance(v, BOOLS) or not isinstance(v, REAL)]
         if not others:
             return
         seen = type(others[0]).__name__

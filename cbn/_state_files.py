@@ -152,13 +152,12 @@ def damage_named(path: Target) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         file = path if isinstance(path, (str, bytes, os.PathLike)) else type(path).__name__
-        if isinstance(error, OfAnotherClass):
-            what = str(error)
-        else:
-            expected = "a state file of cbn, got one that is damaged or foreign"
-            if isinstance(error, OfAnotherModel):
-                expected = "a state file of this model, got one of another"
-            what = f"expected {expected}: {str(error) or type(error).__name__}"
+        what = "expected a state file of cbn, got one that is damaged or foreign: "
+        if isinstance(error, OfAnotherModel):
+            what = "expected a state file of this model, got one of another: "
+        elif isinstance(error, OfAnotherClass):
+            what = ""  # the message is whole
+        what += str(error) or type(error).__name__
         raise StateFileError(f"{os.fsdecode(file)}: {what}") from error
 
 

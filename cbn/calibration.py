@@ -120,7 +120,13 @@ def recalibrate(
         raise TypeError(f"forward: expected a function of one batch, got {type(forward).__name__}")
     if _scalars.flag("progress", progress):
         batches = _with_progress(batches)
-    return _measure("batches", layers, batches, forward)
+    measured = _measure(layers, batches, forward)
+    if not measured:
+        raise ValueError(
+            "batches: expected data that reach a norm layer in training mode, got none; a "
+            "generator gives its batches only once, and forward must not switch to eval mode"
+        )
+    return measured
 
 
 def reinitialize_norm_stats(layer: ChannelNorm, batch: ArrayLike) -> None:
@@ -167,24 +173,26 @@ def reinitialize_norm_stats(layer: ChannelNorm, batch: ArrayLike) -> None:
         raise ValueError(
             f"layer: expected one that is not frozen, got {layer!r}; call cbn.unfreeze(layer) first"
         )
-    _measure("batch", {"": layer}, [batch], layer)
+    if not _measure({"": layer}, [batch], layer):
+        raise ValueError("batch: expected at least one value per channel, got an empty batch")
 
 
 def _measure(
-    source: str,
-    layers: dict[str, ChannelNorm],
-    batches: Iterable[Batch],
-    forward: Callable[[Batch], Any],
+    layers: dict[str, ChannelNorm], batches: Iterable[Batch], forward: Callable[[Batch], Any]
 ) -> list[str]:
-    """Give layers the statistics of a stream: all of them, or none and an error."""
+    """Give the layers that a stream reaches its statistics: all of them, or none and an error."""
     statistics_writable(layers)
     with _observed(layers) as populations:
         for batch in batches:
             forward(batch)
             for name, layer in layers.items():
-                _check_still_measured(name, layer.training, layer.frozen)
+                if layer.frozen or not layer.training:
+                    raise ValueError(
+                        f"{name or 'layer'}: expected to stay in training mode and not frozen "
+                        f"until the last batch, got {'frozen' if layer.frozen else 'eval mode'} "
+                        f"after a call of forward; switch after recalibrate"
+                    )
     reached = {name: population for name, population in populations.items() if population.calls}
-    _check_reached(source, len(reached))
     statistics = {name: population.running_statistics(name) for name, population in reached.items()}
     statistics_writable(layers)  # still: forward may have changed that
     for name, (mean, var) in statistics.items():
@@ -197,25 +205,6 @@ def _measure(
             if array is not None:
                 array[...] = value
     return list(statistics)
-
-
-def _check_still_measured(name: str, training: bool, frozen: bool) -> None:
-    if not training or frozen:
-        raise ValueError(
-            f"{name or 'layer'}: expected to stay in training mode and not frozen until the last "
-            f"batch, got {'frozen' if frozen else 'eval mode'} after a call of forward; switch "
-            f"after recalibrate"
-        )
-
-
-def _check_reached(source: str, count: int) -> None:
-    if count == 0 and source == "batch":
-        raise ValueError("batch: expected at least one value per channel, got an empty batch")
-    if count == 0:
-        raise ValueError(
-            f"{source}: expected data that reach a norm layer in training mode, got none; a "
-            f"generator gives its batches only once, and forward must not switch to eval mode"
-        )
 
 
 @contextmanager

@@ -91,10 +91,7 @@ def fold_conv(
 def fold_linear(weight: ArrayLike, bias: ArrayLike | None, bn: BatchNorm) -> tuple[Array, Array]:
     """Return the weight and the bias of a linear layer that does what it and its BatchNorm did.
 
-    With ``scale = bn.weight / sqrt(bn.running_var + bn.eps)``::
-
-        new_weight = weight * scale[:, None]
-        new_bias = (bias - bn.running_mean) * scale + bn.bias
+    As :func:`fold_conv`, with ``new_weight = weight * scale[:, None]``.
 
     Parameters
     ----------

@@ -188,7 +188,7 @@ def batch_norm_backward(
         Input of the forward call. Never modified.
     mean, var : array_like of shape (C,)
         What it was normalised by: in training ``mean`` and ``var`` of :func:`batch_norm_stats`,
-        else the running statistics.
+        else the running statistics; ``var + eps`` must be above 0 in either mode.
     weight : array_like of shape (C,), optional
         Scale of the forward call; 1 where absent.
     training : bool
@@ -204,7 +204,7 @@ def batch_norm_backward(
     Raises
     ------
     TypeError, ValueError
-        As for :func:`batch_norm`; ``var + eps`` must be above 0 in either mode.
+        If an argument is not as above.
 
     References
     ----------
@@ -213,11 +213,10 @@ def batch_norm_backward(
 
     Examples
     --------
-    >>> import numpy as np
     >>> from cbn.functional import batch_norm_backward, batch_norm_stats
-    >>> x = np.array([[1.0], [2.0], [3.0]])
+    >>> x = [[1.0], [2.0], [3.0]]
     >>> mean, var, _ = batch_norm_stats(x)
-    >>> grads = batch_norm_backward(np.array([[1.0], [0.0], [0.0]]), x, mean, var, eps=0.0)
+    >>> grads = batch_norm_backward([[1.0], [0.0], [0.0]], x, mean, var, eps=0.0)
     >>> [grad.round(3).ravel().tolist() for grad in grads]
     [[0.204, -0.408, 0.204], [-1.225], [1.0]]
     """
@@ -266,9 +265,8 @@ def group_norm(
 
     Examples
     --------
-    >>> import numpy as np
     >>> from cbn.functional import group_norm
-    >>> group_norm(np.array([[1.0, 3.0, 10.0, 30.0]]), num_groups=2, eps=0.0)
+    >>> group_norm([[1.0, 3.0, 10.0, 30.0]], num_groups=2, eps=0.0)
     array([[-1.,  1., -1.,  1.]])
     """
     norm = _norms.any_group(num_groups, channel_axis)
@@ -299,11 +297,6 @@ def group_norm_backward(
     ----------
     x : array_like
         Input of the forward call, whose statistics are computed once more; a layer keeps them.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
 
     References
     ----------
@@ -373,9 +366,8 @@ def instance_norm(
 
     Examples
     --------
-    >>> import numpy as np
     >>> from cbn.functional import instance_norm
-    >>> instance_norm(np.array([[[1.0, 3.0], [10.0, 30.0]]]), eps=0.0)
+    >>> instance_norm([[[1.0, 3.0], [10.0, 30.0]]], eps=0.0)
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
@@ -456,9 +448,8 @@ def layer_norm(
 
     Examples
     --------
-    >>> import numpy as np
     >>> from cbn.functional import layer_norm
-    >>> layer_norm(np.array([[1.0, 3.0], [10.0, 30.0]]), 2, eps=0.0)
+    >>> layer_norm([[1.0, 3.0], [10.0, 30.0]], 2, eps=0.0)
     array([[-1.,  1.],
            [-1.,  1.]])
     """
@@ -501,7 +492,6 @@ def layer_norm_backward(
 
     Examples
     --------
-    >>> import numpy as np
     >>> from cbn.functional import layer_norm_backward
     >>> gradients = layer_norm_backward([[1.0, 0.0, 0.0]], [[1.0, 2.0, 3.0]], 3, eps=0.0)
     >>> [gradient.round(3).tolist() for gradient in gradients]

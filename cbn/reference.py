@@ -225,13 +225,10 @@ def _through(
 
 
 def _gradients(
-    grad_output: WideArray,
-    x_hat: WideArray,
-    weight: WideArray | float,
-    parameter_axes: tuple[int, ...],
+    grad_output: WideArray, x_hat: WideArray, weight: WideArray | float, axes: tuple[int, ...]
 ) -> Gradients:
-    """Those of x_hat, weight and bias; the parameters lie along the parameter axes."""
-    others = tuple(axis for axis in range(x_hat.ndim) if axis not in parameter_axes)
+    """Those of x_hat, weight and bias; the parameters lie along these axes."""
+    others = tuple(axis for axis in range(x_hat.ndim) if axis not in axes)
     grad_weight, grad_bias = (grad_output * x_hat).sum(others), grad_output.sum(others)
     return grad_output * weight, grad_weight, grad_bias
 
@@ -254,8 +251,6 @@ def instance_norm(
     correction: float = 1,
 ) -> tuple[WideArray, WideArray | None, WideArray | None]:
     """Return every channel of every sample normalised, and the new running statistics.
-
-    As :func:`cbn.functional.instance_norm`; the running statistics are not modified.
 
     Parameters
     ----------

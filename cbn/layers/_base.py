@@ -79,6 +79,17 @@ class NormLayer(ABC):
     channel_axis : {1, -1}
         Channels first (N, C, ...) or last (N, ..., C).
 
+    Attributes
+    ----------
+    weight, bias : ndarray of shape (C,) or normalized_shape, or None
+        Parameters. Edits in place take effect at the next call.
+    weight_grad, bias_grad : ndarray of the same shape, or None
+        Gradients of the last ``backward``.
+    training : bool
+        The mode, which changes nothing without running statistics.
+    eps
+        As above.
+
     Raises
     ------
     TypeError, ValueError
@@ -136,9 +147,13 @@ class NormLayer(ABC):
     if not TYPE_CHECKING:
         forward = _Forward(forward)
 
-    @abstractmethod
     def _normalise(self, x: ArrayLike, out: Array | None = None) -> Array:
-        """Normalise x: the ``__call__`` of the norm, also where ``forward`` is another."""
+        """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
+        # The __call__ of every norm without running statistics; the others have one of their own.
+        y, self._forward = _engine.forward(
+            x, self._norm, self.dtype, self.weight, self.bias, self.eps, out
+        )
+        return y
 
     def __init_subclass__(cls, of_cbn: bool = False, **arguments: Any) -> None:
         """Let calls reach a ``forward`` of its own; of_cbn is said by the classes of cbn alone."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import DTypeLike
 
-from cbn import _engine, _norms, _scalars
-from cbn._types import Array, Config, Shape
+from cbn import _norms, _scalars
+from cbn._types import Config, Shape
 from cbn.layers._base import NormLayer
 
 
@@ -26,17 +26,6 @@ class GroupNorm(NormLayer, of_cbn=True):
         A divisor of ``num_channels``.
     num_channels : int
         Number of channels C.
-
-    Attributes
-    ----------
-    weight, bias : ndarray of shape (C,) or None
-        Parameters. Edits in place take effect at the next call.
-    weight_grad, bias_grad : ndarray of shape (C,) or None
-        Gradients of the last ``backward``.
-    training : bool
-        The mode, which changes nothing here.
-    eps
-        As above.
 
     References
     ----------
@@ -93,14 +82,7 @@ class GroupNorm(NormLayer, of_cbn=True):
         """1: channels first; -1: channels last."""
         return self._channel_axis
 
-    def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
-        """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
-        y, self._forward = _engine.forward(
-            x, self._norm, self.dtype, self.weight, self.bias, self.eps, out
-        )
-        return y
-
-    _normalise = __call__
+    __call__ = _normalise = NormLayer._normalise
 
     @classmethod
     def _parameter_shape_of(cls, config: Config) -> Shape:

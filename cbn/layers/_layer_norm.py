@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import DTypeLike
 
-from cbn import _engine, _norms, _scalars
-from cbn._types import Array, Config, Shape
+from cbn import _norms, _scalars
+from cbn._types import Config, Shape
 from cbn.layers._base import NormLayer
 
 
@@ -48,14 +48,7 @@ class _RowNorm(NormLayer, of_cbn=True):
         """Lengths of the last axes, over which the layer normalises."""
         return self._normalized_shape
 
-    def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
-        """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
-        y, self._forward = _engine.forward(
-            x, self._norm, self.dtype, self.weight, self.bias, self.eps, out
-        )
-        return y
-
-    _normalise = __call__
+    __call__ = _normalise = NormLayer._normalise
 
     def _config(self) -> Config:
         return {**super()._config(), "normalized_shape": list(self.normalized_shape)}
@@ -75,17 +68,6 @@ class LayerNorm(_RowNorm, of_cbn=True):
     ----------
     elementwise_affine : bool
         Whether to scale by ``weight`` and shift by ``bias``.
-
-    Attributes
-    ----------
-    weight, bias : ndarray of shape normalized_shape, or None
-        Parameters. Edits in place take effect at the next call.
-    weight_grad, bias_grad : ndarray of shape normalized_shape, or None
-        Gradients of the last ``backward``.
-    training : bool
-        The mode, which changes nothing here.
-    eps
-        As above.
 
     References
     ----------
