@@ -29,6 +29,7 @@ def documented_by(*sources: Callable[..., Any]) -> Callable[[Documented], Docume
         if not target.__doc__:  # python -OO has none
             return target
         lead, sections, entries = _parsed(target)
+        own = tuple(entries)  # one that is not in the signature stays, for all to see
         for source in sources:
             other_lead, other_sections, other_entries = _parsed(source)
             if isinstance(target, type) and "\n" not in lead:
@@ -39,7 +40,7 @@ def documented_by(*sources: Callable[..., Any]) -> Callable[[Documented], Docume
         code = function.__code__
         arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         # An entry of several arguments stands where the first of them does.
-        used = dict.fromkeys(entries[name] for name in arguments if name in entries)
+        used = dict.fromkeys(entries[name] for name in (*arguments, *own) if name in entries)
         sections["Parameters"] = "\n".join(used)
         target.__doc__ = lead + "".join(
             f"\n\n{title}\n{'-' * len(title)}\n{sections[title]}"

@@ -92,7 +92,13 @@ class ChannelNorm(NormLayer, of_cbn=True):
         self._num_features = _scalars.positive_integer("num_features", num_features)
         self.eps = _scalars.non_negative("eps", eps)
         self.momentum = _scalars.momentum_or_none(momentum)
-        _warn_of_momentum(self.momentum)
+        if self.momentum is not None and not 0 <= self.momentum <= 1:
+            # PyTorch takes any number without a word; the average leaves the range of the data.
+            warn_caller(
+                f"momentum: expected a number from 0 to 1, the weight of the new batch, got "
+                f"{self.momentum:g}; momentum=0.1 is what Keras and ONNX call 0.9",
+                UserWarning,
+            )
         self.affine = _scalars.flag("affine", affine)
         self._channel_axis = _scalars.channel_axis(channel_axis)
         self._axes = self._axes_of(self._num_features, self._channel_axis)
@@ -194,13 +200,3 @@ class ChannelNorm(NormLayer, of_cbn=True):
         state = {**super().__getstate__(), "_observer": None}
         del state["_by_channel"]
         return state
-
-
-def _warn_of_momentum(value: float | None) -> None:
-    """PyTorch takes any number without a word; the average leaves the range of the data."""
-    if value is not None and not 0 <= value <= 1:
-        warn_caller(
-            f"momentum: expected a number from 0 to 1, the weight of the new batch, got {value:g}; "
-            "momentum=0.1 is what Keras and ONNX call 0.9",
-            UserWarning,
-        )
