@@ -58,7 +58,7 @@ def _parsed(source: Callable[..., Any]) -> tuple[str, dict[str, str], dict[str, 
     sections = dict(zip(parts[::2], parts[1::2], strict=True))
     entries = {
         name: entry
-        for entry in ENTRY.split(sections.get("Parameters", ""))
+        for entry in filter(None, ENTRY.split(sections.get("Parameters", "")))
         for name in entry.partition(" : ")[0].partition("\n")[0].split(", ")
     }
     return lead, sections, entries
