@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cbn import _scalars
-from cbn._scalars import positive_integer
 from cbn._types import Axes, Shape
 
 # Shapes whose views a norm remembers. Serving text, a layer may see one for every length.
@@ -157,8 +156,8 @@ def lengths_of(value: Any) -> Shape:
     """The lengths of the last axes, also from an integer for one."""
     several = isinstance(value, (Sequence, np.ndarray)) and getattr(value, "ndim", 1) > 0
     if isinstance(value, (str, bytes)) or not several:
-        return (positive_integer("normalized_shape", value),)
-    shape = tuple(positive_integer("normalized_shape", length) for length in value)
+        return (_scalars.positive_integer("normalized_shape", value),)
+    shape = tuple(_scalars.positive_integer("normalized_shape", length) for length in value)
     if not shape:
         raise ValueError("normalized_shape: expected at least one length, got none")
     if len(shape) > MOST_AXES:
@@ -220,7 +219,7 @@ def any_instance(channel_axis: int) -> tuple[Norm, Norm]:
 
 def any_group(num_groups: int, channel_axis: int) -> Norm:
     """Group norm of an array of at least two axes."""
-    groups = positive_integer("num_groups", num_groups)
+    groups = _scalars.positive_integer("num_groups", num_groups)
     return group(groups, _scalars.channel_axis(channel_axis))
 
 

@@ -74,6 +74,7 @@ class ChannelNorm(NormLayer, of_cbn=True):
     _averages_samples: ClassVar[bool] = False  # whether that is what the running statistics learn
     _by_channel: Norm  # that by given statistics
 
+    # The defaults are those of instance norm; batch norm has its own.
     def __init__(
         self,
         num_features: int,
