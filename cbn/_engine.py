@@ -92,9 +92,8 @@ def forward(
             # Nothing is written before the statistics have been looked at.
             kernels.statistics_of(array, view, eps, norm.centred, statistics, threads)
             learnt = _of_channels(statistics, view)
-            _statistics.finite_statistics(
-                kernels.not_finite(learnt, running_mean, running_var, view.values, correction)
-            )
+            lost = kernels.not_finite(learnt, running_mean, running_var, view.values, correction)
+            _statistics.finite_statistics(lost)
             kernels.normalise_by(array, view, statistics, weight, bias, eps, buffer, threads)
         else:
             kernels.normalise_own(
@@ -150,13 +149,17 @@ def forward_given(
 
 def statistics(x: ArrayLike, norm: Norm, eps: float = 0.0) -> Saved:
     """Return what a forward pass would have kept, for a backward pass without one."""
-    _, array, view = _read(x, norm)
+    array = _arrays.data("x", x)
+    view = norm.view(array.shape)
     eps = _scalars.non_negative("eps", eps)
     found = np.zeros((3, view.B * view.C))
     if array.size:
         threads = _threads.threads_for(array.size)
         _dispatch.kernels.statistics_of(array, view, eps, norm.centred, found, threads)
-    return _saved(array, array, view, found, eps, norm.centred)
+    saved: Saved = _dispatch.kernels.Saved(  # not by _saved, which a small call would feel
+        array, array.shape, array.dtype, view, found, eps, norm.centred, False
+    )
+    return saved
 
 
 def given_statistics(
@@ -168,7 +171,7 @@ def given_statistics(
     if done is not None:
         return done
 
-    _, array, view = _read(x, norm)
+    _, array, view = _read(x, norm, None)
     mean = _arrays.per_channel("mean", mean, view.C)
     var = _arrays.per_channel("var", var, view.C)
     frozen = not _scalars.flag("training", training)
@@ -234,9 +237,7 @@ def backward(
     return grad_input, grad_weight, grad_bias
 
 
-def _read(
-    x: ArrayLike, norm: Norm, dtype: np.dtype[Any] | None = None
-) -> tuple[Array, Array, View]:
+def _read(x: ArrayLike, norm: Norm, dtype: np.dtype[Any] | None) -> tuple[Array, Array, View]:
     """The input as the caller has it and as a kernel can read it, and how the norm sees it."""
     x = _arrays.array("x", x, dtype)
     array = _arrays.data("x", x, dtype)

@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike
 
 # Tuples, because a union is put together anew each time that it is looked at.
 BOOLS = (bool, np.bool)
+INTEGERS = (int, np.integer)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 NONFINITE = ("propagate", "raise", "skip")
 
@@ -99,7 +100,7 @@ def dtype(value: DTypeLike | None) -> np.dtype[Any]:
 
 
 def channel_axis(value: Any) -> int:
-    if isinstance(value, BOOLS) or not isinstance(value, (int, np.integer)) or value not in (1, -1):
+    if isinstance(value, BOOLS) or not isinstance(value, INTEGERS) or value not in (1, -1):
         raise ValueError(
             f"channel_axis: expected 1 (channels first) or -1 (channels last), got {value!r}"
         )

@@ -17,10 +17,10 @@ from cbn._scalars import positive_integer
 MOST_THREADS = 4096
 
 
-def _thread_count(name: str, value: Any) -> int:
-    count = positive_integer(name, value)
+def _thread_count(value: Any) -> int:
+    count = positive_integer("num_threads", value)
     if count > MOST_THREADS:
-        raise ValueError(f"{name}: expected at most {MOST_THREADS} threads, got {value!r}")
+        raise ValueError(f"num_threads: expected at most {MOST_THREADS} threads, got {value!r}")
     return count
 
 
@@ -116,7 +116,7 @@ class num_threads(ContextDecorator):
     """
 
     def __init__(self, num_threads: int) -> None:
-        self._num_threads = _thread_count("num_threads", num_threads)
+        self._num_threads = _thread_count(num_threads)
 
     def __enter__(self) -> None:
         # What changes lies in the context, not in the object, which may be in use elsewhere.
@@ -145,6 +145,6 @@ def set_num_threads(num_threads: int) -> int:
     1
     """
     global _process_wide, _origin
-    new = _thread_count("num_threads", num_threads)
+    new = _thread_count(num_threads)
     old, _process_wide, _origin = _process_wide, new, "set_num_threads"
     return old
