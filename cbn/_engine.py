@@ -7,27 +7,17 @@ samples. A pass forward returns, beside the output, what a pass backward needs o
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from cbn import _arrays, _dispatch, _scalars, _statistics, _threads
-from cbn._norms import Norm, View
+from cbn._norms import Norm
 from cbn._types import Array, Shape
 
-
-class Saved(Protocol):
-    """What a backward pass needs of its forward pass; src/kernels.pxi makes it."""
-
-    x: Array | None  # None: overwritten, or not needed
-    shape: Shape  # of x
-    dtype: np.dtype[Any]
-    view: View
-    statistics: Array  # float64 (3, B * C): mean, what float64 rounds off it, var
-    eps: float
-    centred: bool
-    frozen: bool  # whether the statistics do not depend on x
+if TYPE_CHECKING:
+    from cbn._core import Saved, View
 
 
 def forward(
@@ -86,18 +76,27 @@ def forward(
 
     statistics = np.zeros((3, view.B * view.C))
     if array.size:
-        threads = _threads.threads_for(2 * array.size)
         learning = running_mean, running_var, num_batches_tracked
         if nonfinite == "raise":
             # Nothing is written before the statistics have been looked at.
-            kernels.statistics_of(array, view, eps, norm.centred, statistics, threads)
+            kernels.statistics_of(array, view, eps, norm.centred, statistics, _threads.threads_for)
             learnt = _of_channels(statistics, view)
             lost = kernels.not_finite(learnt, running_mean, running_var, view.values, correction)
             _statistics.finite_statistics(lost)
-            kernels.normalise_by(array, view, statistics, weight, bias, eps, buffer, threads)
+            kernels.normalise_by(
+                array, view, statistics, weight, bias, eps, buffer, _threads.threads_for
+            )
         else:
             kernels.normalise_own(
-                array, view, weight, bias, eps, norm.centred, statistics, buffer, threads
+                array,
+                view,
+                weight,
+                bias,
+                eps,
+                norm.centred,
+                statistics,
+                buffer,
+                _threads.threads_for,
             )
         if running_mean is not None or num_batches_tracked is not None:
             learnt, skips = _of_channels(statistics, view), nonfinite == "skip"
@@ -139,8 +138,7 @@ def forward_given(
     buffer, y = _allocate(out, array.shape, array.dtype)
 
     if array.size:
-        threads = _threads.threads_for(array.size)
-        kernels.normalise(array, view, mean, var, weight, bias, eps, buffer, threads)
+        kernels.normalise(array, view, mean, var, weight, bias, eps, buffer, _threads.threads_for)
     if y is not buffer:
         y[...] = buffer
     kept = None if overwrites_x or weight is None else array
@@ -154,8 +152,7 @@ def statistics(x: ArrayLike, norm: Norm, eps: float = 0.0) -> Saved:
     eps = _scalars.non_negative("eps", eps)
     found = np.zeros((3, view.B * view.C))
     if array.size:
-        threads = _threads.threads_for(array.size)
-        _dispatch.kernels.statistics_of(array, view, eps, norm.centred, found, threads)
+        _dispatch.kernels.statistics_of(array, view, eps, norm.centred, found, _threads.threads_for)
     saved: Saved = _dispatch.kernels.Saved(  # not by _saved, which a small call would feel
         array, array.shape, array.dtype, view, found, eps, norm.centred, False
     )
@@ -224,12 +221,13 @@ def backward(
     buffer, grad_input = _allocate(out, shape, dtype)
 
     grad_weight, grad_bias = (np.zeros(view.parameter_shape, dtype) for _ in range(2))
-    threads = _threads.threads_for(4 * grad.size)
     if grad.size and x is None:
         var = saved.statistics[2]
-        kernels.normalise(grad, view, None, var, None, None, saved.eps, buffer, threads)
+        kernels.normalise(
+            grad, view, None, var, None, None, saved.eps, buffer, _threads.threads_for
+        )
     elif grad.size:
-        kernels.gradients(grad, saved, weight, buffer, grad_weight, grad_bias, threads)
+        kernels.gradients(grad, saved, weight, buffer, grad_weight, grad_bias, _threads.threads_for)
     if grad_input is not buffer:
         grad_input[...] = buffer
     if overwrites_x:

@@ -11,30 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cbn import _scalars
+from cbn import _dispatch, _scalars
 from cbn._types import Axes, Shape
+
+if TYPE_CHECKING:
+    from cbn._core import View
 
 # Shapes whose views a norm remembers. Serving text, a layer may see one for every length.
 MOST_VIEWS = 1024
 MOST_AXES = 64  # of NumPy's arrays
-
-
-class View(NamedTuple):
-    """An array as the kernels walk it; src/kernels.pxi reads it by position."""
-
-    B: int  # batches that are normalised apart
-    N: int  # values before the channel axis
-    C: int  # channels: whatever has a mean and a variance of its own
-    S: int  # values after it
-    parts: int  # weights of a channel, each for the next S // parts of its values
-    period: int  # channels after which the weights repeat
-    of_samples: bool  # whether each channel is of one sample
-    parameter_shape: Shape  # of weight, bias, and running statistics
-    values: int  # that a mean is of
 
 
 class Norm:
@@ -64,7 +53,8 @@ class Norm:
 def _batch(axes: Axes, least_axes: int, shape: Shape) -> View:
     axis = _axis_of_channels(shape, axes, least_axes)
     N, C, S = prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
-    return View(1, N, C, S, 1, C, False, (C,), N * S)
+    view: View = _dispatch.kernels.View(1, N, C, S, 1, C, False, (C,))
+    return view
 
 
 def _instance(
@@ -108,8 +98,8 @@ def _layer(normalized_shape: Shape, shape: Shape) -> View:
 def _of_samples(
     B: int, N: int, C: int, S: int, parts: int, period: int, parameter_shape: Shape
 ) -> View:
-    values = N * S if B * C else 0  # no sample, no values
-    return View(B, N, C, S, parts, period, True, parameter_shape, values)
+    view: View = _dispatch.kernels.View(B, N, C, S, parts, period, True, parameter_shape)
+    return view
 
 
 # ---------------------------------------------------------------------------------- the checks

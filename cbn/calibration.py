@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from threading import Lock
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from cbn import _scalars, _statistics
-from cbn._engine import Saved
 from cbn._types import Array
 from cbn.layers import ChannelNorm, NormLayer
 from cbn.model import some_layers, statistics_writable, unfrozen_layers
+
+if TYPE_CHECKING:
+    from cbn._core import Saved
 
 __all__ = ["recalibrate", "reinitialize_norm_stats"]
 

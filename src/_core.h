@@ -4,7 +4,6 @@
 #define __PYX_HAVE__cbn___core
 
 #include "Python.h"
-struct View;
 struct Geometry;
 struct Sheet;
 struct PerChannel;
@@ -42,7 +41,7 @@ enum  {
 };
 
 /* "src/interface.pxi":4
- * # and in geometry.pxi to _core.h, which they include.
+ * # here and in geometry.pxi to _core.h, which they include.
  * 
  * cdef public enum:             # <<<<<<<<<<<<<<
  *     AT_ONCE = 64   # channels, or parameters, that are finished side by side
@@ -110,23 +109,6 @@ enum  {
 /* "src/geometry.pxi":72
  * 
  * 
- * cdef public struct View:             # <<<<<<<<<<<<<<
- *     Py_ssize_t B
- *     Py_ssize_t N
-*/
-struct View {
-  Py_ssize_t B;
-  Py_ssize_t N;
-  Py_ssize_t C;
-  Py_ssize_t S;
-  Py_ssize_t parts;
-  Py_ssize_t period;
-  Py_ssize_t most;
-};
-
-/* "src/geometry.pxi":82
- * 
- * 
  * cdef public struct Geometry:             # <<<<<<<<<<<<<<
  *     Py_ssize_t B
  *     Py_ssize_t N
@@ -152,7 +134,7 @@ struct Geometry {
   Py_ssize_t pieces;
 };
 
-/* "src/geometry.pxi":105
+/* "src/geometry.pxi":95
  * 
  * 
  * cdef public struct Sheet:             # <<<<<<<<<<<<<<

@@ -18,6 +18,9 @@ from cbn._norms import Norm
 from cbn._state_dict import IncompatibleKeys, load_arrays
 from cbn._types import Array, Config, Expected, Shape, Target
 
+if TYPE_CHECKING:
+    from cbn._core import Saved
+
 # What a state holds, in PyTorch's order.
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 # What a layer's attributes of these names must be; they may have been changed since it was made.
@@ -107,7 +110,7 @@ class NormLayer(ABC):
     num_batches_tracked: Array | None = None
     weight_grad: Array | None
     bias_grad: Array | None
-    _forward: _engine.Saved | None  # what the last call kept for backward; None: there was none
+    _forward: Saved | None  # what the last call kept for backward; None: there was none
     _norm: Norm  # its row of the table
 
     def _set_up(

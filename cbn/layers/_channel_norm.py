@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -13,6 +13,9 @@ from cbn._norms import Norm
 from cbn._types import Array, Axes, Config
 from cbn.exceptions import warn_caller
 from cbn.layers._base import NormLayer
+
+if TYPE_CHECKING:
+    from cbn._core import Saved
 
 
 class ChannelNorm(NormLayer, of_cbn=True):
@@ -109,7 +112,7 @@ class ChannelNorm(NormLayer, of_cbn=True):
         self._set_up((self._num_features,), self.affine, bias, device, dtype)
         self.track_running_stats = _scalars.flag("track_running_stats", track_running_stats)
         # Who gets the statistics of each batch in training, in place of the running statistics.
-        self._observer: Callable[[_engine.Saved], None] | None = None
+        self._observer: Callable[[Saved], None] | None = None
 
     @property
     def num_features(self) -> int:
