@@ -1,4 +1,4 @@
-"""Fixtures of all tests: random numbers, torch, and the one table of tolerances."""
+"""Fixtures of all tests: random numbers, comparing, instruction sets, torch."""
 
 import importlib
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tolerances import CLOSE
 
 from cbn import _dispatch
 
@@ -15,13 +16,6 @@ from cbn import _dispatch
 _dispatch.kernels.calls().judges = False
 
 pytest.register_assert_rewrite("refusals")  # so that its failures show both texts
-
-# The defaults of torch.testing.assert_close: whoever compares cbn with PyTorch by PyTorch's own
-# test function gets these. Every test compares at them and none widens them.
-TOLERANCES = {
-    "float32": {"rtol": 1.3e-6, "atol": 1e-5},
-    "float64": {"rtol": 1e-7, "atol": 1e-7},
-}
 
 
 @pytest.fixture
@@ -37,10 +31,16 @@ def assert_close():
             assert actual is None, f"{quantity}: expected None"
             return
         assert np.shape(actual) == np.shape(expected), f"{quantity}: shapes differ"
-        tolerance = TOLERANCES[np.dtype(dtype).name]
+        tolerance = CLOSE[np.dtype(dtype).name]
         np.testing.assert_allclose(actual, expected, err_msg=quantity, **tolerance)
 
     return assert_close
+
+
+@pytest.fixture
+def use_isa(monkeypatch):
+    """A function that makes calls compute by the kernels for an instruction set."""
+    return lambda isa: monkeypatch.setattr(_dispatch, "kernels", _dispatch.load(isa))
 
 
 @pytest.fixture(scope="session")
