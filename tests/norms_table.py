@@ -5,8 +5,8 @@ training. A size is C channels, so many groups of them (GroupNorm alone asks), a
 the row that LayerNorm and RMSNorm normalise.
 """
 
+import pickle
 from functools import partial
-from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -78,13 +78,25 @@ def batch_norm_backward(module, grad_output, x, channel_axis=1, **options):
     )
 
 
-def filled(layer):
+def filled(layer, seed=0):
     """The layer, with every array of it other than it starts with."""
-    for seed, name in enumerate(layer.state_dict()):
+    rng = np.random.default_rng(seed)
+    for name in layer.state_dict():
         array = getattr(layer, name)
-        random = np.random.default_rng(seed)
-        array[...] = 7 if name == "num_batches_tracked" else random.uniform(0.5, 2, array.shape)
+        array[...] = 7 if name == "num_batches_tracked" else rng.uniform(0.5, 2, array.shape)
     return layer
+
+
+def pickled(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def statistics(*layers):
+    """As lists and numbers."""
+    return [np.array(getattr(layer, name)).tolist() for layer in layers for name in STATISTICS]
 
 
 BATCH = [
@@ -109,82 +121,42 @@ ROWS = [
 ]
 NORMS = {norm.name: norm for norm in (*BATCH, *INSTANCE, GROUP, *ROWS)}
 
-
-class Kind(NamedTuple):
-    """A norm, and the data that it is given."""
-
-    norm: Norm
-    shape: tuple[int, ...]
-    channel_axis: int = 1  # as the norm is told; of a single sample the channels are first, or last
-    groups: int = 1
-    row: tuple[int, ...] = ()
-
-    def __str__(self):
-        groups = f"-{self.groups}" if self.norm is GROUP else ""
-        return f"{self.norm.name}-{'x'.join(map(str, self.shape))}{groups}" + (
-            "" if self.channel_axis == 1 else "-last"
-        )
-
-    @property
-    def axis(self):
-        """The axis of the channels in the shape."""
-        return self.channel_axis if len(self.shape) in self.norm.axes else min(self.channel_axis, 0)
-
-    @property
-    def C(self):
-        return self.shape[self.axis]
-
-    @property
-    def options(self):
-        return {} if self.channel_axis == 1 else {"channel_axis": self.channel_axis}
-
-    def layer(self, **options):
-        return self.norm.layer(self.C, self.groups, self.row, **self.options, **options)
-
-    def functions(self, module=functional):
-        functions = self.norm.functions(self.groups, self.row, module)
-        return [partial(function, **self.options) for function in functions]
-
-    @property
-    def parameter_shape(self):
-        return self.norm.shape_of_parameters(self.C, self.row)
-
-    def by_group(self, array):
-        """The array with a row for each group of values that are normalised together."""
-        first, groups = 1, len(array) * self.groups
-        if self.norm in BATCH:
-            first, groups = 0, self.C
-        elif self.norm in INSTANCE:
-            groups = len(array) * self.C
-        elif self.norm in ROWS:
-            groups = array.size // prod(self.row)
-        return np.moveaxis(array, self.axis, first).reshape(groups, -1)
-
-    def by_parameter(self, array):
-        """The array with a row for every time that all weights are used."""
-        last = array if self.norm in ROWS else np.moveaxis(array, self.axis, -1)
-        return last.reshape(-1, *self.parameter_shape)
-
-    def from_groups(self, groups):
-        """The other way round than by_group."""
-        places = self.by_group(np.arange(prod(self.shape)).reshape(self.shape))
-        array = np.empty(self.shape, groups.dtype)
-        array.flat[places] = groups
-        return array
-
-
-def channels_last(kind):
-    """The same kind of data with the channels last."""
-    shape = list(kind.shape)
-    shape.append(shape.pop(kind.axis))
-    return kind._replace(shape=tuple(shape), channel_axis=-1)
-
-
-def kinds(batches=(), unbatched=(), rows=(), groups=(), instances=()):
-    """Norms of data of these shapes, channels first; then those that have both layouts, last."""
-    first = [Kind(BATCH[max(len(shape) - 3, 0)], shape) for shape in batches]
-    first += [Kind(BATCH[len(shape) - 2], shape) for shape in unbatched]
-    first += [Kind(GROUP, shape, groups=number) for shape, number in groups]
-    first += [Kind(INSTANCE[0], shape) for shape in instances]
-    of_rows = [Kind(norm, shape, row=shape[1:]) for shape in rows for norm in ROWS]
-    return [*of_rows, *first, *map(channels_last, first)]
+# Of one layer for every function, all options, alone or with others.
+OPTIONS = {
+    "BatchNorm1d": [
+        {},
+        {"eps": 0.125},
+        {"eps": 1},
+        {"momentum": None},
+        {"momentum": None, "eps": 1e-3},
+        {"momentum": 1 / 3},
+        {"affine": False},
+        {"bias": False},
+        {"track_running_stats": False},
+        {"affine": False, "track_running_stats": False},
+        {"dtype": "float64"},
+        {"channel_axis": -1},
+        {"correction": 0},
+        {"correction": 1.5},
+        {"nonfinite": "skip"},
+    ],
+    "InstanceNorm1d": [
+        {},
+        {"affine": True, "bias": False, "momentum": None, "eps": 0.25},
+        {"affine": True, "track_running_stats": True, "correction": 0},
+        {"track_running_stats": True, "channel_axis": -1, "dtype": "float64"},
+        {"track_running_stats": True, "nonfinite": "skip"},
+    ],
+    "GroupNorm": [
+        {},
+        {"affine": False, "eps": 1},
+        {"bias": False, "channel_axis": -1, "dtype": "float64"},
+    ],
+    "LayerNorm": [
+        {},
+        {"bias": False, "eps": 0.0},
+        {"elementwise_affine": False, "dtype": "float64"},
+    ],
+    "RMSNorm": [{}, {"elementwise_affine": False, "eps": 0.5, "dtype": "float64"}],
+}
+WITH_OPTIONS = [(name, options) for name, choices in OPTIONS.items() for options in choices]

@@ -5,7 +5,8 @@ from itertools import product
 
 import numpy as np
 import pytest
-from norms_table import BATCH, NORMS, Kind, kinds
+from norm_kinds import Kind, kinds
+from norms_table import BATCH, NORMS
 
 import cbn
 from cbn import _dispatch, _threads, functional, reference

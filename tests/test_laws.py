@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from norms_table import BATCH, GROUP, INSTANCE, ROWS, Kind, channels_last
+from norm_kinds import Kind, channels_last
+from norms_table import BATCH, GROUP, INSTANCE, ROWS
 from tolerances import LARGEST_ERROR, SLACK
 
 from cbn import functional

@@ -16,7 +16,7 @@ from hard import (
     exact,
     wider,
 )
-from norms_table import kinds
+from norm_kinds import kinds
 from tolerances import LARGEST_ERROR
 
 import cbn
