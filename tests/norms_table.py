@@ -77,12 +77,12 @@ def batch_norm_backward(module, grad_output, x, channel_axis=1, **options):
     )
 
 
-def filled(layer):
+def filled(layer, seed=0):
     """The layer, with every array of it other than it starts with."""
-    for seed, name in enumerate(layer.state_dict()):
+    rng = np.random.default_rng(seed)
+    for name in layer.state_dict():
         array = getattr(layer, name)
-        random = np.random.default_rng(seed)
-        array[...] = 7 if name == "num_batches_tracked" else random.uniform(0.5, 2, array.shape)
+        array[...] = 7 if name == "num_batches_tracked" else rng.uniform(0.5, 2, array.shape)
     return layer
 
 
@@ -107,3 +107,43 @@ ROWS = [
     for name, parameters in (("LayerNorm", ("weight", "bias")), ("RMSNorm", ("weight",)))
 ]
 NORMS = {norm.name: norm for norm in (*BATCH, *INSTANCE, GROUP, *ROWS)}
+
+# Of one layer for every function, all options, alone or with others.
+OPTIONS = {
+    "BatchNorm1d": [
+        {},
+        {"eps": 0.125},
+        {"eps": 1},
+        {"momentum": None},
+        {"momentum": None, "eps": 1e-3},
+        {"momentum": 1 / 3},
+        {"affine": False},
+        {"bias": False},
+        {"track_running_stats": False},
+        {"affine": False, "track_running_stats": False},
+        {"dtype": "float64"},
+        {"channel_axis": -1},
+        {"correction": 0},
+        {"correction": 1.5},
+        {"nonfinite": "skip"},
+    ],
+    "InstanceNorm1d": [
+        {},
+        {"affine": True, "bias": False, "momentum": None, "eps": 0.25},
+        {"affine": True, "track_running_stats": True, "correction": 0},
+        {"track_running_stats": True, "channel_axis": -1, "dtype": "float64"},
+        {"track_running_stats": True, "nonfinite": "skip"},
+    ],
+    "GroupNorm": [
+        {},
+        {"affine": False, "eps": 1},
+        {"bias": False, "channel_axis": -1, "dtype": "float64"},
+    ],
+    "LayerNorm": [
+        {},
+        {"bias": False, "eps": 0.0},
+        {"elementwise_affine": False, "dtype": "float64"},
+    ],
+    "RMSNorm": [{}, {"elementwise_affine": False, "eps": 0.5, "dtype": "float64"}],
+}
+WITH_OPTIONS = [(name, options) for name, choices in OPTIONS.items() for options in choices]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from norms_table import filled
 
 import cbn
 
@@ -318,6 +319,65 @@ def test_more_than_the_statistics_can_hold(nonfinite):
     else:
         cbn.recalibrate(bn, batches, bn)
         assert bn.running_var == (np.inf if nonfinite == "propagate" else 1)
+
+
+# ----------------------------------------------------------------------------------- instance norm
+
+
+def instance_norm(**options):
+    """A layer whose every array differs from its default."""
+    return filled(cbn.InstanceNorm1d(C, track_running_stats=True, **options))
+
+
+def test_instance_norm_learns_the_averages_over_all_samples(rng):
+    batches = [rng.normal(1, 3, (n, C, 6)) for n in (1, 4, 2)]
+    layer = instance_norm(dtype="float64", correction=2)
+    others = [cbn.GroupNorm(1, C, dtype="float64"), cbn.LayerNorm((C, 6), dtype="float64")]
+
+    def forward(x):
+        return others[1](others[0](layer(x)))
+
+    assert cbn.recalibrate([layer, *others], batches, forward) == ["0"]
+    everything = np.concatenate(batches)
+    np.testing.assert_allclose(layer.running_mean, everything.mean((0, 2)), rtol=1e-12)
+    var = everything.var(axis=2, ddof=2).mean(axis=0)
+    np.testing.assert_allclose(layer.running_var, var, rtol=1e-12)
+    assert layer.num_batches_tracked == 3
+    cbn.reinitialize_norm_stats(layer, batches[0])
+    np.testing.assert_allclose(layer.running_mean, batches[0].mean((0, 2)), rtol=1e-12)
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("correction", [2, 2.5])
+def test_instance_norm_refuses_samples_that_are_too_small(correction):
+    layer = instance_norm(correction=correction)
+    before = layer.state_dict()
+    batches = [np.ones((1, C, 9), np.float32), np.ones((1, C, 2), np.float32)]
+    text = f"x: expected more than {correction:g} values per channel of a sample, got 2 in shape "
+    with pytest.raises(ValueError, match=re.escape(text)):
+        cbn.recalibrate(layer, batches, layer)
+    np.testing.assert_equal(layer.state_dict(), before)
+    assert layer.training
+
+
+def test_instance_norm_takes_what_is_not_finite_or_too_large():
+    layer = instance_norm()
+    x = np.ones((2, C, 3), np.float32)
+    x[0, 0, 0], x[1, 0, 0], x[0, 1] = np.inf, -np.inf, [1e25, -1e25, 0]
+    assert cbn.recalibrate(layer, [x], layer) == [""]
+    assert np.isnan(layer.running_mean[0])
+    assert layer.running_mean[1:].tolist() == [0.5, 1]
+    assert layer.running_var[1:].tolist() == [np.inf, 0]
+
+
+def test_a_pending_backward_pass_of_instance_norm_stays_as_it_was(rng):
+    layer = instance_norm(affine=True, dtype="float64").eval()
+    x, grad_output = rng.normal(1, 2, (2, 3, C, 6))
+    layer(x)
+    expected = layer.backward(grad_output)
+    layer(x)
+    cbn.recalibrate(layer, [2 * x], layer)
+    np.testing.assert_array_equal(layer.backward(grad_output), expected)
 
 
 # ---------------------------------------------------------------------------------------- refusals

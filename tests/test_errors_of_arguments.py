@@ -55,6 +55,12 @@ BAD_ARGUMENTS = {
         (np.array([2.0]), TypeError, LENGTH + repr(np.array([2.0])[0])),
         ((), ValueError, NO_LENGTH),
         (np.array([], int), ValueError, NO_LENGTH),
+        (
+            [1] * 70,
+            ValueError,
+            "normalized_shape: expected at most 64 lengths, as many as NumPy's arrays have axes, "
+            "got 70",
+        ),
     ],
     "eps": [
         *bad(NON_NEGATIVE, [-1e-5, NAN, INFINITY], ["1e-5", None, True, [1e-5], 1j]),

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from norms_table import filled
 
 import cbn
 from cbn.functional import batch_norm_backward
@@ -16,6 +17,10 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 def norm(**arguments):
     return cbn.BatchNorm1d(C, dtype=np.float64, running_mean=2, running_var=4, **arguments)
+
+
+def instance_norm(**options):
+    return filled(cbn.InstanceNorm1d(C, track_running_stats=True, dtype=np.float64, **options))
 
 
 def statistics(bn):
@@ -42,6 +47,32 @@ def test_a_frozen_layer_does_in_training_what_it_does_in_eval_mode(momentum, non
     np.testing.assert_array_equal(bn.bias_grad, expected.bias_grad)
     assert bn.training is True
     assert statistics(bn) == before
+
+
+def test_a_frozen_instance_norm_does_in_training_what_it_does_in_eval_mode(x):
+    layer = instance_norm(affine=True)
+    before, x = layer.state_dict(), x.T
+
+    def results():
+        return [layer(x), layer.backward(x), layer.weight_grad, layer.bias_grad]
+
+    layer.eval()
+    expected = results()
+    cbn.freeze(layer.train())
+    np.testing.assert_equal(results(), expected)
+    np.testing.assert_equal(layer.state_dict(), before)
+    cbn.unfreeze(layer)
+    assert (layer(x) != expected[0]).any()
+    assert layer.num_batches_tracked == before["num_batches_tracked"] + 1
+
+
+def test_a_frozen_instance_norm_uses_statistics_that_it_no_longer_tracks(x):
+    layer, x = instance_norm(), x.T
+    expected = layer.eval()(x)
+    layer.track_running_stats = False
+    cbn.freeze(layer)
+    np.testing.assert_array_equal(layer(x), expected)
+    np.testing.assert_array_equal(layer.train()(x), expected)
 
 
 def test_backward_counts_the_frozen_statistics_as_constants(x, rng):

@@ -7,18 +7,11 @@ import zipfile
 
 import numpy as np
 import pytest
+from norms_table import NORMS, filled
 
 import cbn
 
 C = 3
-
-
-def filled(layer, seed):
-    """A layer whose every array differs from its default."""
-    rng = np.random.default_rng(seed)
-    for array in layer._state().values():
-        array[...] = rng.integers(1, 9, array.shape)
-    return layer
 
 
 def build(seed=None, **first):
@@ -423,17 +416,17 @@ def test_read_only_arrays_are_not_the_fault_of_the_file(path):
     assert type(caught.value) is ValueError
 
 
-def rewrite(path, change):
+def rewrite(path, change, model=None):
     """Exchange arrays in a valid file."""
-    cbn.save(build(seed=1), path)
+    cbn.save(model or build(seed=1), path)
     with np.load(path) as file:
         content = {**dict(file), **change}
     np.savez(path, **{name: value for name, value in content.items() if value is not None})
 
 
-def config(change):
+def config(change, model=None):
     """The configuration of the model after a change."""
-    layers = {name: layer._config() for name, layer in cbn.named_norm_layers(build())}
+    layers = {n: layer._config() for n, layer in cbn.named_norm_layers(model or build())}
     whole = {"class": "model", "layers": layers}
     change(whole)
     return {"config": np.array(json.dumps(whole))}
@@ -533,3 +526,80 @@ def test_terabytes_promised_take_no_memory(path):
         for member, data in members.items():
             archive.writestr(member, data)
     assert_refused(build(), path, "head.norm.weight.npy: expected 32000000000000 bytes of float64")
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_files_that_are_older_than_nonfinite_of_instance_norm(nonfinite, path):
+    options = {"track_running_stats": True, "nonfinite": nonfinite}
+    saved = {"norm": filled(cbn.InstanceNorm1d(C, track_running_stats=True))}
+    rewrite(path, config(lambda c: c["layers"]["norm"].pop("nonfinite"), saved), saved)
+    model = {"norm": cbn.InstanceNorm1d(C, **options)}
+    if nonfinite == "propagate":
+        cbn.load(model, path)
+        assert_same_state(model, cbn.state_dict(saved))
+    else:
+        reason = "norm: expected nonfinite='skip', as in this model, got 'propagate'"
+        assert_refused(model, path, reason, ANOTHER)
+
+
+# ------------------------------------------------------------------------------ models of all norms
+
+
+def model_of_all(row=(C, 6), **of_instance):
+    return {
+        "conv": np.ones(3),
+        "blocks": [
+            filled(NORMS["InstanceNorm1d"].layer(C, **of_instance)),
+            filled(NORMS["GroupNorm"].layer(C)),
+            {
+                "row": filled(NORMS["LayerNorm"].layer(row=row)),
+                "rms": filled(NORMS["RMSNorm"].layer(row=row, dtype="float64")),
+            },
+        ],
+        "head": cbn.BatchNorm1d(C),
+    }
+
+
+NAMES = ["blocks.0", "blocks.1", "blocks.2.row", "blocks.2.rms", "head"]
+
+
+def test_all_norms_are_found():
+    found = cbn.named_norm_layers(model_of_all())
+    assert [name for name, _ in found] == NAMES
+    assert len({type(layer) for _, layer in found}) == 5
+
+
+def test_a_model_of_all_norms_is_saved_and_loaded(path):
+    options = {"affine": True, "track_running_stats": True}
+    saved, fresh = model_of_all(**options), model_of_all(**options)
+    for _, layer in cbn.named_norm_layers(fresh):
+        layer.reset_parameters()
+    cbn.save(saved, path)
+    cbn.load(fresh, path)
+    assert_same_state(fresh, cbn.state_dict(saved))
+    other = model_of_all(**options)
+    other["blocks"][2]["row"] = cbn.LayerNorm((C, 7))
+    assert_refused(
+        other,
+        path,
+        "blocks.2.row: expected normalized_shape=[3, 7], as in this model, got [3, 6]",
+        ANOTHER,
+    )
+
+
+def test_only_layers_with_statistics_are_frozen_and_reset():
+    tracking = model_of_all(track_running_stats=True)
+    cbn.freeze(tracking)
+    frozen = {name: layer.frozen for name, layer in cbn.named_norm_layers(tracking)}
+    assert frozen == dict.fromkeys(NAMES, False) | {"blocks.0": True, "head": True}
+    cbn.unfreeze(tracking)
+    before = cbn.state_dict(tracking)
+    cbn.reset_norm_stats(tracking)
+    after = cbn.state_dict(tracking)
+    changed = [key for key in after if (after[key] != before[key]).any()]
+    assert changed == [
+        f"blocks.0.{key}" for key in ("running_mean", "running_var", "num_batches_tracked")
+    ]
+    without = [layer for _, layer in cbn.named_norm_layers(model_of_all()["blocks"])]
+    with pytest.raises(ValueError, match="expected at least one norm layer with running statistic"):
+        cbn.freeze(without)
