@@ -3,14 +3,13 @@
 Their kinds, their exact words, and that they change nothing.
 """
 
-import subprocess
-import sys
 from functools import partial
 from inspect import signature
 
 import numpy as np
 import pytest
 from norms_table import NORMS
+from processes import run_python
 from refusals import AXIS, NON_NEGATIVE, C, Scene, by_arguments, check_refused, unusable
 
 import cbn
@@ -228,7 +227,12 @@ def test_channel_axis_of_statistics():
     ids=["set_num_threads", "num_threads"],
 )
 @pytest.mark.parametrize(
-    ("value", "error", "text"), bad(f"num_threads: {POSITIVE}", [0, -1], [2.5, True, "2"])
+    ("value", "error", "text"),
+    bad(
+        f"num_threads: {POSITIVE}",
+        [0, -1, np.int64(0)],
+        [1.0, 2.5, True, np.bool(True), "2", None],
+    ),
 )
 def test_number_of_threads(function, value, error, text):
     before = cbn.get_num_threads()
@@ -246,15 +250,15 @@ def test_too_many_threads():
     [
         *(
             ("CBN_NUM_THREADS", value, "expected a positive integer up to 4096")
-            for value in ("", "0", "-1", "2.5", "all")
+            for value in ("", "0", "-1", "1.5", "2.5", " 2", "two", "all", "²")
         ),
         ("CBN_ISA", "avx2", "expected an instruction set (x86_64_v4, x86_64_v3, baseline)"),
     ],
 )
-def test_environment(variable, value, expected, monkeypatch):
-    monkeypatch.setenv(variable, value)
-    run = subprocess.run([sys.executable, "-c", "import cbn"], capture_output=True, text=True)
+def test_environment(variable, value, expected):
+    run = run_python("-c", "import cbn", **{variable: value})
     assert run.returncode == 1
+    assert run.stdout == ""
     assert run.stderr.splitlines()[-1] == (
         f"ValueError: environment variable {variable}: {expected}, "
         f"got {value!r}; correct it or unset it"

@@ -7,8 +7,6 @@ import pathlib
 import re
 import stat
 import struct
-import subprocess
-import sys
 import time
 import tracemalloc
 import zipfile
@@ -18,6 +16,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from norms_table import BATCH, NORMS, OPTIONS, WITH_OPTIONS, filled
+from processes import run_python
 
 import cbn
 
@@ -833,8 +832,7 @@ def test_what_promises_terabytes_is_refused_from_the_header(name, size, shape, p
 def test_mutated_files():
     """A million take a quarter of an hour: see CONTRIBUTING.md."""
     script = pathlib.Path(__file__).with_name("fuzz_state.py")
-    command = [sys.executable, script, "--count", "1000", "--workers", "1"]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = run_python(script, "--count", "1000", "--workers", "1")
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"^ +\d+  LOADED$", run.stdout, re.MULTILINE)
 
