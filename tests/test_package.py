@@ -190,7 +190,7 @@ def test_build_without_openmp(build):
         "import cbn; print(cbn.__file__); print(cbn.get_num_threads()); cbn.set_num_threads(4); "
         "print(cbn.BatchNorm1d(1, eps=0)([[1.0], [3.0]] * 2).tolist())"
     )
-    assert output_of(code, cwd=library).splitlines() == [
+    assert run_python("-c", code, cwd=library).stdout.splitlines() == [
         str(library / "cbn" / "__init__.py"),
         "1",
         "[[-1.0], [1.0], [-1.0], [1.0]]",
