@@ -1,5 +1,6 @@
 """How a refused call is checked, and a scene of every norm to call: for the tests of errors."""
 
+import re
 from functools import partial
 from inspect import signature
 
@@ -19,6 +20,11 @@ def check_refused(call, error, text):
     assert type(caught.value) is error
     assert str(caught.value) == text
     assert snapshot(call) == before
+
+
+def refused(text, error=ValueError):
+    """A context that must raise an error of this very text."""
+    return pytest.raises(error, match=f"^{re.escape(text)}$")
 
 
 def snapshot(call):
