@@ -77,12 +77,12 @@ class Scene:
     def __init__(self, kind):
         rng = np.random.default_rng(0)
         self.x = rng.standard_normal(SHAPE, np.float32)
-        self.dy = rng.standard_normal(SHAPE, np.float32)
+        self.grad_output = rng.standard_normal(SHAPE, np.float32)
         norm, training = KINDS[kind], not kind.endswith("-eval")
         learning = {"affine": True, "track_running_stats": True} if norm.learns else {}
         self.layer = norm.layer(**learning).train(training)
         self.layer(self.x)
-        self.layer.backward(self.dy)
+        self.layer.backward(self.grad_output)
 
         function = getattr(functional, norm.function)
         gradients = getattr(functional, f"{norm.function}_backward")
@@ -109,10 +109,12 @@ class Scene:
         """The calls that use these parameters or statistics, of the layer or of its functions."""
         if through == "layer":
             layer = self.with_(**values)
-            forward, backward = partial(layer, self.x), partial(layer.backward, self.dy)
+            forward, backward = partial(layer, self.x), partial(layer.backward, self.grad_output)
         else:
             forward = partial(self.function, self.x, **values)
-            backward = self.gradients and partial(self.gradients, self.dy, self.x, **values)
+            backward = self.gradients and partial(
+                self.gradients, self.grad_output, self.x, **values
+            )
         return [forward, backward] if backward and "weight" in values else [forward]
 
 

@@ -210,7 +210,9 @@ def test_options_of_functions(kind, arguments, error, text):
     scene = Scene(kind)
     check_refused(partial(scene.function, scene.x, **arguments), error, text)
     if scene.gradients and arguments.keys() <= OF_GRADIENTS:
-        check_refused(partial(scene.gradients, scene.dy, scene.x, **arguments), error, text)
+        check_refused(
+            partial(scene.gradients, scene.grad_output, scene.x, **arguments), error, text
+        )
 
 
 def test_channel_axis_of_statistics():

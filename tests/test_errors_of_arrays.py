@@ -192,7 +192,7 @@ DATA_CALLS = {
     "layer-backward": ("grad_output", lambda s, value: partial(s.layer.backward, value)),
     "function": ("x", lambda s, value: partial(s.function, value)),
     "gradients": ("grad_output", lambda s, value: partial(s.gradients, value, s.x)),
-    "gradients-x": ("x", lambda s, value: partial(s.gradients, s.dy, value)),
+    "gradients-x": ("x", lambda s, value: partial(s.gradients, s.grad_output, value)),
     "statistics": ("x", lambda s, value: partial(batch_norm_stats, value)),
 }
 CONVERT = "; convert it first, for example with {name}.astype(numpy.float32)"
@@ -262,21 +262,18 @@ BAD_DATA = {
 }
 
 
-def each_kind(calls):
+def kinds_and(calls):
     """Every kind with every call that it has."""
-    return pytest.mark.parametrize(
-        ("kind", "call"),
-        [
-            (kind, call)
-            for kind in KINDS
-            for call in calls
-            if not (call.startswith("gradients") and kind == "instance-eval")
-            and not (call == "statistics" and kind != "batch")
-        ],
-    )
+    return [
+        (kind, call)
+        for kind in KINDS
+        for call in calls
+        if not (call.startswith("gradients") and kind == "instance-eval")
+        and not (call == "statistics" and kind != "batch")
+    ]
 
 
-@each_kind(DATA_CALLS)
+@pytest.mark.parametrize(("kind", "call"), kinds_and(DATA_CALLS))
 @pytest.mark.parametrize("what", BAD_DATA)
 def test_data_that_is_no_array_of_floats(what, kind, call):
     value, error, text = BAD_DATA[what]
@@ -284,7 +281,7 @@ def test_data_that_is_no_array_of_floats(what, kind, call):
     check_refused(prepare(Scene(kind), value), error, text.format(name=name))
 
 
-@each_kind(["layer", "layer-backward", "gradients"])
+@pytest.mark.parametrize(("kind", "call"), kinds_and(["layer", "layer-backward", "gradients"]))
 def test_the_other_float(kind, call):
     name, prepare = DATA_CALLS[call]
     text = (
@@ -313,12 +310,10 @@ def test_parameters_of_torch(torch):
 
 OUT_CALLS = {
     "layer": lambda s, out: partial(s.layer, s.x, out=out),
-    "layer-backward": lambda s, out: partial(s.layer.backward, s.dy, out=out),
+    "layer-backward": lambda s, out: partial(s.layer.backward, s.grad_output, out=out),
     "function": lambda s, out: partial(s.function, s.x, out=out),
-    "gradients": lambda s, out: partial(s.gradients, s.dy, s.x, out=out),
+    "gradients": lambda s, out: partial(s.gradients, s.grad_output, s.x, out=out),
 }
-FORWARD = ("layer", "function")
-BACKWARD = ("layer-backward", "gradients")
 BAD_OUTS = {
     "list": ([0.0], TypeError, "expected an array, got list"),
     "shape": (
@@ -353,36 +348,29 @@ BAD_OUTS = {
 }
 
 
-@each_kind(OUT_CALLS)
+@pytest.mark.parametrize(("kind", "call"), kinds_and(OUT_CALLS))
 @pytest.mark.parametrize("what", BAD_OUTS)
 def test_out(what, kind, call):
     out, error, text = BAD_OUTS[what]
     check_refused(OUT_CALLS[call](Scene(kind), out), error, f"out: {text}")
 
 
-@each_kind(FORWARD)
+@pytest.mark.parametrize(
+    ("kind", "call", "name"),
+    [
+        (kind, call, name)
+        for kind, call in kinds_and(OUT_CALLS)
+        for name in ("x", "grad_output")
+        if name == "x" or call in ("layer-backward", "gradients")
+    ],
+)
 @pytest.mark.parametrize("how", OVERLAPS)
-def test_out_over_part_of_x(how, kind, call):
+def test_out_over_part_of_an_input(how, kind, call, name):
     scene = Scene(kind)
-    scene.x, out, strides = overlapping(how)
-    check_refused(OUT_CALLS[call](scene, out), ValueError, overlap_text("x", strides))
-
-
-@each_kind(BACKWARD)
-@pytest.mark.parametrize("how", OVERLAPS)
-def test_out_over_part_of_grad_output(how, kind, call):
-    scene = Scene(kind)
-    scene.dy, out, strides = overlapping(how)
-    check_refused(OUT_CALLS[call](scene, out), ValueError, overlap_text("grad_output", strides))
-
-
-@each_kind(BACKWARD)
-@pytest.mark.parametrize("how", OVERLAPS)
-def test_out_of_backward_over_part_of_x(how, kind, call):
-    scene = Scene(kind)
-    scene.x, out, strides = overlapping(how)
+    array, out, strides = overlapping(how)
+    setattr(scene, name, array)
     scene.layer(scene.x)
-    check_refused(OUT_CALLS[call](scene, out), ValueError, overlap_text("x", strides))
+    check_refused(OUT_CALLS[call](scene, out), ValueError, overlap_text(name, strides))
 
 
 # --------------------------------------------------------------------------- parameters, statistics
@@ -432,7 +420,7 @@ def test_dtype_of_a_parameter_or_statistic(kind, name, through):
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (1, C), (C, 1)], ids=str)
 def test_statistics_to_differentiate_by(name, shape):
     scene = Scene("batch")
-    call = partial(scene.gradients, scene.dy, scene.x)
+    call = partial(scene.gradients, scene.grad_output, scene.x)
     text = f"{name}: expected shape (3,), one value per channel, got {shape}"
     check_refused(partial(call, **{name: np.ones(shape, np.float32)}), ValueError, text)
     text = f"{name}: expected float32 or float64, got complex128" + CONVERT.format(name=name)

@@ -133,14 +133,14 @@ OVERWRITTEN = (
 def test_backward_after_a_call_in_place(kind):
     scene = Scene(kind)
     scene.layer(scene.x, out=scene.x)
-    check_refused(partial(scene.layer.backward, scene.dy), RuntimeError, OVERWRITTEN)
+    check_refused(partial(scene.layer.backward, scene.grad_output), RuntimeError, OVERWRITTEN)
 
 
 @EACH
 def test_backward_after_a_backward_over_x(kind):
     scene = Scene(kind)
-    scene.layer.backward(scene.dy, out=scene.x)
-    check_refused(partial(scene.layer.backward, scene.dy), RuntimeError, OVERWRITTEN)
+    scene.layer.backward(scene.grad_output, out=scene.x)
+    check_refused(partial(scene.layer.backward, scene.grad_output), RuntimeError, OVERWRITTEN)
 
 
 def as_float64(array):
@@ -173,7 +173,7 @@ def test_backward_after_x_has_become_another(kind, change, seen):
         "backward: expected the input of the last forward call as it was, float32 of shape "
         f"(4, 3, 2, 2), got {seen}; do not change it in between"
     )
-    check_refused(partial(scene.layer.backward, scene.dy), RuntimeError, text)
+    check_refused(partial(scene.layer.backward, scene.grad_output), RuntimeError, text)
 
 
 REFUSED_FORWARDS = {
@@ -199,21 +199,21 @@ REFUSED_FORWARDS = {
 )
 def test_backward_after_a_refused_call_is_that_of_the_last_good_call(kind, refused):
     scene = Scene(kind)
-    expected = scene.layer.backward(scene.dy)
+    expected = scene.layer.backward(scene.grad_output)
     weight = scene.layer.weight
     with pytest.raises((TypeError, ValueError)):
         REFUSED_FORWARDS[refused](scene)
     scene.layer.weight = weight
-    np.testing.assert_array_equal(scene.layer.backward(scene.dy), expected)
+    np.testing.assert_array_equal(scene.layer.backward(scene.grad_output), expected)
 
 
 @LEARNING
 def test_a_call_refused_in_the_other_mode_does_not_change_how_to_differentiate(kind):
     scene = Scene(kind)
-    expected = scene.layer.backward(scene.dy)
+    expected = scene.layer.backward(scene.grad_output)
     with pytest.raises(ValueError, match="expected 3 channels"):
         scene.layer.eval()(scene.x[:, :2])
-    np.testing.assert_array_equal(scene.layer.backward(scene.dy), expected)
+    np.testing.assert_array_equal(scene.layer.backward(scene.grad_output), expected)
 
 
 # ------------------------------------------------------------------------------------------- states
