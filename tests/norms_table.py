@@ -5,6 +5,7 @@ training. A size is C channels, so many groups of them (GroupNorm alone asks), a
 the row that LayerNorm and RMSNorm normalise.
 """
 
+import pickle
 from functools import partial
 from typing import NamedTuple
 
@@ -84,6 +85,18 @@ def filled(layer, seed=0):
         array = getattr(layer, name)
         array[...] = 7 if name == "num_batches_tracked" else rng.uniform(0.5, 2, array.shape)
     return layer
+
+
+def pickled(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def statistics(*layers):
+    """As lists and numbers."""
+    return [np.array(getattr(layer, name)).tolist() for layer in layers for name in STATISTICS]
 
 
 BATCH = [

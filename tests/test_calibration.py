@@ -9,21 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from norms_table import filled
+from norms_table import STATISTICS, filled, statistics
 from refusals import refused
 
 import cbn
 
 C = 3
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def norm(**arguments):
     return cbn.BatchNorm1d(C, dtype=np.float64, **arguments)
-
-
-def statistics(*layers):
-    return [np.array(getattr(bn, name)).tolist() for bn in layers for name in STATISTICS]
 
 
 def assert_population(bn, x, calls, correction=1.0):

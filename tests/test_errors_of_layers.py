@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from norms_table import NORMS
+from norms_table import NORMS, STATISTICS
 from refusals import (
     COPY,
     EACH,
@@ -53,6 +53,7 @@ COUNTER = (
             ({"correction": -1}, "correction: expected a finite number >= 0, got -1"),
             ({"num_batches_tracked": None}, COUNTER.format(None)),
             ({"num_batches_tracked": 3}, COUNTER.format(3)),
+            ({"num_batches_tracked": "abc"}, COUNTER.format("abc")),
             ({"num_batches_tracked": np.array(-1)}, COUNTER.format(np.array(-1))),
             ({"num_batches_tracked": np.array([1])}, COUNTER.format(np.array([1]))),
             (
@@ -218,7 +219,6 @@ def test_a_call_refused_in_the_other_mode_does_not_change_how_to_differentiate(k
 
 # ------------------------------------------------------------------------------------------- states
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 KEYS = {kind: norm.parameters + STATISTICS * norm.learns for kind, norm in KINDS.items()}
 EACH_KEY = pytest.mark.parametrize(
     ("kind", "key"), [(kind, key) for kind, keys in KEYS.items() for key in keys]
@@ -226,9 +226,9 @@ EACH_KEY = pytest.mark.parametrize(
 
 
 def check_state_refused(kind, changes, error, text):
-    """Load a state with other values; None drops one."""
+    """Load a state with such changes; None drops a key. Nothing else of it is loaded either."""
     layer = Scene(kind).layer
-    state = {**layer.state_dict(), **changes}
+    state = {**{key: value + 1 for key, value in layer.state_dict().items()}, **changes}
     state = {key: value for key, value in state.items() if value is not None}
     check_refused(partial(layer.load_state_dict, state), error, text)
 
@@ -326,6 +326,7 @@ def test_a_state_is_within_float32(kind, value, seen):
         (1.5, "1.5; round an averaged counter first"),
         (Fraction(7, 2), "7/2; round an averaged counter first"),
         (-1.0, "-1.0"),
+        (np.array(-1), "-1"),
         (float("nan"), "nan"),
         (float("inf"), "inf"),
         (2**63, str(2**63)),

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+from norms_table import pickled
 from processes import output_of
 
 import cbn
@@ -168,10 +169,6 @@ def negative(x, out=None):
 
 class Own(Relu, cbn.BatchNorm1d):
     pass
-
-
-def pickled(norm):
-    return pickle.loads(pickle.dumps(norm))
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickled])

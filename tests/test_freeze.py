@@ -1,18 +1,16 @@
 """Freezing and resetting the running statistics of a whole model."""
 
 import copy
-import pickle
 
 import numpy as np
 import pytest
-from norms_table import filled
+from norms_table import filled, pickled, statistics
 from refusals import refused
 
 import cbn
 from cbn.functional import batch_norm_backward
 
 C = 3
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def norm(**arguments):
@@ -21,10 +19,6 @@ def norm(**arguments):
 
 def instance_norm(**options):
     return filled(cbn.InstanceNorm1d(C, track_running_stats=True, dtype=np.float64, **options))
-
-
-def statistics(bn):
-    return [np.array(getattr(bn, name)).tolist() for name in STATISTICS]
 
 
 @pytest.fixture
@@ -135,9 +129,7 @@ def test_frozen_shows_in_the_repr():
     assert "frozen" not in repr(cbn.BatchNorm1d(C))
 
 
-@pytest.mark.parametrize(
-    "duplicate", [copy.copy, copy.deepcopy, lambda bn: pickle.loads(pickle.dumps(bn))]
-)
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickled])
 def test_copies_are_frozen(duplicate):
     assert duplicate(cbn.freeze(norm())).frozen
     assert not duplicate(norm()).frozen

@@ -6,14 +6,13 @@ import pickle
 
 import numpy as np
 import pytest
-from norms_table import BATCH, NORMS, OPTIONS, WITH_OPTIONS, filled
+from norms_table import BATCH, NORMS, OPTIONS, STATISTICS, WITH_OPTIONS, filled, pickled, statistics
 
 import cbn
 
 C = 4
 SHAPE = (3, C, 6)
 SIZE = {"C": C, "groups": 2, "row": SHAPE[1:]}
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 EACH = pytest.mark.parametrize("name", OPTIONS)
 LEARNERS = ("BatchNorm1d", "InstanceNorm1d")
@@ -45,10 +44,6 @@ def learner(name, **options):
 def double(**options):
     """A batch norm of float64."""
     return learner("BatchNorm1d", **options)
-
-
-def statistics(layer):
-    return [np.array(getattr(layer, name)).tolist() for name in STATISTICS]
 
 
 def arrays(layer):
@@ -405,10 +400,6 @@ def test_gradients_belong_to_the_last_backward(name, x, grad_output):
 
 
 # ------------------------------------------------------------------------------------------ copies
-
-
-def pickled(layer):
-    return pickle.loads(pickle.dumps(layer))
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickled])

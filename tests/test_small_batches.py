@@ -1,12 +1,12 @@
 """The warning of a layer that is trained on very few values per channel."""
 
 import copy
-import pickle
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from norms_table import pickled
 from processes import run_python
 
 import cbn
@@ -167,7 +167,7 @@ def test_a_layer_that_is_recalibrated_does_not_warn():
     assert len(warnings_of(bn, x)) == len(warnings_of(norm, x)) == 1
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda bn: pickle.loads(pickle.dumps(bn))])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
 def test_a_copy_of_a_layer_that_has_warned_does_not(duplicate):
     bn = cbn.BatchNorm1d(3)
     assert len(warnings_of(duplicate(bn), X)) == 1
