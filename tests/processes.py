@@ -24,7 +24,7 @@ def run_python(*arguments, without=(), cwd=None, timeout=None, **variables):
     )
 
 
-def output_of(code, *arguments, **options):
+def printed_by(code, *arguments, **options):
     """What a script prints, which must end well; the folder that it runs in lends no modules."""
     done = run_python("-P", "-c", code, *arguments, **options)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 from norms_table import NORMS, filled
+from refusals import read_only
 
 import cbn
 from cbn.functional import batch_norm, batch_norm_backward, batch_norm_stats
@@ -54,12 +55,6 @@ def on_disk(array):
         return fill(np.memmap(file, array.dtype, "w+", shape=array.shape), array)
 
 
-def read_only(array):
-    array = array.copy()
-    array.flags.writeable = False
-    return array
-
-
 # Each makes an array of equal values in another layout.
 WRITABLE = {
     "contiguous": np.copy,
@@ -76,7 +71,7 @@ WRITABLE = {
 }
 READABLE = {
     **WRITABLE,
-    "read-only": read_only,
+    "read-only": lambda a: read_only(a.copy()),
     "byte-swapped": lambda a: a.astype(a.dtype.newbyteorder()),
     "lists": np.ndarray.tolist,
 }

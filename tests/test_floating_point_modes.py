@@ -5,7 +5,7 @@ import platform
 
 import numpy as np
 import pytest
-from processes import output_of
+from processes import printed_by
 
 import cbn
 from cbn import functional
@@ -97,4 +97,4 @@ for threads in 1, 2, 3:
         bn.backward(bn(x))
     assert other.get_modes() & {CONTROL} == {modes}, threads
 """
-    output_of(code)
+    printed_by(code)

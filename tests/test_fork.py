@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import output_of
+from processes import printed_by
 
 # Each in a process of its own, with a limit on its time: what is tested for is a hang.
 PRELUDE = """
@@ -53,7 +53,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts threads 
 
 
 def run(code, *arguments, prelude=PRELUDE, **variables):
-    output_of(prelude + code, *arguments, timeout=60, **variables)
+    printed_by(prelude + code, *arguments, timeout=60, **variables)
 
 
 def test_os_fork():

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 from norms_table import pickled
-from processes import output_of
+from processes import printed_by
 
 import cbn
 
@@ -188,7 +188,7 @@ def test_a_pickle_has_it_in_another_process(tmp_path):
         f"import pickle; norm = pickle.load(open({str(path)!r}, 'rb'))\n"
         "print(norm([[1.0, 2.0]], None).tolist())"
     )
-    assert output_of(code) == "[[-1.0, -2.0]]\n"
+    assert printed_by(code) == "[[-1.0, -2.0]]\n"
 
 
 def test_recalibration_goes_through_it():
@@ -221,4 +221,4 @@ def test_a_plain_layer_is_called_without_a_detour(layer):
         "    def forward(self, x, out=None): return super().forward(x, out)\n"
         "assert norm.__call__ is norm._normalise\n"
     )
-    output_of(code)
+    printed_by(code)

@@ -172,7 +172,7 @@ def attempt(errors, call, out, inputs, learns=()):
     return result
 
 
-class Norm(NamedTuple):
+class DrawnNorm(NamedTuple):
     """A layer that takes data of this shape, and the functions that it is."""
 
     layer: object
@@ -210,7 +210,7 @@ def norms(draw, name, dtype, functions):
         if name == "layer":
             plain["bias"] = options["bias"]
         layer = {"layer": cbn.LayerNorm, "rms": cbn.RMSNorm}[name](last, **plain)
-        return Norm(layer, shape, name, {"normalized_shape": last}, None, False)
+        return DrawnNorm(layer, shape, name, {"normalized_shape": last}, None, False)
 
     ranks = dict.fromkeys([2, 3, 4, 5], 1)
     if name in LAYERS:
@@ -223,12 +223,12 @@ def norms(draw, name, dtype, functions):
     keywords = {"channel_axis": options["channel_axis"]}
     if name in LAYERS:
         layer = kind(C, dtype=dtype, **options)
-        return Norm(layer, shape, name, keywords, channels, first == 0)
+        return DrawnNorm(layer, shape, name, keywords, channels, first == 0)
     keywords["num_groups"] = draw(st.sampled_from([n for n in range(1, C + 1) if C % n == 0]))
     for key in ("affine", "bias", "channel_axis"):
         plain[key] = options[key]
     layer = cbn.GroupNorm(keywords["num_groups"], C, **plain)
-    return Norm(layer, shape, name, keywords, channels, False)
+    return DrawnNorm(layer, shape, name, keywords, channels, False)
 
 
 @pytest.mark.filterwarnings("ignore::cbn.SmallBatchWarning")  # any count is drawn

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from processes import output_of
+from processes import printed_by
 
 import cbn
 from cbn import _dispatch, functional
@@ -75,12 +75,12 @@ def test_same_bits_when_written_past_the_cache(channel_axis, shape, monkeypatch)
 @pytest.mark.parametrize("isa", _dispatch.supported())
 def test_the_forced_one_is_the_active_one(isa):
     code = "import cbn; print(cbn.show_config(mode='dicts')['instruction set'])"
-    assert f"'active': '{isa}', 'because': 'CBN_ISA={isa}'" in output_of(code, CBN_ISA=isa)
+    assert f"'active': '{isa}', 'because': 'CBN_ISA={isa}'" in printed_by(code, CBN_ISA=isa)
 
 
 def test_only_the_active_kernels_are_imported():
     code = "import cbn, sys; print([name for name in sys.modules if 'cbn._kernels_' in name])"
-    imported = output_of(code, without=["CBN_ISA"])
+    imported = printed_by(code, without=["CBN_ISA"])
     assert imported.strip() == f"['cbn._kernels_{_dispatch.supported()[0]}']"
 
 

@@ -84,13 +84,14 @@ def test_positional_order(layer):
         layer(4, 1e-3, 0.2, False, False, "cpu", np.float64, True)
 
 
-@BATCH_NORM
-def test_arguments_are_those_of_torch(layer, torch):
-    ours = inspect.signature(layer).parameters
-    theirs = inspect.signature(getattr(torch.nn, layer.__name__)).parameters
-    assert [name for name in ours if name in theirs] == list(theirs)
-    for name, parameter in theirs.items():
-        assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
+@pytest.mark.parametrize("name", NORMS)
+def test_arguments_are_those_of_torch(name, torch):
+    ours = inspect.signature(getattr(cbn, name)).parameters
+    theirs = inspect.signature(getattr(torch.nn, name)).parameters
+    assert [argument for argument in ours if argument in theirs] == list(theirs)
+    for argument, parameter in theirs.items():
+        same = ours[argument].kind, ours[argument].default
+        assert same == (parameter.kind, parameter.default), argument
 
 
 @BATCH_NORM

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from processes import output_of, run_python
+from processes import printed_by, run_python
 
 import cbn
 
@@ -23,7 +23,7 @@ HEAVY |= {"distutils", "setuptools", "sqlite3", "ssl", "unittest", "urllib", "xm
 
 def modules_after(statement):
     code = f"{statement}\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
-    return {name.partition(".")[0] for name in json.loads(output_of(code))}
+    return {name.partition(".")[0] for name in json.loads(printed_by(code))}
 
 
 def test_import_loads_numpy_and_little_else():
@@ -38,7 +38,7 @@ def test_the_formulas_are_loaded_when_they_are_asked_for():
     code = """import cbn, sys
 assert "cbn.reference" not in sys.modules and "reference" in dir(cbn)
 print(cbn.reference.rms_norm([[1.0, 7.0]], 2, eps=0.0).tolist(), hasattr(cbn, "nothing"))"""
-    assert output_of(code) == "[[0.2, 1.4]] False\n"
+    assert printed_by(code) == "[[0.2, 1.4]] False\n"
 
 
 def test_an_unknown_name_is_an_error_as_of_any_module():

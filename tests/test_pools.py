@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from processes import output_of
+from processes import printed_by
 
 import cbn
 from cbn import _dispatch, _pools
@@ -25,7 +25,7 @@ def fresh(statements, expression=CONFIG, **environment):
     """The value of an expression in a new process, after some statements."""
     waiting = {name for variables, _ in _pools.WAITING.values() for name in variables}
     code = f"{statements}\nimport cbn, json\nprint(json.dumps({expression}))"
-    return json.loads(output_of(code, without=waiting, **environment))
+    return json.loads(printed_by(code, without=waiting, **environment))
 
 
 def only_openmp(config):

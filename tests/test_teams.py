@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from processes import output_of
+from processes import printed_by
 
 import cbn
 
@@ -116,7 +116,7 @@ assert c.pthread_getspecific(first) == value
 while len(os.listdir("/proc/self/task")) > before:  # a team that is given up ends a little later
     pass
 """
-    output_of(code, other_library, timeout=60)
+    printed_by(code, other_library, timeout=60)
 
 
 @pytest.mark.parametrize("counter", [np.int64, np.int32])

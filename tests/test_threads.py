@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from processes import output_of
+from processes import printed_by
 
 import cbn
 from cbn import _dispatch, functional
@@ -261,7 +261,9 @@ PRINT_NUM_THREADS = "import cbn; print(cbn.get_num_threads())"
 
 
 # Where only the given variables speak of threads.
-print_number = partial(output_of, PRINT_NUM_THREADS, without=["CBN_NUM_THREADS", "OMP_NUM_THREADS"])
+print_number = partial(
+    printed_by, PRINT_NUM_THREADS, without=["CBN_NUM_THREADS", "OMP_NUM_THREADS"]
+)
 
 
 @pytest.mark.parametrize("value", ["1", "3", "07"])
@@ -291,4 +293,4 @@ with cbn.num_threads(3):
     cbn.functional.batch_norm_stats(x)
 print(len(os.listdir("/proc/self/task")) - before)
 """
-    assert output_of(code) == f"{started}\n"
+    assert printed_by(code) == f"{started}\n"
