@@ -68,6 +68,7 @@ KINDS = {
     "rms": NORMS["RMSNorm"],
 }
 EACH = pytest.mark.parametrize("kind", KINDS)
+LEARNING = pytest.mark.parametrize("kind", ["batch", "instance"])
 LEARNERS = [kind for kind, norm in KINDS.items() if norm.learns]
 
 

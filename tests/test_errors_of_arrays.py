@@ -11,6 +11,7 @@ from refusals import (
     IN_PLACE,
     KINDS,
     LEARNERS,
+    LEARNING,
     OVERLAPS,
     SHAPE,
     C,
@@ -453,7 +454,6 @@ BAD_RUNNING = {
 BOTH = pytest.mark.parametrize(
     ("name", "other"), [("running_mean", "running_var"), ("running_var", "running_mean")]
 )
-LEARNING = pytest.mark.parametrize("kind", ["batch", "instance"])
 
 
 @THROUGH

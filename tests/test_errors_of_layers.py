@@ -14,6 +14,7 @@ from refusals import (
     IN_PLACE,
     KINDS,
     LEARNERS,
+    LEARNING,
     NON_NEGATIVE,
     SHAPE,
     C,
@@ -24,8 +25,6 @@ from refusals import (
 )
 
 import cbn
-
-LEARNING = pytest.mark.parametrize("kind", ["batch", "instance"])
 
 # -------------------------------------------------------------------------------------- attributes
 
@@ -248,7 +247,9 @@ def test_strict_is_a_flag(kind):
 
 @EACH
 @pytest.mark.parametrize(
-    ("dropped", "added"), [(slice(None, None, 2), []), (slice(-1, None), []), (slice(0), ["gamma"])]
+    ("dropped", "added"),
+    [(slice(None, None, 2), []), (slice(-1, None), []), (slice(0), ["gamma"])],
+    ids=["every other missing", "last missing", "unexpected"],
 )
 def test_keys_of_a_state(kind, dropped, added):
     missing = list(KEYS[kind][dropped])

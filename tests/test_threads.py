@@ -261,9 +261,7 @@ PRINT_NUM_THREADS = "import cbn; print(cbn.get_num_threads())"
 
 
 # Where only the given variables speak of threads.
-print_number = partial(
-    printed_by, PRINT_NUM_THREADS, without=["CBN_NUM_THREADS", "OMP_NUM_THREADS"]
-)
+print_number = partial(printed_by, PRINT_NUM_THREADS, without=["CBN_NUM_*", "OMP_NUM_*"])
 
 
 @pytest.mark.parametrize("value", ["1", "3", "07"])
