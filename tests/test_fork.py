@@ -1,12 +1,11 @@
 """A forked child computes as its parent does, with as many threads, whatever the parent has run."""
 
-import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import printed_by
 
 # Each in a process of its own, with a limit on its time: what is tested for is a hang.
 PRELUDE = """
@@ -54,15 +53,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts threads 
 
 
 def run(code, *arguments, prelude=PRELUDE, **variables):
-    done = subprocess.run(
-        [sys.executable, "-c", prelude + code, *arguments],
-        env=os.environ | variables,
-        timeout=60,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    printed_by(prelude + code, *arguments, timeout=60, **variables)
 
 
 def test_os_fork():

@@ -1,11 +1,8 @@
 """Every instruction set that this CPU has: the same bits, for every pass, layout and dtype."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
+from processes import printed_by
 
 import cbn
 from cbn import _dispatch, functional
@@ -78,20 +75,13 @@ def test_same_bits_when_written_past_the_cache(channel_axis, shape, monkeypatch)
 @pytest.mark.parametrize("isa", _dispatch.supported())
 def test_the_forced_one_is_the_active_one(isa):
     code = "import cbn; print(cbn.show_config(mode='dicts')['instruction set'])"
-    environment = {**os.environ, "CBN_ISA": isa}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert f"'active': '{isa}', 'because': 'CBN_ISA={isa}'" in run.stdout
+    assert f"'active': '{isa}', 'because': 'CBN_ISA={isa}'" in printed_by(code, CBN_ISA=isa)
 
 
 def test_only_the_active_kernels_are_imported():
     code = "import cbn, sys; print([name for name in sys.modules if 'cbn._kernels_' in name])"
-    environment = {name: value for name, value in os.environ.items() if name != "CBN_ISA"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert run.stdout.strip() == f"['cbn._kernels_{_dispatch.supported()[0]}']"
+    imported = printed_by(code, without=["CBN_ISA"])
+    assert imported.strip() == f"['cbn._kernels_{_dispatch.supported()[0]}']"
 
 
 def test_what_this_cpu_lacks_is_refused(monkeypatch):

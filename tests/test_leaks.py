@@ -1,10 +1,9 @@
 """Memory and threads stay as they are: over 10^5 calls, threads that end, and forks."""
 
-import os
-import subprocess
 import sys
 
 import pytest
+from processes import run_python
 
 # Each in a process of its own, whose memory no other test has touched.
 PRELUDE = """
@@ -49,14 +48,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /pro
 
 
 def run(code):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PRELUDE + code],
-        # One heap: which thread uses which of several moves memory by megabytes.
-        env={**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_WAIT_POLICY": "passive"},
+    done = run_python(
+        *("-W", "ignore::DeprecationWarning", "-c", PRELUDE + code),
         timeout=300,
-        capture_output=True,
-        text=True,
-        check=False,
+        MALLOC_ARENA_MAX="1",  # one heap: which thread uses which moves memory by megabytes
+        OMP_WAIT_POLICY="passive",
     )
     print(done.stdout)
     assert done.returncode == 0, done.stderr

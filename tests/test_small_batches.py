@@ -1,14 +1,13 @@
 """The warning of a layer that is trained on very few values per channel."""
 
 import copy
-import pickle
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from norms_table import pickled
+from processes import run_python
 
 import cbn
 from cbn import functional
@@ -168,7 +167,7 @@ def test_a_layer_that_is_recalibrated_does_not_warn():
     assert len(warnings_of(bn, x)) == len(warnings_of(norm, x)) == 1
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda bn: pickle.loads(pickle.dumps(bn))])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
 def test_a_copy_of_a_layer_that_has_warned_does_not(duplicate):
     bn = cbn.BatchNorm1d(3)
     assert len(warnings_of(duplicate(bn), X)) == 1
@@ -179,9 +178,7 @@ def test_a_copy_of_a_layer_that_has_warned_does_not(duplicate):
 def test_a_user_sees_it_and_can_switch_it_off():
     code = "import cbn\ncbn.BatchNorm1d(1)([[1.0], [2.0]])"
     off = "import warnings, cbn\nwarnings.simplefilter('ignore', cbn.SmallBatchWarning)\n"
-    seen, silent = (
-        subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
-        for text in (code, off + code)
-    )
+    seen, silent = (run_python("-c", text) for text in (code, off + code))
+    assert seen.returncode == silent.returncode == 0
     assert seen.stderr.startswith("<string>:2: SmallBatchWarning: x: expected at least 4 values")
     assert silent.stderr == ""
