@@ -1,4 +1,4 @@
-"""Fixtures of all tests: random numbers, comparing, instruction sets, torch."""
+"""For all tests: random numbers, comparing, instruction sets, torch; and how hypothesis draws."""
 
 import importlib
 import os
@@ -8,12 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from tolerances import CLOSE
 
 from cbn import _dispatch
 
 # Tests ask for teams of threads and must get them, however busy the machine is.
 _dispatch.kernels.calls().judges = False
+
+# The same examples at every run: what fails here fails everywhere; and nothing by the clock.
+settings.register_profile(
+    "cbn",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("cbn")
 
 pytest.register_assert_rewrite("refusals")  # so that its failures show both texts
 

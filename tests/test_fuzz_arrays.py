@@ -16,7 +16,7 @@ import cbn
 from cbn import functional, reference
 
 EXAMPLES = int(os.environ.get("CBN_FUZZ_EXAMPLES", "250"))
-fuzz = settings(derandomize=True, deadline=None, max_examples=EXAMPLES, database=None)
+fuzz = settings(max_examples=EXAMPLES)
 
 # The axis of the channels, channels first, for each number of axes that a layer takes.
 LAYERS = {

@@ -23,8 +23,7 @@ SHAPES = [
 ]
 
 
-def results(isa, monkeypatch, shape, dtype, channel_axis):
-    monkeypatch.setattr(_dispatch, "kernels", _dispatch.load(isa))
+def results(shape, dtype, channel_axis):
     rng = np.random.default_rng(7)
     x = np.moveaxis(rng.normal(3, 2, shape).astype(dtype), 1, channel_axis).copy()
     x[0].flat[0] = 1e4
@@ -45,16 +44,18 @@ def results(isa, monkeypatch, shape, dtype, channel_axis):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("channel_axis", [1, -1])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_same_bits_as_the_baseline(isa, dtype, channel_axis, shape, monkeypatch):
-    expected = results("baseline", monkeypatch, shape, dtype, channel_axis)
-    actual = results(isa, monkeypatch, shape, dtype, channel_axis)
+def test_same_bits_as_the_baseline(isa, dtype, channel_axis, shape, use_isa):
+    use_isa("baseline")
+    expected = results(shape, dtype, channel_axis)
+    use_isa(isa)
+    actual = results(shape, dtype, channel_axis)
     for name, array in expected.items():
         assert actual[name].tobytes() == array.tobytes(), name
 
 
 @pytest.mark.parametrize("channel_axis", [1, -1])
 @pytest.mark.parametrize("shape", [(9, 1001, 31, 31), (30, 31, 97, 97)], ids=str)
-def test_same_bits_when_written_past_the_cache(channel_axis, shape, monkeypatch):
+def test_same_bits_when_written_past_the_cache(channel_axis, shape, use_isa):
     rng = np.random.default_rng(8)
     C = shape[1]
     shape = shape if channel_axis == 1 else (shape[0], *shape[2:], C)
@@ -63,7 +64,7 @@ def test_same_bits_when_written_past_the_cache(channel_axis, shape, monkeypatch)
     mean, var = np.linspace(-1, 1, C), np.linspace(1, 2, C)
     found = {}
     for isa in _dispatch.supported():
-        monkeypatch.setattr(_dispatch, "kernels", _dispatch.load(isa))
+        use_isa(isa)
         for offset in (0, 3):
             memory = np.empty(x.size + 16, np.float32)
             out = memory[offset : offset + x.size].reshape(shape)
@@ -84,7 +85,7 @@ def test_only_the_active_kernels_are_imported():
     assert imported.strip() == f"['cbn._kernels_{_dispatch.supported()[0]}']"
 
 
-def test_what_this_cpu_lacks_is_refused(monkeypatch):
+def test_what_this_cpu_lacks_is_refused():
     with pytest.raises(ValueError, match="CBN_ISA: expected an instruction set of this CPU"):
         cbn._checks.instruction_set("CBN_ISA", "b", ["a", "b"], ["a", "b"], ["a"])
 

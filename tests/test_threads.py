@@ -14,38 +14,27 @@ import cbn
 from cbn import _dispatch, functional
 from cbn._threads import SERIAL_BELOW
 
-# (N, C, S): fewer and more strips than threads, one piece and many, with tails.
-SHAPES = [
-    pytest.param((12001, 3, 7), id="by_row_one_strip"),
-    pytest.param((70001, 1, 1), id="by_row_one_channel"),
-    pytest.param((40, 2049, 1), id="by_row_three_strips"),
-    pytest.param((400, 67, 49), id="by_row_strips_in_pieces"),
-    pytest.param((5, 70, 127), id="few_values"),
-    pytest.param((7, 701, 17), id="few_values_short_runs"),
-    pytest.param((300, 5, 600), id="by_plane_in_pieces"),
-    pytest.param((3, 33, 400), id="by_plane_many_channels"),
-    pytest.param((2, 1, 131135), id="by_plane_one_channel"),
-    pytest.param((2, 3, 65537), id="by_plane_long_runs"),
-]
-MEANT = [
-    ((12001, 3, 7), ("by row", 1, 7)),
-    ((70001, 1, 1), ("by row", 1, 2)),
-    ((40, 2049, 1), ("by row", 3, 1)),
-    ((400, 67, 49), ("by row", 4, 2)),
-    ((5, 70, 127), ("few values", 6, 1)),
-    ((7, 701, 17), ("few values", 11, 1)),
-    ((300, 5, 600), ("by plane", 5, 3)),
-    ((3, 33, 400), ("by plane", 6, 1)),
-    ((2, 1, 131135), ("by plane", 1, 10)),
-    ((2, 3, 65537), ("by plane", 3, 4)),
-]
+# (N, C, S) and how it is walked: the way, the strips, and the pieces; fewer and more strips than
+# threads, one piece and many, with tails.
+WALKS = {
+    (12001, 3, 7): ("by row", 1, 7),
+    (70001, 1, 1): ("by row", 1, 2),
+    (40, 2049, 1): ("by row", 3, 1),
+    (400, 67, 49): ("by row", 4, 2),
+    (5, 70, 127): ("few values", 6, 1),
+    (7, 701, 17): ("few values", 11, 1),
+    (300, 5, 600): ("by plane", 5, 3),
+    (3, 33, 400): ("by plane", 6, 1),
+    (2, 1, 131135): ("by plane", 1, 10),
+    (2, 3, 65537): ("by plane", 3, 4),
+}
 LAYOUT = pytest.mark.parametrize("channel_axis", [1, -1], ids=["first", "last"])
 DTYPE = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
-@pytest.mark.parametrize(("shape", "walk"), MEANT, ids=str)
-def test_shapes_are_walked_as_their_names_say(shape, walk):
-    assert _dispatch.kernels.walk(*shape) == walk
+@pytest.mark.parametrize("shape", WALKS, ids=str)
+def test_shapes_are_walked_as_is_meant(shape):
+    assert _dispatch.kernels.walk(*shape) == WALKS[shape]
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +90,7 @@ def run_pass(rng):
 )
 @DTYPE
 @LAYOUT
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", WALKS, ids=str)
 def test_no_bit_depends_on_the_number_of_threads(run_pass, shape, channel_axis, dtype, name):
     assert np.prod(shape) >= SERIAL_BELOW
     run = run_pass(name, shape, channel_axis, dtype)
