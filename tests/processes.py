@@ -5,6 +5,20 @@ import subprocess
 import sys
 from fnmatch import fnmatch
 
+# What a script begins with that asks for teams of threads: it gets them, however busy the machine.
+TEAMS = """
+import os
+import cbn
+
+cbn._dispatch.kernels.calls().judges = False
+
+
+def count_threads():
+    return len(os.listdir("/proc/self/task"))
+
+
+"""
+
 
 def run_python(*arguments, without=(), cwd=None, timeout=None, **variables):
     """Run Python with such variables in its environment, and without those of these patterns."""

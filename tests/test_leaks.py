@@ -3,24 +3,18 @@
 import sys
 
 import pytest
-from processes import run_python
+from processes import TEAMS, run_python
 
 # Each in a process of its own, whose memory no other test has touched.
-PRELUDE = """
-import gc, os, sys, tempfile, threading
+PRELUDE = f"""{TEAMS}
+import gc, sys, tempfile, threading
 import numpy as np
-import cbn
 from cbn.functional import batch_norm, batch_norm_backward, batch_norm_stats
 
 rng = np.random.default_rng(0)
 large = rng.random((8, 64, 32, 32), np.float32)
 bn = cbn.BatchNorm2d(64)
 cbn.set_num_threads(2)
-cbn._dispatch.kernels.calls().judges = False  # a team, however busy the machine is
-
-
-def count_threads():
-    return len(os.listdir("/proc/self/task"))
 
 
 def resident():

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from processes import printed_by
+from processes import TEAMS, printed_by
 
 import cbn
 from cbn import _dispatch, functional
@@ -271,13 +271,12 @@ def test_without_environment_variable_openmp_decides():
 def test_a_call_runs_on_that_many_threads(rows, started):
     if print_number(OMP_NUM_THREADS="2") == "1\n":
         pytest.skip("built without OpenMP")
-    code = f"""
-import os, cbn, numpy as np
-cbn._dispatch.kernels.calls().judges = False  # a team, however busy the machine is
-x = np.ones(({rows}, 2))
-before = len(os.listdir("/proc/self/task"))
+    code = f"""{TEAMS}
+import numpy
+x = numpy.ones(({rows}, 2))
+before = count_threads()
 with cbn.num_threads(3):
     cbn.functional.batch_norm_stats(x)
-print(len(os.listdir("/proc/self/task")) - before)
+print(count_threads() - before)
 """
     assert printed_by(code) == f"{started}\n"
