@@ -83,7 +83,7 @@ def test_statistics_of_a_sample_know_no_other(name, dtype):
 
 
 @st.composite
-def kinds(draw):
+def any_kind(draw):
     norm = draw(st.sampled_from([INSTANCE_NORM, GROUP, LAYER_NORM, RMS_NORM]))
     # Lengths of every size, not mostly large ones.
     C, S = (draw(st.integers(1, 2 ** draw(st.integers(1, most)))) for most in (11, 17))
@@ -94,7 +94,7 @@ def kinds(draw):
 
 
 @settings(max_examples=100)
-@given(kinds(), st.sampled_from(["float32", "float64"]), st.integers(2, 17), st.integers(1, 3))
+@given(any_kind(), st.sampled_from(["float32", "float64"]), st.integers(2, 17), st.integers(1, 3))
 def test_a_sample_of_any_shape_knows_no_other(kind, dtype, size, threads):
     size = min(size, max(2, 1_000_000 // int(np.prod(kind.shape))))
     assert_a_sample_knows_no_other(kind, dtype, size, {threads: [size]})
