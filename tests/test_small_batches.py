@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,15 +34,23 @@ def warnings_of(function, *arguments, **keywords):
     return caught
 
 
-def test_once_per_layer_at_the_line_that_calls():
-    bn = cbn.BatchNorm1d(3)
+@pytest.mark.parametrize(
+    ("layer", "x", "text"),
+    [
+        (partial(cbn.BatchNorm1d, 3), X, TEXT),
+        (partial(cbn.InstanceNorm1d, 2), np.ones((5, 2, 3), np.float32), TEXT_OF_SAMPLES),
+    ],
+    ids=["batch", "instance"],
+)
+def test_once_per_layer_at_the_line_that_calls(layer, x, text):
+    norm = layer()
     with pytest.warns(cbn.SmallBatchWarning) as caught:
-        bn(X)
-    assert [str(warning.message) for warning in caught] == [TEXT]
+        norm(x)
+    assert [str(warning.message) for warning in caught] == [text]
     assert caught[0].filename == __file__
-    assert Path(__file__).read_text().splitlines()[caught[0].lineno - 1].strip() == "bn(X)"
-    assert warnings_of(bn, X) == []
-    assert len(warnings_of(cbn.BatchNorm1d(3), X)) == 1
+    assert Path(__file__).read_text().splitlines()[caught[0].lineno - 1].strip() == "norm(x)"
+    assert warnings_of(norm, x) == []
+    assert len(warnings_of(layer(), x)) == 1
 
 
 @pytest.mark.parametrize(
@@ -56,16 +65,7 @@ def test_once_per_layer_at_the_line_that_calls():
         (cbn.BatchNorm2d, -1, (2, 2, 3), False),
         (cbn.BatchNorm3d, 1, (1, 3, 1, 1, 2), True),
         (cbn.BatchNorm1d, 1, (0, 3), False),  # nothing is learnt
-    ],
-)
-def test_values_per_channel(layer, axis, shape, warns):
-    x = np.random.default_rng(0).random(shape, np.float32)
-    assert len(warnings_of(layer(3, channel_axis=axis), x)) == warns
-
-
-@pytest.mark.parametrize(
-    ("layer", "axis", "shape", "warns"),
-    [
+        # Of a sample, however many there are.
         (cbn.InstanceNorm1d, 1, (9, 3, 3), True),
         (cbn.InstanceNorm1d, 1, (9, 3, 4), False),
         (cbn.InstanceNorm1d, 1, (3, 2), True),
@@ -74,25 +74,17 @@ def test_values_per_channel(layer, axis, shape, warns):
         (cbn.InstanceNorm2d, -1, (9, 2, 2, 3), False),
         (cbn.InstanceNorm2d, -1, (2, 1, 3), True),
         (cbn.InstanceNorm3d, 1, (3, 1, 1, 3), True),
-        (cbn.InstanceNorm3d, 1, (0, 3, 1, 1, 3), False),  # nothing is learnt
+        (cbn.InstanceNorm3d, 1, (0, 3, 1, 1, 3), False),
     ],
 )
 @pytest.mark.parametrize("track_running_stats", [True, False])
-def test_values_per_channel_of_a_sample(layer, axis, shape, warns, track_running_stats):
+def test_values_per_channel(layer, axis, shape, warns, track_running_stats):
     x = np.random.default_rng(0).random(shape, np.float32)
     norm = layer(3, channel_axis=axis, track_running_stats=track_running_stats)
     assert warnings_of(norm.eval(), x) == []
     assert len(warnings_of(norm.train(), x)) == warns
     assert warnings_of(norm, x) == []
     assert warnings_of(cbn.freeze(layer(3, channel_axis=axis, track_running_stats=True)), x) == []
-
-
-def test_once_per_instance_norm_at_the_line_that_calls():
-    norm = cbn.InstanceNorm1d(2)
-    with pytest.warns(cbn.SmallBatchWarning) as caught:
-        norm(np.ones((5, 2, 3), np.float32))
-    assert [str(warning.message) for warning in caught] == [TEXT_OF_SAMPLES]
-    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize(
@@ -116,13 +108,6 @@ def test_a_large_list():
 @pytest.mark.parametrize("x", [X.tolist(), np.asfortranarray(X)], ids=["list", "copied"])
 def test_what_is_converted_first(x):
     assert [str(warning.message) for warning in warnings_of(cbn.BatchNorm1d(3), x)] == [TEXT]
-
-
-@pytest.mark.parametrize("track_running_stats", [True, False])
-def test_eval_mode_does_not_warn(track_running_stats):
-    bn = cbn.BatchNorm1d(3, track_running_stats=track_running_stats)
-    assert warnings_of(bn.eval(), X) == []
-    assert len(warnings_of(bn.train(), X)) == 1
 
 
 def test_functions_do_not_warn():
