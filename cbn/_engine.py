@@ -18,7 +18,7 @@ from cbn._types import Array, Shape
 
 
 class Saved(Protocol):
-    """What a backward pass needs of its forward pass; src/kernels.pxi makes it."""
+    """What a backward pass needs of its forward pass; src/_core.pyx makes it."""
 
     x: Array | None  # None: overwritten, or not needed
     shape: Shape  # of x

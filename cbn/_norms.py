@@ -32,7 +32,7 @@ MOST_VIEWS = 1024
 
 
 class View(NamedTuple):
-    """An array as the kernels walk it; src/kernels.pxi reads it by position."""
+    """An array as the kernels walk it; src/_core.pyx reads it by position."""
 
     B: int  # batches that are normalised apart
     N: int  # values before the channel axis

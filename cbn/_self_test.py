@@ -32,13 +32,12 @@ TOLERANCE = {"float32": (1.3e-6, 1e-5), "float64": (1e-7, 1e-7)}
 
 def self_test() -> Iterator[tuple[str, list[str]]]:
     """Yield each instruction set that runs here, with what is wrong with it."""
-    usual = _dispatch.kernels
     try:
         for isa in _dispatch.supported():
-            _dispatch.kernels = _dispatch.load(isa)
+            _dispatch.use(isa)
             yield isa, [*_faults_of_batch_norm(), *_faults_of_others()]
     finally:
-        _dispatch.kernels = usual
+        _dispatch.use(_dispatch.active)
 
 
 def _faults_of_batch_norm() -> Iterator[str]:

@@ -49,9 +49,10 @@ def assert_close():
 
 
 @pytest.fixture
-def use_isa(monkeypatch):
-    """A function that makes calls compute by the kernels for an instruction set."""
-    return lambda isa: monkeypatch.setattr(_dispatch, "kernels", _dispatch.load(isa))
+def use_isa():
+    """A function that makes calls compute on an instruction set, until the test ends."""
+    yield _dispatch.use
+    _dispatch.use(_dispatch.active)
 
 
 @pytest.fixture(scope="session")

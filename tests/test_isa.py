@@ -79,10 +79,10 @@ def test_the_forced_one_is_the_active_one(isa):
     assert f"'active': '{isa}', 'because': 'CBN_ISA={isa}'" in printed_by(code, CBN_ISA=isa)
 
 
-def test_only_the_active_kernels_are_imported():
-    code = "import cbn, sys; print([name for name in sys.modules if 'cbn._kernels_' in name])"
+def test_only_the_active_micro_kernels_are_imported():
+    code = "import cbn, sys; print([name for name in sys.modules if 'cbn._micro_' in name])"
     imported = printed_by(code, without=["CBN_ISA"])
-    assert imported.strip() == f"['cbn._kernels_{_dispatch.supported()[0]}']"
+    assert imported.strip() == f"['cbn._micro_{_dispatch.supported()[0]}']"
 
 
 def test_what_this_cpu_lacks_is_refused():

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from contextlib import closing
 
 import pytest
 from processes import run_python
@@ -41,11 +42,17 @@ def test_the_self_test_finds_wrong_results(function, count, first, monkeypatch):
         return grad_input, grad_weight * 1.0001, *grad_bias
 
     monkeypatch.setattr(functional, f"{function}_backward", wrong)
-    kernels = _dispatch.kernels
     for _, faults in _self_test.self_test():
         assert len(faults) == count
         assert faults[0].startswith(f"grad_weight of {first}")
-    assert _dispatch.kernels is kernels
+
+
+def test_the_self_test_leaves_the_active_instruction_set(monkeypatch):
+    used = []
+    monkeypatch.setattr(_dispatch, "use", used.append)
+    with closing(_self_test.self_test()) as found:
+        next(found)
+    assert used == [_dispatch.supported()[0], _dispatch.active]
 
 
 def test_a_quota_below_the_threads(monkeypatch):

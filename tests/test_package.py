@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import distribution
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,11 @@ def test_an_unknown_name_is_an_error_as_of_any_module():
         _ = cbn.nothing
 
 
-@pytest.mark.parametrize("without", ["*.so", "_kernels_*.so"], ids=["nothing", "no_kernels"])
+@pytest.mark.parametrize(
+    "without",
+    ["*.so", "_core.*.so", "_micro_*.so"],
+    ids=["nothing", "no_passes", "no_micro_kernels"],
+)
 def test_an_import_of_what_was_not_built_says_how_to_build(tmp_path, without):
     checkout = shutil.copytree(
         Path(cbn.__file__).parent, tmp_path / "cbn", ignore=shutil.ignore_patterns(without)
@@ -63,9 +68,10 @@ def test_an_import_of_what_was_not_built_says_how_to_build(tmp_path, without):
     )
 
 
-def test_an_import_of_a_broken_build_says_what_is_broken(tmp_path):
+@pytest.mark.parametrize("module", ["_core", "_micro_baseline"])
+def test_an_import_of_a_broken_build_says_what_is_broken(tmp_path, module):
     checkout = shutil.copytree(Path(cbn.__file__).parent, tmp_path / "cbn")
-    broken = Path(cbn._dispatch.load("baseline").__file__).name
+    broken = Path(find_spec(f"cbn.{module}").origin).name
     (checkout / broken).write_bytes(b"cut short")
     run = run_python("-c", "import cbn", cwd=tmp_path, CBN_ISA="baseline")
     last = run.stderr.splitlines()[-1]
@@ -139,7 +145,7 @@ def build(tmp_path_factory):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     for name in ("cbn", "src"):
-        made = shutil.ignore_patterns("*.c", "*.so", "__pycache__")
+        made = shutil.ignore_patterns("_core.c", "_core.h", "*.so", "__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=made)
     compiler = folder / "compiler"
     compiler.write_text(
@@ -170,7 +176,7 @@ def test_openmp_can_be_required(build):
     assert run.stderr.splitlines()[-1] == (
         "error: CBN_REQUIRE_OPENMP=1, but the compiler cannot build with -fopenmp"
     )
-    assert list(build.folder.glob("library/cbn/_kernels*")) == []
+    assert list(build.folder.glob("library/cbn/*.so")) == []
 
 
 def test_build_without_openmp(build):
