@@ -1,13 +1,15 @@
 """The largest errors of cbn, NumPy, PyTorch, oneDNN and JAX in training, on data that is hard.
 
     python benchmarks/accuracy.py
-    python benchmarks/accuracy.py --quick
+    python benchmarks/accuracy.py --norms batch --quick
 
-Whatever is installed takes part. The data are those of hard.py: combinations of mean, outlier and
-scale. An error is that of a float32 result against the formulas in float64 on the same inputs,
-relative to max(1, |y|) for the output y, and to 3 max(1, |y|) / std for the input gradient. The
-largest over all values and shapes is printed, in the form of Markdown. cbn is measured in float64
-too, against the formulas in long double, and with 10^7 values in each channel.
+Whatever is installed takes part, and cbn and PyTorch alone in norms other than batch norm. The data
+are those of hard.py: combinations of mean, outlier and scale, for each channel or, in these norms,
+for each group of values. An error is that of a float32 result against the formulas in float64 on
+the same inputs, relative to max(1, |y|) for the output y, and to 3 max(1, |y|) / std for the input
+gradient. The largest over all values and shapes is printed, in the form of Markdown. Batch norm of
+cbn is measured in float64 too, against the formulas in long double, and with 10^7 values in each
+channel.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
-from hard import MIXED, RATIOS, SCALES, Hard, all_kinds, draw, errors, exact
+from check import by_formulas
+from hard import MIXED, RATIOS, SCALES, Exact, Hard, all_kinds, centred, draw, errors, exact
 from peer import Peer
 from peers import Cbn, Jax, NumPy, OneDNN, PyTorch
-from shapes import Array, Case, Data
+from shapes import GROUPS, NORMS, Array, Case, Data
 from tqdm import tqdm
 
 import cbn
@@ -39,6 +44,13 @@ LARGE: Shapes = [
     ("NHWC", (10, 1000, 1000, 2)),
     ("NC", (10_000_000, 2)),
 ]
+# Of each norm but batch norm, with the number of groups in an array.
+GROUPED: dict[str, list[tuple[int, str, tuple[int, ...]]]] = {
+    "layer": [(64, "NC", (64, 768)), (9, "NC", (9, 5000))],
+    "rms": [(64, "NC", (64, 768)), (9, "NC", (9, 5000))],
+    "group": [(2 * GROUPS, "NCHW", (2, 256, 7, 7)), (2 * GROUPS, "NCHW", (2, 64, 28, 28))],
+    "instance": [(24, "NCHW", (3, 8, 64, 64)), (24, "NCHW", (3, 8, 7, 7))],
+}
 PLAIN = Hard(0, 0, True, "1")
 # What is in a column of the tables.
 COLUMNS: dict[str, Callable[[Hard], bool]] = {
@@ -49,7 +61,7 @@ COLUMNS: dict[str, Callable[[Hard], bool]] = {
     "channels from 1e-6 to 1e6": PLAIN._replace(scale=MIXED).__eq__,
     "all combinations": lambda _: True,
 }
-Row = tuple[str, float, float]  # a library and a layout, and the largest errors of two results
+Row = tuple[str, float, float]  # a library and more, and the largest errors of two results
 
 
 def main() -> None:
@@ -57,21 +69,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--norms", nargs="+", choices=NORMS, default=list(NORMS))
     parser.add_argument("--quick", action="store_true", help="two scales, no large arrays")
     arguments = parser.parse_args()
     peers = [peer() for peer in (Cbn, NumPy, PyTorch, OneDNN, Jax) if not peer.missing()]
     kinds = list(all_kinds(("1", MIXED) if arguments.quick else SCALES))
 
     worst: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)  # by row and column
-    work = [(SHAPES, kinds, partial(of_peers, peers)), (SHAPES, kinds, of_float64)]
-    if not arguments.quick:
-        large = [kind for kind in kinds if kind.first and kind.scale in ("1", "1e25")]
-        work.append((LARGE, large, of_large))
+    work: list[tuple[list[Any], list[Hard], Callable[..., Iterator[Row]]]] = []
+    if "batch" in arguments.norms:
+        work += [(SHAPES, kinds, partial(of_peers, peers)), (SHAPES, kinds, of_float64)]
+        if not arguments.quick:
+            large = [kind for kind in kinds if kind.first and kind.scale in ("1", "1e25")]
+            work.append((LARGE, large, of_large))
+    for norm in arguments.norms:
+        work.append((GROUPED.get(norm, []), kinds, partial(of_groups, peers, norm)))
     with tqdm(total=sum(len(shapes) * len(kinds) for shapes, kinds, _ in work)) as progress:
         for shapes, kinds, measure in work:
-            for layout, shape in shapes:
+            for shape in shapes:
                 for kind in kinds:
-                    for row, *largest in measure(layout, shape, kind):
+                    for row, *largest in measure(*shape, kind):
                         note(worst, row, kind, largest)
                     progress.update()
     print_tables(worst)
@@ -80,18 +97,44 @@ def main() -> None:
 
 def of_peers(peers: list[Peer], layout: str, shape: tuple[int, ...], kind: Hard) -> Iterator[Row]:
     """The errors of each library that has the layout, in float32."""
-    training, backward = (Case("hard", pass_, layout, shape) for pass_ in ("training", "backward"))
-    axis = training.channel_axis
-    x, grad_output = draw(kind, shape, axis, np.float32)
-    weight, bias = parameters(shape[axis], np.float32)
-    data = Data(x, grad_output, weight, bias, np.zeros_like(bias), np.ones_like(bias))
-    right = exact(x, grad_output, weight, bias, axis)
+    case = Case("batch", "hard", "training", layout, shape)
+    axis = case.channel_axis
+    data = data_of(case, *draw(kind, shape, axis, np.float32))
+    right = exact(data.x, data.grad_output, data.weight, data.bias, axis)
+    for name, *largest in of_calls(peers, case, data, right):
+        yield f"{name}, {layout}", *largest
+
+
+def of_groups(
+    peers: list[Peer], norm: str, groups: int, layout: str, shape: tuple[int, ...], kind: Hard
+) -> Iterator[Row]:
+    """The errors of each library that has this other norm, in float32."""
+    case = Case(norm, "hard", "forward", layout, shape)
+    values, gradients = (
+        array.T.copy() for array in draw(kind, (case.values // groups, groups), -1, np.float32)
+    )
+    data = data_of(case, values.reshape(shape), gradients.reshape(shape))
+    wide, std = (array.reshape(shape) for array in centred(values, norm != "rms"))
+    by_formula = by_formulas(case, data._replace(x=wide))
+    right = Exact(by_formula["y"], by_formula["grad_input"], std)
+    for name, *largest in of_calls(peers, case, data, right):
+        yield f"{name}, {norm} norm", *largest
+
+
+def of_calls(peers: list[Peer], case: Case, data: Data, right: Exact) -> Iterator[Row]:
+    """The errors of each library that has a call for a case and the gradient of it."""
     for peer in peers:
-        forward_call, backward_call = peer.call(training, data), peer.call(backward, data)
-        if forward_call and backward_call:
-            y = forward_call.results(forward_call.run())["y"]
-            grad_input = backward_call.results(backward_call.run())["grad_input"]
-            yield f"{peer.name}, {layout}", *errors(right, y, grad_input)
+        forward, backward = peer.call(case, data), peer.call(replace(case, pass_="backward"), data)
+        if forward and backward:
+            y = forward.results(forward.run())["y"]
+            grad_input = backward.results(backward.run())["grad_input"]
+            yield peer.name, *errors(right, y, grad_input)
+
+
+def data_of(case: Case, x: Array, grad_output: Array) -> Data:
+    """The arrays of a case."""
+    weight, bias = parameters(case.channels, np.float32)
+    return Data(x, grad_output, weight, bias, np.zeros_like(bias), np.ones_like(bias))
 
 
 def of_large(layout: str, shape: tuple[int, ...], kind: Hard) -> Iterator[Row]:

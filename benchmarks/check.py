@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from peer import Results
-from shapes import EPS, MOMENTUM, Array, Case, Data
+from peer import Results, gradients
+from shapes import EPS, GROUPS, MOMENTUM, Array, Case, Data
 
 from cbn import reference
 
@@ -12,13 +12,16 @@ from cbn import reference
 CBN_RTOL, CBN_ATOL = 1.3e-6, 1e-5
 OTHERS = 1e-3  # of the largest value
 
-# The reference is slow and needs float64 temporaries: of a large array a few channels are checked,
-# among them the first and the last. The others are normalised by the same code.
+# The reference is slow and needs float64 temporaries: of a large array for batch norm a few
+# channels are checked, among them the first and the last. The others are normalised by the same
+# code.
 CHECKED_VALUES = 1 << 20
 
 
 def expected(case: Case, data: Data) -> tuple[Array, Results]:
     """Return the channels to check and, for these, all that a pass may give."""
+    if case.norm != "batch":
+        return np.arange(case.channels), by_formulas(case, data)
     per_channel = case.values // case.channels
     number = min(case.channels, max(2, CHECKED_VALUES // per_channel))
     channels = np.unique(np.linspace(0, case.channels - 1, number).astype(int))
@@ -44,6 +47,20 @@ def expected(case: Case, data: Data) -> tuple[Array, Results]:
         channel_axis=axis,
     )
     return channels, dict(zip(("y", "running_mean", "running_var"), results, strict=True))
+
+
+def by_formulas(case: Case, data: Data) -> Results:
+    """Return the output and the gradients of a norm that is not batch norm."""
+    options = {
+        "group": {"num_groups": GROUPS, "channel_axis": case.channel_axis},
+        "instance": {"channel_axis": case.channel_axis},
+    }.get(case.norm, {"normalized_shape": case.channels})
+    forward = getattr(reference, f"{case.norm}_norm")
+    backward = getattr(reference, f"{case.norm}_norm_backward")
+    bias = {} if case.norm == "rms" else {"bias": data.bias}
+    y = forward(data.x, weight=data.weight, eps=EPS, **bias, **options)
+    grads = backward(data.grad_output, data.x, weight=data.weight, eps=EPS, **options)
+    return {"y": y[0] if case.norm == "instance" else y, **gradients(grads)}
 
 
 def check(name: str, case: Case, results: Results, channels: Array, expected: Results) -> None:

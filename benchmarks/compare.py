@@ -2,13 +2,14 @@
 
     python benchmarks/compare.py --quick
     python benchmarks/compare.py --threads 1 2 --json results.json --figure speed.png
+    python benchmarks/compare.py --norms layer rms group instance --layout NC NCHW --threads 2
 
-Whatever is installed takes part. Every result is checked against cbn.reference, then the libraries
-are timed turn by turn in this one process (turns.py says how), with the same number of threads
-(NumPy always has one), and a table is printed: median time, GB/s, how many times as long each
-other library takes, and the share of the limit, which is what a mere copy of the same arrays would
-leave of the time (scale_copy.c). GB/s count what a pass must move at least: one read and one write,
-for backward two reads and one write.
+Whatever is installed takes part; but in norms other than batch norm, cbn and PyTorch alone. Every
+result is checked against cbn.reference, then the libraries are timed turn by turn in this one
+process (turns.py says how), with the same number of threads (NumPy always has one), and a table is
+printed: median time, GB/s, how many times as long each other library takes, and the share of the
+limit, which is what a mere copy of the same arrays would leave of the time (scale_copy.c). GB/s
+count what a pass must move at least: one read and one write, for backward two reads and one write.
 
 Every call allocates its output, as a user's call does, except in the rows marked out=. Fresh memory
 would cost each a page fault per 4 KiB, which can take longer than the computation and depends on
@@ -41,7 +42,7 @@ from limit import ORDINARY, STREAMING, Limit
 from peer import Peer
 from peers import PEERS
 from report import print_header, print_row, print_summary
-from shapes import FAMILIES, LAYOUTS, PASSES, Case, all_cases, make_data
+from shapes import FAMILIES, LAYOUTS, NORMS, PASSES, Case, all_cases, make_data
 from tqdm import tqdm
 from turns import OtherWork, release_heap, time_in_turns, warm_heap
 
@@ -65,7 +66,11 @@ def main() -> None:
         | xla(max(arguments.threads))
         | ({"OMP_WAIT_POLICY": "passive"} if arguments.passive else {})
     )
-    cases = all_cases(arguments.family, arguments.pass_, arguments.layout, arguments.quick)
+    cases = all_cases(
+        arguments.family, arguments.pass_, arguments.layout, arguments.quick, arguments.norms
+    )
+    if arguments.figure and not any(case.norm == "batch" for case in cases):
+        sys.exit("--figure: there is no case of batch norm to draw")
     peers = installed(arguments.peers)
     limit = compiled_limit()
     machine = describe(peers, limit)
@@ -105,6 +110,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="a handful of shapes only")
+    add("--norms", nargs="+", choices=NORMS, default=list(NORMS), help="norms")
     add("--family", nargs="+", choices=FAMILIES, default=FAMILIES, help="tables of shapes")
     add("--pass", nargs="+", choices=PASSES, default=PASSES, dest="pass_", help="passes")
     add("--layout", nargs="+", choices=LAYOUTS, default=LAYOUTS, help="layouts")
@@ -113,7 +119,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--passive", action="store_true", help="waiting threads sleep: for a machine that is busy")
     add("--seconds", type=float, default=1.0, help="time for each case (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write all numbers")
-    add("--figure", type=Path, metavar="FILE", help="draw speed-up and share of the limit")
+    add("--figure", type=Path, metavar="FILE", help="draw what was found of batch norm")
     return parser.parse_args()
 
 
@@ -172,6 +178,7 @@ def measure(
     with OtherWork() as other_work:
         timings = time_in_turns(runs, seconds)
     record = {
+        "norm": case.norm,
         "family": case.family,
         "pass": case.pass_,
         "layout": case.layout,

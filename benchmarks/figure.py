@@ -32,7 +32,7 @@ def draw(records: Sequence[Record], machine: Record, path: Path) -> None:
     Parameters
     ----------
     records : sequence of dict
-        Those of compare.py.
+        Those of compare.py, of which those of batch norm are drawn.
     machine : dict
         Its description of the machine.
     path : Path
@@ -40,7 +40,7 @@ def draw(records: Sequence[Record], machine: Record, path: Path) -> None:
     """
     threads = max(record["threads"] for record in records)
     records = [record for record in records if record["threads"] == threads]
-    records = [record for record in records if not record["out"]]
+    records = [record for record in records if record["norm"] == "batch" and not record["out"]]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 4.5), width_ratios=(1, 1.2), layout="constrained"
     )

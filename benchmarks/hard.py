@@ -62,7 +62,7 @@ def exact(
     unless their exponents differ by more than the wider type has additional digits; and
     there are no digits left that a large mean could take from the wider type.
     """
-    wide = np.float64 if x.dtype == np.float32 else np.longdouble
+    wide = wider(x.dtype)
     first = np.moveaxis(x, channel_axis, -1)[(0,) * (x.ndim - 1)]
     column = [-1 if axis == channel_axis % x.ndim else 1 for axis in range(x.ndim)]
     centred = x.astype(wide)
@@ -74,6 +74,25 @@ def exact(
         grad_output, centred, mean, var, weight, eps=EPS, **axis
     )
     return Exact(y, grad_input, np.sqrt(var + EPS).reshape(column))
+
+
+def centred(groups: Array, subtracts_mean: bool = True) -> tuple[Array, Array]:
+    """Return groups of values, one a row, in a wider type, and the standard deviation of each.
+
+    The first value of each group is subtracted from all, as in exact; but where a norm subtracts
+    no mean, nothing is, and the deviation is the root mean square.
+    """
+    wide = groups.astype(wider(groups.dtype))
+    if subtracts_mean:
+        wide -= wide[:, :1].copy()
+    mean = wide.mean(axis=1, keepdims=True) if subtracts_mean else 0
+    var = np.mean((wide - mean) ** 2, axis=1, keepdims=True)
+    return wide, np.broadcast_to(np.sqrt(var + EPS), wide.shape)
+
+
+def wider(dtype: Any) -> type[np.floating]:
+    """The type to compute the right result in."""
+    return np.float64 if dtype == np.float32 else np.longdouble
 
 
 def errors(right: Exact, y: Array, grad_input: Array) -> tuple[float, float]:

@@ -7,9 +7,16 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from shapes import Array, Case, Data
+from shapes import EPS, GROUPS, Array, Case, Data
 
 Results = dict[str, Array]
+# How to make a layer with parameters, for so many channels, of cbn or of torch.nn.
+LAYERS: dict[str, Callable[..., Any]] = {
+    "layer": lambda library, C: library.LayerNorm(C),
+    "rms": lambda library, C: library.RMSNorm(C, eps=EPS),
+    "group": lambda library, C, **layout: library.GroupNorm(GROUPS, C, **layout),
+    "instance": lambda library, C, **layout: library.InstanceNorm2d(C, affine=True, **layout),
+}
 
 
 class Call(NamedTuple):
@@ -43,12 +50,22 @@ class Peer:
 
     def call(self, case: Case, data: Data) -> Call | None:
         """Return the call of a case, or None where the library has none."""
+        if case.norm == "batch":
+            return self.call_of_batch_norm(case, data)
+        return self.call_of_layer(case, data)
+
+    def call_of_batch_norm(self, case: Case, data: Data) -> Call | None:
+        """The function, by given arrays."""
         raise NotImplementedError
+
+    def call_of_layer(self, case: Case, data: Data) -> Call | None:
+        """A layer of another norm."""
+        return None
 
 
 def gradients(arrays: tuple[Array, ...]) -> Results:
-    """Name the three results of a backward pass."""
-    return dict(zip(("grad_input", "grad_weight", "grad_bias"), arrays, strict=True))
+    """Name the results of a backward pass; the last is left out where there is no bias."""
+    return dict(zip(("grad_input", "grad_weight", "grad_bias"), arrays, strict=False))
 
 
 def broadcasting(case: Case) -> tuple[tuple[int, ...], list[int]]:

@@ -1,7 +1,9 @@
 """The libraries that are compared, each behind the same two methods.
 
-All compute on the same NumPy arrays. Functions are called, not layers, and gradients without
-automatic differentiation, so that nobody pays for bookkeeping that the others do not do.
+All compute on the same NumPy arrays. For batch norm functions are called, not layers, and
+gradients without automatic differentiation, so that nobody pays for bookkeeping that the others do
+not do. The other norms are layers, of cbn and PyTorch alone: PyTorch's forward is without a graph,
+its backward is torch.autograd.grad on one that is kept.
 """
 
 from __future__ import annotations

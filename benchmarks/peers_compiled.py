@@ -21,7 +21,7 @@ class OnnxRuntime(Peer):
         self.runtime = import_module("onnxruntime")
         self.helper = import_module("onnx.helper")
 
-    def call(self, case: Case, data: Data) -> Call | None:  # noqa: D102
+    def call_of_batch_norm(self, case: Case, data: Data) -> Call | None:  # noqa: D102
         if case.layout == "NHWC" or case.pass_ == "backward":
             return None
         options = self.runtime.SessionOptions()
@@ -86,7 +86,7 @@ class Jax(Peer):
     def set_num_threads(self, threads: int) -> bool:  # noqa: D102
         return threads == int(os.environ.get("NPROC", os.cpu_count() or 1))
 
-    def call(self, case: Case, data: Data) -> Call | None:  # noqa: D102
+    def call_of_batch_norm(self, case: Case, data: Data) -> Call | None:  # noqa: D102
         if case.reuses_out:
             return None
         jax, jnp = self.jax, self.jax.numpy

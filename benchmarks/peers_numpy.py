@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from peer import Call, Peer, broadcasting, gradients
+from peer import LAYERS, Call, Peer, broadcasting, gradients
 from shapes import EPS, MOMENTUM, Array, Case, Data
 
 import cbn
@@ -20,7 +20,7 @@ class Cbn(Peer):
         cbn.set_num_threads(threads)
         return True
 
-    def call(self, case: Case, data: Data) -> Call:  # noqa: D102
+    def call_of_batch_norm(self, case: Case, data: Data) -> Call:  # noqa: D102
         axis = case.channel_axis
         out = np.empty_like(data.x) if case.reuses_out else None
         if case.pass_ == "backward":
@@ -56,6 +56,20 @@ class Cbn(Peer):
             lambda y: {"y": y, "running_mean": running_mean, "running_var": running_var},
         )
 
+    def call_of_layer(self, case: Case, data: Data) -> Call:  # noqa: D102
+        layout = {"channel_axis": -1} if case.layout == "NHWC" else {}
+        layer = LAYERS[case.norm](cbn, case.channels, **layout)
+        names = list(layer.state_dict())  # weight and bias, or weight alone
+        for name in names:
+            getattr(layer, name)[...] = getattr(data, name)
+        if case.pass_ == "forward":
+            return Call(lambda: layer(data.x), lambda y: {"y": y})
+        layer(data.x)
+        return Call(
+            lambda: layer.backward(data.grad_output),
+            lambda grad: gradients((grad, *(getattr(layer, f"{name}_grad") for name in names))),
+        )
+
 
 class NumPy(Peer):
     """The formulas in float32, with as few temporaries as they can do with. Always one thread."""
@@ -63,7 +77,7 @@ class NumPy(Peer):
     name = "NumPy"
     packages = ("numpy",)
 
-    def call(self, case: Case, data: Data) -> Call:  # noqa: D102
+    def call_of_batch_norm(self, case: Case, data: Data) -> Call:  # noqa: D102
         x, grad_output = data.x, data.grad_output
         axes, column = broadcasting(case)
         weight, bias, running_mean, running_var = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from peer import Call, Peer, gradients
+from peer import LAYERS, Call, Peer, gradients
 from shapes import EPS, MOMENTUM, Array, Case, Data
 
 
@@ -33,7 +33,7 @@ class PyTorch(Peer):
         array: Array = (tensor.movedim(1, -1) if case.layout == "NHWC" else tensor).numpy()
         return array
 
-    def call(self, case: Case, data: Data) -> Call | None:  # noqa: D102
+    def call_of_batch_norm(self, case: Case, data: Data) -> Call | None:  # noqa: D102
         torch = self.torch
         x, grad_output = self.tensor(data.x, case), self.tensor(data.grad_output, case)
         weight, bias, running_mean, running_var = (torch.from_numpy(a.copy()) for a in data[2:])
@@ -71,6 +71,22 @@ class PyTorch(Peer):
             lambda y: {"y": self.array(y, case)},
         )
 
+    def call_of_layer(self, case: Case, data: Data) -> Call | None:  # noqa: D102
+        torch = self.torch
+        layer = LAYERS[case.norm](torch.nn, case.channels)
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(torch.from_numpy(getattr(data, name)))
+        x, grad_output = self.tensor(data.x, case), self.tensor(data.grad_output, case)
+        if case.pass_ == "forward":
+            return Call(lambda: layer(x), lambda y: {"y": self.array(y, case)})
+        inputs = [x.requires_grad_(), *layer.parameters()]
+        with torch.enable_grad():
+            y = layer(x)
+        return Call(
+            lambda: torch.autograd.grad(y, inputs, grad_output, retain_graph=True),
+            lambda grads: gradients((self.array(grads[0], case), *map(dense, grads[1:]))),
+        )
+
 
 class OneDNN(PyTorch):
     """oneDNN by way of PyTorch's mkldnn tensors, which are always channels first."""
@@ -97,8 +113,11 @@ class OneDNN(PyTorch):
     def array(self, tensor: Any, case: Case) -> Array:  # noqa: D102
         return dense(tensor).reshape(case.shape)
 
-    def call(self, case: Case, data: Data) -> Call | None:  # noqa: D102
-        return None if case.layout == "NHWC" else super().call(case, data)
+    def call_of_batch_norm(self, case: Case, data: Data) -> Call | None:  # noqa: D102
+        return None if case.layout == "NHWC" else super().call_of_batch_norm(case, data)
+
+    def call_of_layer(self, case: Case, data: Data) -> None:  # noqa: D102
+        return None
 
 
 def dense(tensor: Any) -> Array:

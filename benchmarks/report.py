@@ -65,13 +65,14 @@ def print_summary(records: Sequence[Record]) -> None:
                 if value < 1:
                     losses.append((value, peer, record))
 
-    print(f"\n{'threads':<8}{'pass and layout':<22}{'peer':<14}{'cases':>6}{'mean':>8}{'worst':>8}")
+    titles = f"{'threads':<8}{'norm, pass, layout':<24}{'peer':<14}{'cases':>6}"
+    print(f"\n{titles}{'mean':>8}{'worst':>8}")
     for (threads, group, peer), members in sorted(groups.items()):
         mean = geometric_mean(value for value, _ in members)
         worst, record = min(members, key=lambda member: member[0])
         shape = "x".join(map(str, record["shape"]))
         print(
-            f"{threads:<8}{group:<22}{peer:<14}{len(members):6}{mean:8.2f}{worst:8.2f}  at {shape}"
+            f"{threads:<8}{group:<24}{peer:<14}{len(members):6}{mean:8.2f}{worst:8.2f}  at {shape}"
         )
 
     print(f"\ncases beside other work: {sum(map(disturbed, records))} of {len(records)}")

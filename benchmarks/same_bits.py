@@ -24,7 +24,9 @@ from tqdm import tqdm
 import cbn
 from cbn import _dispatch, functional
 
-# (N, C, H, W), walked in every way and in one piece and many; the last is written past the cache.
+# (N, C, H, W), walked in every way and in one piece and many; (9, 62, 127, 127) is written past the
+# cache. In the last, channels last, the first row of a sheet starts in the middle of a row of the
+# table of coefficients.
 SHAPES = [
     (2, 3, 1, 1),
     (4096, 16, 1, 1),
@@ -39,6 +41,7 @@ SHAPES = [
     (2, 1, 300, 300),
     (16, 64, 28, 28),
     (9, 62, 127, 127),
+    (2, 5, 3, 3),
 ]
 DTYPES = ("float32", "float64")
 

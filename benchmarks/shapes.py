@@ -1,7 +1,9 @@
 """What is measured: the cases, made of the shape tables in shapes/, and their data.
 
 resnet_50, densenet_121 and googlenet_v2 hold the batch normalisation layers of these networks,
-features holds (N, C) data, small holds calls so short that the arithmetic hardly matters.
+features holds (N, C) data, small holds calls so short that the arithmetic hardly matters. Of the
+other norms, rows holds what transformers give to layer and RMS norm, planes is for group norm, and
+images for instance norm.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,20 +23,43 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 TABLES = Path(__file__).with_name("shapes")
-FAMILIES = ("resnet_50", "densenet_121", "googlenet_v2", "features", "small")
+NETWORKS = ("resnet_50", "densenet_121", "googlenet_v2")
+FAMILIES = (*NETWORKS, "features", "small", "rows", "planes", "images")
 LAYOUTS = ("NCHW", "NHWC", "NC")
 EPS = 1e-5
 MOMENTUM = 0.1
+GROUPS = 32  # of group norm
 
 # Arrays read and written by each pass when nothing is read twice: the least that it can move.
-TRAFFIC = {"training": 2, "inference": 2, "backward": 3}
+TRAFFIC = {"training": 2, "inference": 2, "forward": 2, "backward": 3}
 PASSES = tuple(TRAFFIC)
 
 # Inputs, copies of them for oneDNN and JAX, outputs and temporaries: with all libraries a backward
 # pass was seen to take 14 arrays. Shapes too large for that lose samples.
 LARGEST_CASE_BYTES = 2e9
 ARRAYS_ALIVE = 15
-QUICK_SHAPES = {(32, 64, 112, 112), (32, 256, 56, 56), (32, 2048, 7, 7), (1, 64, 7, 7), (4096, 256)}
+
+
+class Norm(NamedTuple):
+    """A norm: its passes, the tables of its shapes, and those shapes that are for a quick look."""
+
+    passes: tuple[str, ...]
+    families: tuple[str, ...]
+    quick: set[tuple[int, ...]]
+
+
+BOTH = ("forward", "backward")  # of a norm that has no other statistics than those of its input
+NORMS = {
+    "batch": Norm(
+        ("training", "inference", "backward"),
+        (*NETWORKS, "features", "small"),
+        {(32, 64, 112, 112), (32, 256, 56, 56), (32, 2048, 7, 7), (1, 64, 7, 7), (4096, 256)},
+    ),
+    "layer": Norm(BOTH, ("rows",), {(128, 1024)}),
+    "rms": Norm(BOTH, ("rows",), {(128, 1024)}),
+    "group": Norm(BOTH, ("planes",), {(8, 128, 28, 28)}),
+    "instance": Norm(BOTH, ("images",), {(8, 64, 32, 32)}),
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +70,7 @@ class Case:
     once, before the calls, or by every call.
     """
 
+    norm: str
     family: str
     pass_: str
     layout: str
@@ -73,7 +100,8 @@ class Case:
     @property
     def group(self) -> str:
         """What is summarised together."""
-        return f"{self.pass_} {self.layout}" + (" out=" if self.reuses_out else "")
+        norm = "" if self.norm == "batch" else f"{self.norm} "
+        return f"{norm}{self.pass_} {self.layout}" + (" out=" if self.reuses_out else "")
 
     def __str__(self) -> str:
         return f"{self.group} " + "x".join(map(str, self.shape))
@@ -95,12 +123,13 @@ def all_cases(
     passes: Sequence[str] = PASSES,
     layouts: Sequence[str] = LAYOUTS,
     quick: bool = False,
+    norms: Sequence[str] = tuple(NORMS),
 ) -> list[Case]:
-    """Return the cases of some families, passes and layouts, each once.
+    """Return the cases of some families, passes, layouts and norms, each once.
 
     Parameters
     ----------
-    families, passes, layouts : sequence of str
+    families, passes, layouts, norms : sequence of str
         Those to take.
     quick : bool
         Whether to take a handful of shapes only.
@@ -110,17 +139,17 @@ def all_cases(
     list of Case
         In the order of the tables. What two families share is counted with the first.
     """
-    family_of: dict[tuple[str, tuple[int, ...]], str] = {}
-    for family in families:
-        for layout, shape in _shapes(family):
-            if not quick or _channels_first(layout, shape) in QUICK_SHAPES:
-                family_of.setdefault((layout, shape), family)
+    family_of: dict[tuple[str, str, tuple[int, ...]], str] = {}
+    for norm, family in product(norms, families):
+        for layout, shape in _shapes(family) if family in NORMS[norm].families else ():
+            if not quick or _channels_first(layout, shape) in NORMS[norm].quick:
+                family_of.setdefault((norm, layout, shape), family)
     return [
-        Case(family, pass_, layout, shape, reuses_out)
-        for (layout, shape), family in family_of.items()
+        Case(norm, family, pass_, layout, shape, reuses_out)
+        for (norm, layout, shape), family in family_of.items()
         for pass_ in passes
         for reuses_out in ((False, True) if family == "small" else (False,))
-        if layout in layouts
+        if layout in layouts and pass_ in NORMS[norm].passes
     ]
 
 
@@ -147,7 +176,7 @@ def _shapes(family: str) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield "NC", (N, C)
                 continue
             most = int(LARGEST_CASE_BYTES / (ARRAYS_ALIVE * 4 * C * H * W))
-            for samples in (N,) if family == "small" else (1, 32, N):
+            for samples in (1, 32, N) if family in NETWORKS else (N,):
                 samples = min(samples, most)
                 yield "NCHW", (samples, C, H, W)
                 yield "NHWC", (samples, H, W, C)

@@ -17,6 +17,7 @@ from shapes import Case, all_cases, make_data
 import cbn
 
 CASES = all_cases(("resnet_50",), quick=True) + all_cases(("features", "small"))
+CASES += all_cases(("rows", "planes", "images"), quick=True)
 # Sizes that keep a run without timing to seconds.
 LARGEST = 1 << 22
 
@@ -53,7 +54,13 @@ def test_inference(benchmark: Any, case: Case) -> None:
     measure(benchmark, case)
 
 
+@suite("forward")
+def test_forward(benchmark: Any, case: Case) -> None:
+    """Forward by the statistics of the input, in norms that have no others."""
+    measure(benchmark, case)
+
+
 @suite("backward")
 def test_backward(benchmark: Any, case: Case) -> None:
-    """Gradients through the statistics of the batch."""
+    """Gradients through the statistics of the input."""
     measure(benchmark, case)

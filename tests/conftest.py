@@ -1,4 +1,4 @@
-"""Fixtures of all tests: random numbers, torch, and the one table of tolerances."""
+"""For all tests: random numbers, comparing, instruction sets, torch; and how hypothesis draws."""
 
 import importlib
 import os
@@ -8,20 +8,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+from tolerances import CLOSE
 
 from cbn import _dispatch
 
 # Tests ask for teams of threads and must get them, however busy the machine is.
 _dispatch.kernels.calls().judges = False
 
-pytest.register_assert_rewrite("refusals")  # so that its failures show both texts
+# The same examples at every run: what fails here fails everywhere; and nothing by the clock.
+settings.register_profile(
+    "cbn",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("cbn")
 
-# The defaults of torch.testing.assert_close: whoever compares cbn with PyTorch by PyTorch's own
-# test function gets these. Every test compares at them and none widens them.
-TOLERANCES = {
-    "float32": {"rtol": 1.3e-6, "atol": 1e-5},
-    "float64": {"rtol": 1e-7, "atol": 1e-7},
-}
+pytest.register_assert_rewrite("refusals")  # so that its failures show both texts
 
 
 @pytest.fixture
@@ -37,10 +42,17 @@ def assert_close():
             assert actual is None, f"{quantity}: expected None"
             return
         assert np.shape(actual) == np.shape(expected), f"{quantity}: shapes differ"
-        tolerance = TOLERANCES[np.dtype(dtype).name]
+        tolerance = CLOSE[np.dtype(dtype).name]
         np.testing.assert_allclose(actual, expected, err_msg=quantity, **tolerance)
 
     return assert_close
+
+
+@pytest.fixture
+def use_isa():
+    """A function that makes calls compute on an instruction set, until the test ends."""
+    yield _dispatch.use
+    _dispatch.use(_dispatch.active)
 
 
 @pytest.fixture(scope="session")

@@ -1,60 +1,39 @@
 """Every number that layers and functions give, against the float64 reference."""
 
+import copy
+from itertools import product
+
 import numpy as np
 import pytest
+from norm_kinds import Kind, kinds
+from norms_table import BATCH, NORMS
 
 import cbn
-from cbn import _dispatch, functional, reference
+from cbn import _dispatch, _threads, functional, reference
 
 # Two and three values per channel are computed like any other number.
 TINY = pytest.mark.filterwarnings("ignore::cbn.SmallBatchWarning")
-# Channels first. Sizes lie around those at which the kernels change how they walk: by row or by
-# plane, in rows of 16 or 64, in strips of at most 1024 columns, in pieces of
-# 16384 to 65536 values. test_shapes_are_walked_as_their_names_say holds them to it.
-SHAPES = [
-    pytest.param("BatchNorm1d", (5, 1), id="one_channel"),
-    pytest.param("BatchNorm1d", (2, 3), id="two_values", marks=TINY),
-    pytest.param("BatchNorm1d", (9, 1023), id="width_1023"),
-    pytest.param("BatchNorm1d", (9, 1024), id="width_1024"),
-    pytest.param("BatchNorm1d", (9, 1025), id="width_1025"),
-    pytest.param("BatchNorm1d", (4, 2049), id="three_strips"),
-    pytest.param("BatchNorm1d", (500, 1100), id="strips_in_pieces"),
-    pytest.param("BatchNorm1d", (1029, 64), id="repeated_rows_in_pieces"),
-    pytest.param("BatchNorm1d", (70001, 1), id="one_channel_in_pieces"),
-    pytest.param("BatchNorm1d", (6, 5, 1), id="run_1"),
-    pytest.param("BatchNorm1d", (7, 11, 13), id="primes"),
-    pytest.param("BatchNorm1d", (1, 3, 50), id="one_sample"),
-    pytest.param("BatchNorm1d", (3, 5, 15), id="run_15"),
-    pytest.param("BatchNorm1d", (3, 5, 16), id="run_16"),
-    pytest.param("BatchNorm1d", (7, 5, 17), id="seven_samples_run_17"),
-    pytest.param("BatchNorm1d", (8, 5, 17), id="eight_samples_run_17"),
-    pytest.param("BatchNorm1d", (3, 5, 63), id="run_63"),
-    pytest.param("BatchNorm1d", (3, 5, 64), id="run_64"),
-    pytest.param("BatchNorm1d", (3, 5, 65), id="run_65"),
-    pytest.param("BatchNorm1d", (7, 5, 255), id="seven_samples_run_255"),
-    pytest.param("BatchNorm1d", (7, 5, 256), id="seven_samples_run_256"),
-    pytest.param("BatchNorm1d", (7, 5, 257), id="seven_samples_run_257"),
-    pytest.param("BatchNorm1d", (1, 2, 191), id="one_sample_run_191"),
-    pytest.param("BatchNorm1d", (4, 2, 255), id="run_255"),
-    pytest.param("BatchNorm1d", (4, 2, 257), id="run_257"),
-    pytest.param("BatchNorm1d", (2, 1, 6209), id="run_longer_than_a_block"),
-    pytest.param("BatchNorm1d", (2, 2, 16384), id="run_of_one_piece"),
-    pytest.param("BatchNorm1d", (3, 2, 65537), id="run_of_pieces"),
-    pytest.param("BatchNorm1d", (2, 1, 131135), id="one_channel_run_of_pieces"),
-    pytest.param("BatchNorm1d", (401, 2, 600), id="runs_in_pieces"),
-    pytest.param("BatchNorm1d", (9, 3, 511), id="nine_samples_run_511"),
-    pytest.param("BatchNorm1d", (9, 3, 512), id="nine_samples_run_512"),
-    pytest.param("BatchNorm1d", (9, 3, 513), id="nine_samples_run_513"),
-    pytest.param("BatchNorm2d", (4, 7, 1, 1), id="plane_1x1"),
-    pytest.param("BatchNorm2d", (5, 65, 7, 7), id="plane_7x7"),
-    pytest.param("BatchNorm2d", (2, 3, 17, 19), id="plane_17x19"),
-    pytest.param("BatchNorm2d", (3, 10, 11), id="unbatched_plane"),
-    pytest.param("BatchNorm2d", (1, 13, 11), id="unbatched_one_channel"),
-    pytest.param("BatchNorm3d", (2, 3, 3, 4, 5), id="volume_3x4x5"),
-    pytest.param("BatchNorm3d", (3, 4, 5, 6, 7), id="volume_5x6x7"),
-    pytest.param("BatchNorm3d", (3, 5, 6, 7), id="unbatched_volume"),
-]
-# (N, C, S) as in SHAPES and WALKS, with the way, the strips and the pieces that are meant.
+DTYPE = pytest.mark.parametrize("dtype", ["float32", "float64"])
+TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+
+
+def of_kinds(kinds):
+    return pytest.mark.parametrize("kind", kinds, ids=str)
+
+
+# Sizes lie around those at which the kernels change how they walk: by row or by plane, in rows of
+# 16 or 64, in strips of at most 1024 columns, in pieces of 16384 to 65536 values.
+# test_shapes_are_walked_as_is_meant holds them to it.
+BATCHES = [(5, 1), (2, 3), (9, 1023), (9, 1024), (9, 1025), (4, 2049)]
+BATCHES += [(500, 1100), (1029, 64), (70_001, 1)]  # in pieces
+BATCHES += [(6, 5, 1), (7, 11, 13), (1, 3, 50), (3, 5, 15), (3, 5, 16), (7, 5, 17), (8, 5, 17)]
+BATCHES += [(3, 5, 63), (3, 5, 64), (3, 5, 65), (7, 5, 255), (7, 5, 256), (7, 5, 257)]
+BATCHES += [(1, 2, 191), (4, 2, 255), (4, 2, 257), (9, 3, 511), (9, 3, 512), (9, 3, 513)]
+BATCHES += [(2, 1, 6209), (2, 2, 16384), (3, 2, 65537), (2, 1, 131_135), (401, 2, 600)]
+BATCHES += [(4, 7, 1, 1), (5, 65, 7, 7), (2, 3, 17, 19), (2, 3, 3, 4, 5), (3, 4, 5, 6, 7)]
+# By row and by plane, both in pieces and with tails, and by plane with few values.
+WALKS = [(1400, 3, 50), (110, 3, 700), (1, 3, 230)]
+# (N, C, S) with the way, the strips and the pieces that are meant.
 MEANT = [
     ((9, 1024, 1), ("by row", 1, 1)),
     ((9, 1025, 1), ("by row", 2, 1)),
@@ -73,90 +52,116 @@ MEANT = [
     ((110, 3, 700), ("by plane", 3, 3)),
     ((1, 3, 230), ("few values", 1, 1)),
 ]
-LAYERS = [
-    pytest.param("BatchNorm1d", (11, 6), id="BatchNorm1d_NC"),
-    pytest.param("BatchNorm1d", (4, 6, 131), id="BatchNorm1d_NCL"),
-    pytest.param("BatchNorm2d", (3, 6, 5, 7), id="BatchNorm2d"),
-    pytest.param("BatchNorm3d", (2, 6, 5, 6, 7), id="BatchNorm3d"),
-]
-# By row and by plane, both in pieces and with tails, and by plane with few values.
-WALKS = [
-    pytest.param((1400, 3, 50), id="by_row"),
-    pytest.param((110, 3, 700), id="by_plane"),
-    pytest.param((1, 3, 230), id="few_values"),
-]
-LAYOUT = pytest.mark.parametrize("channel_axis", [1, -1], ids=["first", "last"])
-TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-DTYPE = pytest.mark.parametrize("dtype", ["float32", "float64"])
+# Rows and their lengths: of one piece and of several, by row and by plane, few and many.
+ROW_SIZES = [(1, 1), (1, 5), (3, 7), (7, 16), (5, 17), (64, 64), (33, 100), (17, 768), (9, 1024)]
+ROW_SIZES += [(3, 5000), (200, 31), (2, 70_001), (40, 4096), (130, 1500), (8, 300_000)]
+# (N, C, S), and the number of groups.
+GROUPED = [((2, 4, 3), 2), ((3, 6, 1), 3), ((5, 8, 16), 4), ((4, 32, 49), 8), ((2, 64, 196), 32)]
+GROUPED += [((9, 64, 1), 32), ((2, 6, 5000), 1), ((70, 12, 1), 3), ((1, 8, 30_000), 2)]
+GROUPED += [((33, 128, 4), 2), ((3, 10, 7), 10), ((2, 4, 600), 4), ((2, 2048, 3), 1)]
+GROUPED += [((3, 1200, 2), 2), ((2, 120, 5), 3), ((4, 10, 3), 2), ((2, 600, 100), 1)]
+GROUPED += [((5, 1024, 300), 1), ((1, 6, 70_001), 3)]
+# (N, C, S) of instance norm.
+INSTANCES = [(2, 3, 5), (4, 64, 49), (2, 16, 700), (3, 5, 3000), (20, 7, 20), (2, 2000, 9)]
+INSTANCES += [(1, 2, 70_001)]
+
+OF_BATCH = kinds(BATCHES, unbatched=[(3, 10, 11), (1, 13, 11), (3, 5, 6, 7)])
+OF_SAMPLES = kinds(rows=ROW_SIZES, groups=GROUPED, instances=INSTANCES)
+OF_WALKS = kinds(WALKS)
+# One or two of each way.
+SOME = OF_WALKS + kinds(
+    rows=[(7, 16), (64, 64), (17, 768), (2, 20_001), (130, 301), (4, 3, 50)],
+    groups=[((3, 6, 1), 3), ((4, 32, 49), 8), ((2, 2048, 3), 1), ((2, 120, 50), 3)],
+    instances=[(4, 64, 49), (2, 16, 700), (20, 7, 20)],
+)
 
 
-def arrange(array, channel_axis, position=1):
-    """An array whose channels are at position, with the channels first or last."""
-    return array if channel_axis == 1 else np.ascontiguousarray(np.moveaxis(array, position, -1))
-
-
-def draw(rng, shape, channel_axis=1, position=1, dtype="float32"):
+def draw(rng, kind, dtype="float32"):
     """Data whose channels have means and standard deviations of their own, and a gradient."""
-    per_channel = [-1 if axis == position else 1 for axis in range(len(shape))]
-    mean = rng.uniform(-3, 3, shape[position]).reshape(per_channel)
-    std = rng.uniform(0.5, 3, shape[position]).reshape(per_channel)
-    x = arrange(rng.normal(mean, std, shape), channel_axis, position)
-    grad_output = arrange(rng.standard_normal(shape), channel_axis, position)
+    x, grad_output = rng.standard_normal((2, *kind.shape))
+    by_channel = np.moveaxis(x, kind.axis, -1)
+    by_channel *= rng.uniform(0.5, 3, kind.C)
+    by_channel += rng.uniform(-3, 3, kind.C)
     return x.astype(dtype), grad_output.astype(dtype)
 
 
-def make_layer(rng, name, num_features, **options):
+def make_layer(rng, kind, **options):
     """A layer with random parameters and statistics."""
-    layer = getattr(cbn, name)(num_features, **options)
-    for array in (layer.weight, layer.bias, layer.running_mean):
-        if array is not None:
-            array[...] = rng.uniform(-2, 2, num_features)
-    if layer.running_var is not None:
-        layer.running_var[...] = rng.uniform(0.5, 2, num_features)
+    layer = kind.layer(**{kind.norm.affine: True, **options})
+    for name, array in layer.state_dict().items():
+        if name != "num_batches_tracked":
+            low = 0.5 if name == "running_var" else -2
+            getattr(layer, name)[...] = rng.uniform(low, 2, array.shape)
     return layer
 
 
-@pytest.fixture
-def assert_step_agrees(assert_close):
-    def assert_step_agrees(layer, x, grad_output, axis):
-        """Run a layer forward and backward, and compare every number it gives."""
-        by_batch = layer.training or layer.running_mean is None
-        learns = layer.training and layer.track_running_stats
-        momentum = layer.momentum
-        if momentum is None:
-            momentum = 1 / (layer.num_batches_tracked + 1) if learns else 0.0
-        y, running_mean, running_var = reference.batch_norm(
-            x,
-            layer.running_mean,
-            layer.running_var,
-            layer.weight,
-            layer.bias,
-            training=by_batch,
-            momentum=momentum if learns else 0.0,
-            eps=layer.eps,
-            channel_axis=axis,
-            correction=layer.correction,
-        )
-        mean, var = layer.running_mean, layer.running_var
-        if by_batch:
-            mean, var, _ = reference.batch_norm_stats(x, channel_axis=axis)
-        grad_input, grad_weight, grad_bias = reference.batch_norm_backward(
-            grad_output, x, mean, var, layer.weight, by_batch, layer.eps, channel_axis=axis
-        )
-        expected = {
-            "y": y,
-            "running_mean": running_mean,
-            "running_var": running_var,
-            "grad_input": grad_input,
-            "weight_grad": None if layer.weight is None else grad_weight,
-            "bias_grad": None if layer.bias is None else grad_bias,
-        }
+RESULTS = ("y", "grad_input", "weight_grad", "bias_grad", "running_mean", "running_var")
 
-        actual = {"y": layer(x), "grad_input": layer.backward(grad_output)}
+
+def step(layer, x, grad_output):
+    """Every number that a layer gives, forward and backward."""
+    found = {"y": layer(x), "grad_input": layer.backward(grad_output)}
+    return found | {name: getattr(layer, name, None) for name in RESULTS[2:]}
+
+
+def compute(module, kind, x, grad_output, weight=None, bias=None, eps=1e-5):
+    """What functions give that normalise by the statistics of x."""
+    forward, backward = kind.functions(module)
+    shift = {"bias": bias} if "bias" in kind.norm.parameters else {}
+    y = forward(x, weight=weight, eps=eps, **shift)
+    gradients = backward(grad_output, x, weight=weight, eps=eps)
+    return dict(zip(RESULTS, (y, *gradients), strict=False))
+
+
+def by_formulas(kind, layer, x, grad_output):
+    """What a step of the layer must give, from the state that it has now."""
+    if kind.norm in BATCH:
+        results = batch_norm_by_formulas(layer, kind.axis, x, grad_output)
+    else:
+        arguments = layer.weight, getattr(layer, "bias", None), layer.eps
+        results = compute(reference, kind, x, grad_output, *arguments)
+    for name in ("weight", "bias"):
+        if getattr(layer, name, None) is None:
+            results[f"{name}_grad"] = None
+    return dict.fromkeys(RESULTS) | results
+
+
+def batch_norm_by_formulas(layer, axis, x, grad_output):
+    by_batch = layer.training or layer.running_mean is None
+    momentum = 0.0
+    if layer.training and layer.track_running_stats:
+        cumulative = 1 / (layer.num_batches_tracked + 1)
+        momentum = cumulative if layer.momentum is None else layer.momentum
+    statistics = layer.running_mean, layer.running_var
+    parameters = layer.weight, layer.bias, by_batch, momentum, layer.eps
+    y, *running = reference.batch_norm(
+        x, *statistics, *parameters, channel_axis=axis, correction=layer.correction
+    )
+    if by_batch:
+        statistics = reference.batch_norm_stats(x, channel_axis=axis)[:2]
+    gradients = reference.batch_norm_backward(
+        grad_output, x, *statistics, layer.weight, by_batch, layer.eps, channel_axis=axis
+    )
+    return dict(zip(RESULTS, (y, *gradients, *running), strict=True))
+
+
+@pytest.fixture
+def assert_all_close(assert_close):
+    def assert_all_close(actual, expected, dtype):
+        assert actual.keys() == expected.keys()
         for quantity, value in expected.items():
-            value_of_layer = actual.get(quantity, getattr(layer, quantity, None))
-            assert_close(quantity, value_of_layer, value, x.dtype)
-        assert actual["y"].dtype == actual["grad_input"].dtype == x.dtype
+            assert_close(quantity, actual[quantity], value, dtype)
+        assert actual["y"].dtype == actual["grad_input"].dtype == dtype
+
+    return assert_all_close
+
+
+@pytest.fixture
+def assert_step_agrees(assert_all_close):
+    def assert_step_agrees(kind, layer, x, grad_output):
+        """Run a layer forward and backward, and compare every number it gives."""
+        expected = by_formulas(kind, layer, x, grad_output)
+        assert_all_close(step(layer, x, grad_output), expected, x.dtype)
 
     return assert_step_agrees
 
@@ -164,17 +169,36 @@ def assert_step_agrees(assert_close):
 # ----------------------------------------------------------------------------- shapes and options
 
 
-@TRAINING
+@TINY
 @DTYPE
-@LAYOUT
-@pytest.mark.parametrize(("name", "shape"), SHAPES)
-def test_layer_of_any_shape(rng, assert_step_agrees, name, shape, channel_axis, dtype, training):
-    unbatched = len(shape) == {"BatchNorm2d": 3, "BatchNorm3d": 4}.get(name)
-    position = 0 if unbatched else 1
-    layer = make_layer(rng, name, shape[position], dtype=dtype, channel_axis=channel_axis)
-    x, grad_output = draw(rng, shape, channel_axis, position, dtype)
-    axis = position if channel_axis == 1 else -1
-    assert_step_agrees(layer.train(training), x, grad_output, axis)
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [*product(OF_BATCH, ("training", "eval")), *product(OF_SAMPLES, ("training",))],
+    ids=str,
+)
+def test_layer_of_any_shape(rng, assert_step_agrees, kind, dtype, mode):
+    # A sample's group may have two values that are nearly the same. Then eps says how large the
+    # gradient is, and this one makes it of the size that tolerances are meant for.
+    eps = 1e-5 if kind.norm in BATCH else 0.1
+    layer = make_layer(rng, kind, dtype=dtype, eps=eps).train(mode == "training")
+    assert_step_agrees(kind, layer, *draw(rng, kind, dtype))
+
+
+@DTYPE
+@of_kinds(OF_SAMPLES)
+def test_functions_give_the_bits_of_layers(rng, kind, dtype):
+    layer = make_layer(rng, kind, dtype=dtype)
+    x, grad_output = draw(rng, kind, dtype)
+    parameters = layer.weight, getattr(layer, "bias", None), layer.eps
+    expected = step(layer, x, grad_output)
+    for name, array in compute(functional, kind, x, grad_output, *parameters).items():
+        assert array.dtype == dtype
+        assert array.tobytes() == expected[name].tobytes(), name
+
+
+@pytest.mark.parametrize(("shape", "walk"), MEANT, ids=str)
+def test_shapes_are_walked_as_is_meant(shape, walk):
+    assert _dispatch.kernels.walk(*shape) == walk
 
 
 @pytest.mark.parametrize(
@@ -196,20 +220,19 @@ def test_layer_of_any_shape(rng, assert_step_agrees, name, shape, channel_axis, 
     ids=lambda options: "_".join(f"{name}_{value}" for name, value in options.items()),
 )
 @DTYPE
-@LAYOUT
-@pytest.mark.parametrize(("name", "shape"), LAYERS)
-def test_layer_with_options(rng, assert_step_agrees, name, shape, channel_axis, dtype, options):
-    layer = make_layer(rng, name, shape[1], dtype=dtype, channel_axis=channel_axis, **options)
-    for batch_size in (shape[0], 4, shape[0] + 1):
-        x, grad_output = draw(rng, (batch_size, *shape[1:]), channel_axis, dtype=dtype)
-        assert_step_agrees(layer, x, grad_output, channel_axis)
-    assert_step_agrees(layer.eval(), x, grad_output, channel_axis)
+@of_kinds(kinds([(11, 6), (4, 6, 131), (3, 6, 5, 7), (2, 6, 5, 6, 7)]))
+def test_batch_norm_layer_with_options(rng, assert_step_agrees, kind, dtype, options):
+    layer = make_layer(rng, kind, dtype=dtype, **options)
+    for batch_size in (kind.shape[0], 4, kind.shape[0] + 1):
+        batch = draw(rng, kind._replace(shape=(batch_size, *kind.shape[1:])), dtype)
+        assert_step_agrees(kind, layer, *batch)
+    assert_step_agrees(kind, layer.eval(), *batch)
 
 
 @DTYPE
 def test_cumulative_average_is_the_mean_over_batches(rng, assert_close, dtype):
     layer = cbn.BatchNorm1d(4, momentum=None, dtype=dtype)
-    batches = [draw(rng, (batch_size, 4), dtype=dtype)[0] for batch_size in (4, 5, 8)]
+    batches = [rng.normal(1, 2, (batch_size, 4)).astype(dtype) for batch_size in (4, 5, 8)]
     for batch in batches:
         layer(batch)
     mean = np.mean([batch.mean(axis=0, dtype="float64") for batch in batches], axis=0)
@@ -221,50 +244,73 @@ def test_cumulative_average_is_the_mean_over_batches(rng, assert_close, dtype):
 
 @TRAINING
 def test_tracking_switched_off_keeps_the_statistics(rng, assert_step_agrees, training):
-    layer = make_layer(rng, "BatchNorm2d", 6).train(training)
-    before = layer.running_mean.copy(), layer.running_var.copy()
+    kind = Kind(NORMS["BatchNorm2d"], (3, 6, 5, 7))
+    layer = make_layer(rng, kind).train(training)
+    before = layer.state_dict()
     layer.track_running_stats = False
-    assert_step_agrees(layer, *draw(rng, (3, 6, 5, 7)), 1)
-    assert (layer.running_mean == before[0]).all()
-    assert (layer.running_var == before[1]).all()
-    assert layer.num_batches_tracked == 0
+    assert_step_agrees(kind, layer, *draw(rng, kind))
+    np.testing.assert_equal(layer.state_dict(), before)
 
 
 @TRAINING
 @DTYPE
-@LAYOUT
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        pytest.param("BatchNorm1d", (0, 3), id="NC"),
-        pytest.param("BatchNorm1d", (2, 3, 0), id="NCL"),
-        pytest.param("BatchNorm2d", (0, 3, 4, 5), id="NCHW"),
-        pytest.param("BatchNorm3d", (2, 3, 4, 0, 5), id="NCDHW"),
-    ],
-)
-def test_an_empty_batch_moves_nothing(rng, name, shape, channel_axis, dtype, training):
-    layer = make_layer(rng, name, 3, dtype=dtype, channel_axis=channel_axis).train(training)
+@of_kinds(kinds([(0, 3), (2, 3, 0), (0, 3, 4, 5), (2, 3, 4, 0, 5)]))
+def test_an_empty_batch_moves_nothing(rng, kind, dtype, training):
+    layer = make_layer(rng, kind, dtype=dtype).train(training)
     before = layer.state_dict()
-    x = arrange(np.empty(shape, dtype), channel_axis)
+    x = np.empty(kind.shape, dtype)
     assert layer(x).shape == x.shape
     assert layer.backward(x).shape == x.shape
     assert layer.weight_grad.tolist() == layer.bias_grad.tolist() == [0, 0, 0]
-    for key, value in layer.state_dict().items():
-        assert (value == before[key]).all(), key
+    np.testing.assert_equal(layer.state_dict(), before)
 
 
 # -------------------------------------------------------------------------------------- functions
 
 
+@pytest.mark.parametrize("given", ["weight_and_bias", "weight", "bias", "neither"])
+@pytest.mark.parametrize("parameter_dtype", ["float32", "float64"])
 @DTYPE
-@LAYOUT
-@pytest.mark.parametrize("shape", WALKS)
-def test_batch_norm_stats(rng, assert_close, shape, channel_axis, dtype):
-    x, _ = draw(rng, shape, channel_axis, dtype=dtype)
-    mean, var, count = functional.batch_norm_stats(x, channel_axis=channel_axis)
-    expected_mean, expected_var, expected_count = reference.batch_norm_stats(
-        x, channel_axis=channel_axis
+@of_kinds(SOME + kinds([(9, 4, 23)]))
+def test_any_parameters_of_any_type(rng, assert_all_close, kind, dtype, parameter_dtype, given):
+    x, grad_output = draw(rng, kind, dtype)
+    parameters = {
+        name: rng.uniform(-2, 2, kind.parameter_shape).astype(parameter_dtype)
+        for name in ("weight", "bias")
+        if name in given
+    }
+    actual, expected = (
+        compute(module, kind, x, grad_output, eps=0.1, **parameters)
+        for module in (functional, reference)
     )
+    assert_all_close(actual, expected, dtype)
+    assert {array.dtype for array in actual.values()} == {np.dtype(dtype)}
+
+
+@DTYPE
+@of_kinds(SOME)
+def test_the_same_bits_for_any_threads_and_instruction_set(rng, monkeypatch, use_isa, kind, dtype):
+    x, grad_output = draw(rng, kind, dtype)
+    weight, bias = rng.uniform(-2, 2, (2, *kind.parameter_shape)).astype(dtype)
+    x.flat[0] = 1e4
+    if dtype == "float32":
+        x.flat[-1] = 1e25  # whose square is read again in another unit
+    seen = set()
+    for isa, threads in product(_dispatch.supported(), (1, 2, 3, 7)):
+        use_isa(isa)
+        # As many as that, also where there is too little work for them.
+        monkeypatch.setattr(_threads, "threads_for", lambda values, threads=threads: threads)
+        results = compute(functional, kind, x, grad_output, weight, bias)
+        seen.add(b"".join(array.tobytes() for array in results.values()))
+    assert len(seen) == 1
+
+
+@DTYPE
+@of_kinds(OF_WALKS)
+def test_batch_norm_stats(rng, assert_close, kind, dtype):
+    x, _ = draw(rng, kind, dtype)
+    mean, var, count = functional.batch_norm_stats(x, **kind.options)
+    expected_mean, expected_var, expected_count = reference.batch_norm_stats(x, **kind.options)
     assert_close("mean", mean, expected_mean, dtype)
     assert_close("var", var, expected_var, dtype)
     assert count == expected_count == x.size // 3
@@ -274,22 +320,16 @@ def test_batch_norm_stats(rng, assert_close, shape, channel_axis, dtype):
 @TRAINING
 @DTYPE
 @pytest.mark.parametrize("statistics_dtype", ["float32", "float64"])
-@LAYOUT
-def test_batch_norm(rng, assert_close, channel_axis, statistics_dtype, dtype, training, given):
-    x, _ = draw(rng, (9, 4, 23), channel_axis, dtype=dtype)
-    running_mean = rng.uniform(-2, 2, 4).astype(statistics_dtype)
-    running_var = rng.uniform(0.5, 2, 4).astype(statistics_dtype)
-    parameters = {
-        "weight": rng.uniform(-2, 2, 4).astype(statistics_dtype) if "weight" in given else None,
-        "bias": rng.uniform(-2, 2, 4).astype(statistics_dtype) if "bias" in given else None,
-        "training": training,
-        "momentum": 0.3,
-        "eps": 0.01,
-        "channel_axis": channel_axis,
-        "correction": 2,
-    }
-    expected = reference.batch_norm(x, running_mean, running_var, **parameters)
-    y = functional.batch_norm(x, running_mean, running_var, **parameters)
+@of_kinds(kinds([(9, 4, 23)]))
+def test_batch_norm(rng, assert_close, kind, statistics_dtype, dtype, training, given):
+    x, _ = draw(rng, kind, dtype)
+    running_mean, running_var, *parameters = rng.uniform(0.5, 2, (4, 4)).astype(statistics_dtype)
+    for index, name in enumerate(("weight", "bias")):
+        parameters[index] = -parameters[index] if name in given else None
+    arguments = *parameters, training, 0.3, 0.01
+    options = {"correction": 2, **kind.options}
+    expected = reference.batch_norm(x, running_mean, running_var, *arguments, **options)
+    y = functional.batch_norm(x, running_mean, running_var, *arguments, **options)
     assert_close("y", y, expected[0], dtype)
     # The numbers are no better than the less precise of the two types.
     less_precise = min(dtype, statistics_dtype)
@@ -297,31 +337,20 @@ def test_batch_norm(rng, assert_close, channel_axis, statistics_dtype, dtype, tr
     assert_close("running_var", running_var, expected[2], less_precise)
 
 
-@DTYPE
-@LAYOUT
-def test_batch_norm_without_running_statistics(rng, assert_close, channel_axis, dtype):
-    x, _ = draw(rng, (9, 4, 23), channel_axis, dtype=dtype)
-    y = functional.batch_norm(x, None, None, training=True, channel_axis=channel_axis)
-    expected, _, _ = reference.batch_norm(x, None, None, training=True, channel_axis=channel_axis)
-    assert_close("y", y, expected, dtype)
-
-
 @TRAINING
 @DTYPE
-@LAYOUT
 @pytest.mark.parametrize("has_weight", [True, False], ids=["weight", "no_weight"])
-@pytest.mark.parametrize("shape", WALKS)
-def test_batch_norm_backward(rng, assert_close, shape, has_weight, channel_axis, dtype, training):
-    x, grad_output = draw(rng, shape, channel_axis, dtype=dtype)
+@of_kinds(OF_WALKS)
+def test_batch_norm_backward(rng, assert_close, kind, has_weight, dtype, training):
+    x, grad_output = draw(rng, kind, dtype)
     mean, var = rng.uniform(-2, 2, 3), rng.uniform(0.5, 2, 3)
     if training:
-        mean, var, _ = functional.batch_norm_stats(x, channel_axis=channel_axis)
+        mean, var, _ = functional.batch_norm_stats(x, **kind.options)
     weight = rng.uniform(-2, 2, 3) if has_weight else None
     arguments = (grad_output, x, mean, var, weight, training, 0.01)
-    gradients = functional.batch_norm_backward(*arguments, channel_axis=channel_axis)
-    expected = reference.batch_norm_backward(*arguments, channel_axis=channel_axis)
-    names = ("grad_input", "grad_weight", "grad_bias")
-    for name, gradient, value in zip(names, gradients, expected, strict=True):
+    gradients = functional.batch_norm_backward(*arguments, **kind.options)
+    expected = reference.batch_norm_backward(*arguments, **kind.options)
+    for name, gradient, value in zip(RESULTS[1:4], gradients, expected, strict=True):
         assert_close(name, gradient, value, dtype)
 
 
@@ -331,57 +360,44 @@ def test_batch_norm_backward(rng, assert_close, shape, has_weight, channel_axis,
 @pytest.mark.parametrize(
     ("dtype", "offset"), [("float32", 1e4), ("float64", 1e12)], ids=["float32", "float64"]
 )
-@LAYOUT
-@pytest.mark.parametrize("shape", WALKS)
-def test_mean_much_larger_than_std(rng, assert_close, shape, channel_axis, dtype, offset):
-    x, grad_output = draw(rng, shape, channel_axis, dtype=dtype)
+@of_kinds(OF_WALKS)
+def test_mean_much_larger_than_std(rng, assert_all_close, kind, dtype, offset):
+    x, grad_output = draw(rng, kind, dtype)
     x = x / 3 + np.array(offset, dtype)
     centred = x - np.array(offset, dtype)  # exact, and normalised it is the same
-    layer = make_layer(rng, "BatchNorm1d", 3, dtype=dtype, channel_axis=channel_axis)
-    mean, var, _ = reference.batch_norm_stats(centred, channel_axis=channel_axis)
-    expected, _, _ = reference.batch_norm(
-        centred, None, None, layer.weight, layer.bias, training=True, channel_axis=channel_axis
-    )
-    expected_gradients = reference.batch_norm_backward(
-        grad_output, centred, mean, var, layer.weight, channel_axis=channel_axis
-    )
-    assert_close("y", layer(x), expected, dtype)
-    assert_close("grad_input", layer.backward(grad_output), expected_gradients[0], dtype)
-    assert_close("weight_grad", layer.weight_grad, expected_gradients[1], dtype)
-    assert_close("bias_grad", layer.bias_grad, expected_gradients[2], dtype)
+    layer = make_layer(rng, kind, dtype=dtype, track_running_stats=False)
+    expected = by_formulas(kind, layer, centred, grad_output)
+    assert_all_close(step(layer, x, grad_output), expected, dtype)
 
 
-@LAYOUT
-@pytest.mark.parametrize("shape", WALKS)
-def test_large_running_mean_of_float64_with_data_of_float32(rng, assert_close, shape, channel_axis):
-    x = draw(rng, shape, channel_axis)[0] + np.float32(1e4)
-    running_mean = np.array([1e4 + 1 / 3, 1e4 - 1 / 7, 1e4 + 1e-4])  # no float32
-    running_var = np.ones(3)
-    y = functional.batch_norm(x, running_mean, running_var, channel_axis=channel_axis)
-    expected, _, _ = reference.batch_norm(x, running_mean, running_var, channel_axis=channel_axis)
+@of_kinds(OF_WALKS)
+def test_large_running_mean_of_float64_with_data_of_float32(rng, assert_close, kind):
+    x = draw(rng, kind)[0] + np.float32(1e4)
+    statistics = np.array([1e4 + 1 / 3, 1e4 - 1 / 7, 1e4 + 1e-4]), np.ones(3)  # no float32
+    y = functional.batch_norm(x, *statistics, **kind.options)
+    expected, _, _ = reference.batch_norm(x, *statistics, **kind.options)
     assert_close("y", y, expected, np.float32)
 
 
 @DTYPE
-@LAYOUT
-@pytest.mark.parametrize("shape", WALKS)
-def test_first_value_is_an_outlier(
-    rng, assert_close, assert_step_agrees, shape, channel_axis, dtype
-):
-    x, grad_output = draw(rng, shape, channel_axis, dtype=dtype)
-    first = np.moveaxis(x, channel_axis, 0)[(slice(None), 0, 0)]
-    first[...] = [1e6, -1e6, 1e5]
-    mean, var, _ = functional.batch_norm_stats(x, channel_axis=channel_axis)
-    expected = reference.batch_norm_stats(x, channel_axis=channel_axis)
+@of_kinds(OF_WALKS)
+def test_first_value_is_an_outlier(rng, assert_close, assert_step_agrees, kind, dtype):
+    x, grad_output = draw(rng, kind, dtype)
+    np.moveaxis(x, kind.axis, 0)[:, 0, 0] = [1e6, -1e6, 1e5]
+    mean, var, _ = functional.batch_norm_stats(x, **kind.options)
+    expected = reference.batch_norm_stats(x, **kind.options)
     assert_close("mean", mean, expected[0], dtype)
     assert_close("var", var, expected[1], dtype)
-    layer = make_layer(rng, "BatchNorm1d", 3, dtype=dtype, channel_axis=channel_axis)
-    assert_step_agrees(layer, x, grad_output, channel_axis)
+    assert_step_agrees(kind, make_layer(rng, kind, dtype=dtype), x, grad_output)
 
 
-@pytest.mark.parametrize(("shape", "walk"), MEANT, ids=str)
-def test_shapes_are_walked_as_their_names_say(shape, walk):
-    assert _dispatch.kernels.walk(*shape) == walk
+@pytest.mark.parametrize("scale", [1e25, 1e-25], ids=["overflow", "underflow"])
+@of_kinds(OF_WALKS)
+def test_squares_leave_the_range_of_float32(rng, assert_step_agrees, kind, scale):
+    x, grad_output = draw(rng, kind)
+    layer = make_layer(rng, kind, eps=0.0, track_running_stats=False)
+    scale = np.float32(scale)  # of both, so that grad_input has the size tolerances are meant for
+    assert_step_agrees(kind, layer, x * scale, grad_output * scale)
 
 
 @DTYPE
@@ -395,99 +411,109 @@ def test_any_number_of_equal_values_has_their_mean(rows, dtype):
     assert (cbn.BatchNorm1d(128, dtype=dtype)(x) == 0).all()
 
 
+def constant_groups(kind, values):
+    """An input of which each group has one of the values throughout."""
+    groups = kind.by_group(np.empty(kind.shape))
+    return kind.from_groups(np.broadcast_to(np.resize(values, (len(groups), 1)), groups.shape))
+
+
 @DTYPE
-@LAYOUT
-@pytest.mark.parametrize("shape", WALKS)
-def test_constant_channels_give_exactly_the_bias(shape, channel_axis, dtype):
+@of_kinds([kind for kind in SOME if kind.norm.name != "RMSNorm"])
+def test_constant_groups_give_exactly_the_bias(rng, kind, dtype):
+    layer = make_layer(rng, kind, dtype=dtype)
+    y = layer(constant_groups(kind, np.array([0.1, -1e4 / 3, 0.0, 2e4 / 7], dtype)))
+    assert (kind.by_parameter(y) == layer.bias).all()
+
+
+@DTYPE
+@of_kinds(OF_WALKS)
+def test_constant_channels_have_exactly_their_mean(kind, dtype):
     values = np.array([0.1, -1e4 / 3, 0.0], dtype)
-    x = arrange(np.broadcast_to(values[:, None], shape).copy(), channel_axis)
-    layer = cbn.BatchNorm1d(3, dtype=dtype, channel_axis=channel_axis)
-    layer.bias[...] = [0.3, 0.0, -2.0]
-    y = np.moveaxis(layer(x), channel_axis, 0)
-    for channel, bias in zip(y, layer.bias, strict=True):
-        assert (channel == bias).all()
-    mean, var, _ = functional.batch_norm_stats(x, channel_axis=channel_axis)
+    mean, var, _ = functional.batch_norm_stats(constant_groups(kind, values), **kind.options)
     assert mean.tolist() == values.tolist()
     assert var.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("scale", [1e25, 1e-25], ids=["overflow", "underflow"])
-@LAYOUT
-@pytest.mark.parametrize("shape", WALKS)
-def test_squares_leave_the_range_of_float32(rng, assert_step_agrees, shape, channel_axis, scale):
-    x, grad_output = draw(rng, shape, channel_axis)
-    layer = make_layer(
-        rng, "BatchNorm1d", 3, eps=0.0, track_running_stats=False, channel_axis=channel_axis
-    )
-    scale = np.float32(scale)  # of both, so that grad_input has the size tolerances are meant for
-    assert_step_agrees(layer, x * scale, grad_output * scale, channel_axis)
+NOT_FINITE = pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=["nan", "inf", "minus_inf"])
+@NOT_FINITE
+@pytest.mark.parametrize("place", [3, -1])
+@pytest.mark.parametrize("where", ["x", "grad_output"])
 @DTYPE
-@LAYOUT
-@pytest.mark.parametrize("shape", WALKS)
-@pytest.mark.parametrize("sample", [0, -1])
-def test_what_is_not_finite_stays_in_its_channel(rng, sample, shape, channel_axis, dtype, value):
-    x, grad_output = draw(rng, shape, channel_axis, dtype=dtype)
-    bad_x = x.copy()
-    np.moveaxis(bad_x, channel_axis, 0)[1, sample, 3] = value
-    clean = make_layer(rng, "BatchNorm1d", 3, dtype=dtype, channel_axis=channel_axis)
-    layer = cbn.BatchNorm1d(3, dtype=dtype, channel_axis=channel_axis)
-    layer.load_state_dict(clean.state_dict())
-    expected = {"y": clean(x), "grad_input": clean.backward(grad_output)}
-    actual = {"y": layer(bad_x), "grad_input": layer.backward(grad_output)}
-    for name in ("running_mean", "running_var", "weight_grad"):
-        expected[name], actual[name] = getattr(clean, name), getattr(layer, name)
-    for name in expected:
-        axis = 0 if expected[name].ndim == 1 else channel_axis
-        expected_channels = np.moveaxis(expected[name], axis, 0)
-        channels = np.moveaxis(actual[name], axis, 0)
-        np.testing.assert_array_equal(channels[[0, 2]], expected_channels[[0, 2]], name)
-        assert not np.isfinite(channels[1]).any(), name
+@of_kinds(SOME)
+def test_what_is_not_finite_stays_in_its_group(rng, kind, dtype, where, place, value):
+    data = dict(zip(("x", "grad_output"), draw(rng, kind, dtype), strict=True))
+    layer = make_layer(rng, kind, dtype=dtype)
+    spoiled = copy.deepcopy(layer)
+    expected = step(layer, **data)
+    groups = kind.by_group(np.arange(data["x"].size).reshape(kind.shape))
+    group = groups[len(groups) // 2]
+    data[where].flat[group[min(place, len(group) - 1)]] = value
+    actual = step(spoiled, **data)
+
+    own = np.isin(np.arange(data["x"].size), group).reshape(kind.shape)
+    # Parameters have gradients from every group that they belong to.
+    touched = kind.by_parameter(own).any(axis=0)
+    never_finite = ["grad_input"]
+    if where == "x" and kind.norm.name != "RMSNorm":  # that divides the others by infinity
+        never_finite += ["y", "weight_grad", "running_mean", "running_var"]
+    never_changed = ["y", "running_mean", "running_var"] if where == "grad_output" else []
+    for name, array in expected.items():
+        if array is None:
+            continue
+        mask = own if name in ("y", "grad_input") else touched
+        unchanged = ~mask | (name in never_changed)
+        assert actual[name][unchanged].tobytes() == array[unchanged].tobytes(), name
+        if name in never_finite:
+            assert not np.isfinite(actual[name][mask]).any(), name
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=["nan", "inf", "minus_inf"])
+@NOT_FINITE
 @DTYPE
-@LAYOUT
-@pytest.mark.parametrize("shape", WALKS)
-def test_eval_keeps_what_is_not_finite_in_its_place(rng, shape, channel_axis, dtype, value):
-    x, _ = draw(rng, shape, channel_axis, dtype=dtype)
-    layer = make_layer(rng, "BatchNorm1d", 3, dtype=dtype, channel_axis=channel_axis).eval()
+@of_kinds(OF_WALKS)
+def test_eval_keeps_what_is_not_finite_in_its_place(rng, kind, dtype, value):
+    x, _ = draw(rng, kind, dtype)
+    layer = make_layer(rng, kind, dtype=dtype).eval()
     layer.weight[1] = 2
     expected = layer(x)
-    np.moveaxis(x, channel_axis, 0)[1, -1, 3] = value
-    np.moveaxis(expected, channel_axis, 0)[1, -1, 3] = value
+    for array in (x, expected):
+        np.moveaxis(array, kind.axis, 0)[1, -1, 3] = value
     np.testing.assert_array_equal(layer(x), expected)
 
 
 @DTYPE
-@LAYOUT
-@pytest.mark.parametrize("shape", WALKS)
-def test_eval_by_a_running_mean_that_is_not_finite(rng, assert_close, shape, channel_axis, dtype):
-    x, _ = draw(rng, shape, channel_axis, dtype=dtype)
-    running_mean, running_var = np.array([np.inf, 1.0, np.nan], dtype), np.ones(3, dtype)
-    y = functional.batch_norm(x, running_mean, running_var, channel_axis=channel_axis)
-    expected, _, _ = reference.batch_norm(x, running_mean, running_var, channel_axis=channel_axis)
+@of_kinds(OF_WALKS)
+def test_eval_by_a_running_mean_that_is_not_finite(rng, assert_close, kind, dtype):
+    x, _ = draw(rng, kind, dtype)
+    statistics = np.array([np.inf, 1.0, np.nan], dtype), np.ones(3, dtype)
+    y = functional.batch_norm(x, *statistics, **kind.options)
+    expected, _, _ = reference.batch_norm(x, *statistics, **kind.options)
     assert_close("y", y, expected, dtype)
 
 
-# Outputs beyond the cache are written past it, unless they overwrite an input.
+# ------------------------------------------------------------------------------------ large arrays
+
+
 @DTYPE
-@pytest.mark.parametrize(
-    ("shape", "channel_axis"),
+@of_kinds(
     [
-        pytest.param((1801, 67, 7, 10), 1, id="by_row"),
-        pytest.param((9, 19, 223, 227), 1, id="by_plane"),
-        pytest.param((9, 221, 67, 67), -1, id="channels_last"),
-    ],
+        Kind(NORMS["BatchNorm2d"], (1801, 67, 7, 10)),  # by row
+        Kind(NORMS["BatchNorm2d"], (9, 19, 223, 227)),  # by plane
+        Kind(NORMS["BatchNorm2d"], (9, 221, 67, 67), -1),
+        Kind(NORMS["LayerNorm"], (9001, 1000), row=(1000,)),
+        Kind(NORMS["RMSNorm"], (13_001, 7, 100), row=(7, 100)),
+        Kind(NORMS["GroupNorm"], (9, 127, 127, 62), -1, groups=2),
+        Kind(NORMS["InstanceNorm2d"], (9, 62, 127, 127)),
+        Kind(NORMS["InstanceNorm2d"], (9, 127, 127, 62), -1),
+    ]
 )
-def test_large_outputs_are_those_written_in_place(rng, shape, channel_axis, dtype):
-    x = rng.standard_normal(shape, dtype)
+def test_large_outputs_are_those_written_in_place(rng, kind, dtype):
+    """Outputs beyond the cache are written past it, unless they overwrite an input."""
+    x = rng.standard_normal(kind.shape, dtype)
     grad_output = x[::-1].copy()
     assert x.nbytes >= 2**25
-    num_features = shape[channel_axis]
-    layer = make_layer(rng, "BatchNorm2d", num_features, dtype=dtype, channel_axis=channel_axis)
+    layer = make_layer(rng, kind, dtype=dtype)
     y = layer(x)
     grad_input = layer.backward(grad_output)
     layer.backward(grad_output, out=grad_output)

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from norms_table import BATCH, GROUP, INSTANCE, ROWS
 from refusals import check_refused, overlap_text, overlapping
 
 import cbn
@@ -69,28 +70,12 @@ OF_LIKES = pytest.mark.parametrize("like", LIKES.values(), ids=LIKES)
 OF_FLAT = pytest.mark.parametrize("like", FLAT.values(), ids=FLAT)
 
 STATISTICS = np.array([0.5, 0, -0.5]), np.array([1.5, 1, 2])
-FUNCTIONS = {
-    "batch_norm": partial(functional.batch_norm, running_mean=None, running_var=None),
-    "instance_norm": functional.instance_norm,
-    "group_norm": partial(functional.group_norm, num_groups=1),
-    "layer_norm": partial(functional.layer_norm, normalized_shape=4),
-    "rms_norm": partial(functional.rms_norm, normalized_shape=4),
-}
-GRADIENTS = {
-    "batch_norm": partial(functional.batch_norm_backward, mean=STATISTICS[0], var=STATISTICS[1]),
-    "instance_norm": functional.instance_norm_backward,
-    "group_norm": partial(functional.group_norm_backward, num_groups=1),
-    "layer_norm": partial(functional.layer_norm_backward, normalized_shape=4),
-    "rms_norm": partial(functional.rms_norm_backward, normalized_shape=4),
-}
-LAYERS = {
-    "batch_norm": partial(cbn.BatchNorm1d, C),
-    "batch_norm-eval": lambda: cbn.BatchNorm1d(C).eval(),
-    "instance_norm": partial(cbn.InstanceNorm1d, C),
-    "instance_norm-eval": lambda: cbn.InstanceNorm1d(C, track_running_stats=True).eval(),
-    "group_norm": partial(cbn.GroupNorm, 1, C),
-    "layer_norm": partial(cbn.LayerNorm, 4),
-    "rms_norm": partial(cbn.RMSNorm, 4),
+KINDS = {norm.function: norm for norm in (BATCH[0], INSTANCE[0], GROUP, *ROWS)}
+LAYERS = {name: partial(norm.layer, row=(4,)) for name, norm in KINDS.items()}
+LAYERS |= {
+    f"{name}-eval": lambda norm=norm: norm.layer(track_running_stats=True).eval()
+    for name, norm in KINDS.items()
+    if norm.learns
 }
 
 
@@ -104,14 +89,13 @@ def assert_bits(actual, expected):
 
 @OF_LIKES
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("norm", FUNCTIONS)
+@pytest.mark.parametrize("norm", KINDS)
 def test_functions_keep_the_element_type(norm, dtype, like, rng):
     x, dy = draw(rng, dtype)
-    training = {"training": True} if norm == "batch_norm" else {}
-    assert_bits(FUNCTIONS[norm](like(x), **training), FUNCTIONS[norm](x, **training))
-    expected = GRADIENTS[norm](dy, x)
+    function, gradients = KINDS[norm].functions(row=(4,))
+    assert_bits(function(like(x)), function(x))
     for given in ((like(dy), x), (dy, like(x)), (like(dy), like(x))):
-        for one, other in zip(GRADIENTS[norm](*given), expected, strict=True):
+        for one, other in zip(gradients(*given), gradients(dy, x), strict=True):
             assert_bits(one, other)
 
 
@@ -154,13 +138,13 @@ def test_layers_refuse_another(kind, like, rng):
 
 
 @OF_LIKES
-@pytest.mark.parametrize("norm", GRADIENTS)
+@pytest.mark.parametrize("norm", KINDS)
 def test_gradients_refuse_another_than_that_of_x(norm, like, rng):
-    x, dy = draw(rng)
+    (x, dy), (_, gradients) = draw(rng), KINDS[norm].functions(row=(4,))
     value = like(dy.astype(float))
     text = other_float("grad_output")
-    check_refused(partial(GRADIENTS[norm], value, x), TypeError, text)
-    check_refused(partial(GRADIENTS[norm], value, like(x)), TypeError, text)
+    check_refused(partial(gradients, value, x), TypeError, text)
+    check_refused(partial(gradients, value, like(x)), TypeError, text)
 
 
 def test_a_frame_that_can_convert_itself_is_told_to():

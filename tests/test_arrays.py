@@ -6,17 +6,25 @@ from functools import partial
 
 import numpy as np
 import pytest
+from norms_table import NORMS, filled
+from refusals import read_only
 
 import cbn
 from cbn.functional import batch_norm, batch_norm_backward, batch_norm_stats
 
 C = 3
+NCHW = ("BatchNorm2d", 1, (4, C, 5, 6))
 CASES = {
-    "NC": (cbn.BatchNorm1d, 1, (5, C)),
-    "NCL": (cbn.BatchNorm1d, 1, (5, C, 7)),
-    "NCHW": (cbn.BatchNorm2d, 1, (4, C, 5, 6)),
-    "NHWC": (cbn.BatchNorm2d, -1, (4, 5, 6, C)),
-    "NCDHW": (cbn.BatchNorm3d, 1, (2, C, 3, 2, 4)),
+    "NC": ("BatchNorm1d", 1, (5, C)),
+    "NCL": ("BatchNorm1d", 1, (5, C, 7)),
+    "NCHW": NCHW,
+    "NHWC": ("BatchNorm2d", -1, (4, 5, 6, C)),
+    "NCDHW": ("BatchNorm3d", 1, (2, C, 3, 2, 4)),
+    "instance": ("InstanceNorm1d", 1, (5, C, 7)),
+    "instance-last": ("InstanceNorm2d", -1, (4, 5, 6, C)),
+    "group": ("GroupNorm", 1, (5, C, 7)),
+    "layer": ("LayerNorm", 1, (5, C, 7)),
+    "rms": ("RMSNorm", 1, (5, C, 7)),
 }
 
 
@@ -47,12 +55,6 @@ def on_disk(array):
         return fill(np.memmap(file, array.dtype, "w+", shape=array.shape), array)
 
 
-def read_only(array):
-    array = array.copy()
-    array.flags.writeable = False
-    return array
-
-
 # Each makes an array of equal values in another layout.
 WRITABLE = {
     "contiguous": np.copy,
@@ -61,6 +63,7 @@ WRITABLE = {
     "all-reversed": lambda a: fill(np.flip(np.empty_like(a)), a),
     "sliced": partial(within, pad=2, step=1),
     "stepped": partial(within, pad=0, step=2),
+    "strided": lambda a: fill(np.ones((*a.shape[:-1], 2 * a.shape[-1]), a.dtype)[..., ::2], a),
     "transposed": lambda a: np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 0, -1)), -1, 0),
     "misaligned": misaligned,
     "subclass": lambda a: a.copy().view(Tagged),
@@ -68,15 +71,22 @@ WRITABLE = {
 }
 READABLE = {
     **WRITABLE,
-    "read-only": read_only,
+    "read-only": lambda a: read_only(a.copy()),
     "byte-swapped": lambda a: a.astype(a.dtype.newbyteorder()),
     "lists": np.ndarray.tolist,
 }
 
 
-@pytest.fixture(params=CASES)
-def case(request):
-    return CASES[request.param]
+def make(case, dtype, training=True):
+    name, channel_axis, shape = case
+    options = {NORMS[name].affine: True, "dtype": dtype}
+    if NORMS[name].learns:
+        options |= {"track_running_stats": True, "channel_axis": channel_axis}
+    return filled(NORMS[name].layer(C, row=shape[1:], **options)).train(training)
+
+
+def draw(rng, case, dtype):
+    return rng.standard_normal((2, *case[2]), np.dtype(dtype).type)
 
 
 @pytest.fixture(params=["float32", "float64"])
@@ -84,16 +94,40 @@ def dtype(request):
     return request.param
 
 
-def make(case, dtype, training=True):
-    layer, channel_axis, _ = case
-    bn = layer(C, dtype=dtype, channel_axis=channel_axis, running_mean=0.5, running_var=2)
-    bn.weight[:] = [0.5, 1.5, -2]
-    bn.bias[:] = [1, 0, -1]
-    return bn.train(training)
+# In both modes, where these differ.
+SETTINGS = {
+    f"{mode}-{name}": (case, mode == "train")
+    for name, case in CASES.items()
+    for mode in ("train", "eval")
+    if mode == "train" or NORMS[case[0]].learns
+}
 
 
-def draw(rng, case, dtype):
-    return rng.standard_normal((2, *case[2]), np.dtype(dtype).type)
+@pytest.fixture(params=SETTINGS)
+def setting(request):
+    return SETTINGS[request.param]
+
+
+@pytest.fixture
+def layers(setting, dtype):
+    """Two that are equal, one of which is to see arrays in other layouts."""
+    case, training = setting
+    return [make(case, dtype, training) for _ in range(2)]
+
+
+@pytest.fixture
+def arrays(rng, setting, dtype):
+    return draw(rng, setting[0], dtype)
+
+
+@pytest.fixture
+def x(arrays):
+    return arrays[0]
+
+
+@pytest.fixture
+def dy(arrays):
+    return arrays[1]
 
 
 def assert_bits(actual, expected):
@@ -102,56 +136,54 @@ def assert_bits(actual, expected):
     assert actual.tobytes() == expected.tobytes()
 
 
-def assert_same_state(bn, expected):
+def assert_same_state(layer, expected):
+    """Parameters and statistics, and gradients where there are any."""
     for name, value in expected.state_dict().items():
-        assert_bits(getattr(bn, name), value)
+        assert_bits(getattr(layer, name), value)
+    for name in ("weight_grad", "bias_grad"):
+        if getattr(expected, name) is not None:
+            assert_bits(getattr(layer, name), getattr(expected, name))
 
 
 # ---------------------------------------------------------------------------------------- inputs
 
 
 @pytest.mark.parametrize("layout", READABLE)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_input_in_any_layout(layout, case, dtype, training, rng):
-    x, dy = draw(rng, case, dtype)
+def test_input_in_any_layout(layout, layers, dtype, x, dy):
+    layer, expected = layers
     given = READABLE[layout](x)
-    bn, expected = make(case, dtype, training), make(case, dtype, training)
-    y = bn(given)
+    y = layer(given)
     assert type(y) is np.ndarray
     assert y.flags.c_contiguous
     assert_bits(y, expected(x))
-    assert_same_state(bn, expected)
-    assert_bits(bn.backward(dy), expected.backward(dy))
-    assert_bits(bn.weight_grad, expected.weight_grad)
+    assert_bits(layer.backward(dy), expected.backward(dy))
+    assert_same_state(layer, expected)
     assert_bits(np.array(given, dtype), x)
 
 
 @pytest.mark.parametrize("layout", READABLE)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_grad_output_in_any_layout(layout, case, dtype, training, rng):
-    x, dy = draw(rng, case, dtype)
+def test_grad_output_in_any_layout(layout, layers, dtype, x, dy):
+    layer, expected = layers
     given = READABLE[layout](dy)
-    bn, expected = make(case, dtype, training), make(case, dtype, training)
-    bn(x)
+    layer(x)
     expected(x)
-    dx = bn.backward(given)
+    dx = layer.backward(given)
     assert type(dx) is np.ndarray
     assert_bits(dx, expected.backward(dy))
-    assert_bits(bn.weight_grad, expected.weight_grad)
-    assert_bits(bn.bias_grad, expected.bias_grad)
+    assert_same_state(layer, expected)
     assert_bits(np.array(given, dtype), dy)
 
 
 def test_broadcast_input(rng):
     x = np.broadcast_to(rng.standard_normal((1, C, 5, 1)), (4, C, 5, 6))
-    bn, expected = make(CASES["NCHW"], float), make(CASES["NCHW"], float)
+    bn, expected = make(NCHW, float), make(NCHW, float)
     assert_bits(bn(x), expected(x.copy()))
     assert_bits(bn.backward(x), expected.backward(x.copy()))
 
 
 @pytest.mark.parametrize("layout", READABLE)
 def test_per_channel_arguments_in_any_layout(layout, rng):
-    x, dy = draw(rng, CASES["NCHW"], "float32")
+    x, dy = draw(rng, NCHW, "float32")
     arrays = rng.random((4, C))
     given = [READABLE[layout](array) for array in arrays]
     assert_bits(batch_norm(x, *given), batch_norm(x, *arrays))
@@ -173,17 +205,14 @@ def test_lists_are_of_the_dtype_of_the_layer_or_float64():
 
 
 @pytest.mark.parametrize("layout", WRITABLE)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_out_in_any_layout(layout, case, dtype, training, rng):
-    x, dy = draw(rng, case, dtype)
+def test_out_in_any_layout(layout, layers, x, dy):
+    layer, expected = layers
     out, grad = WRITABLE[layout](np.zeros_like(x)), WRITABLE[layout](np.zeros_like(x))
-    bn, expected = make(case, dtype, training), make(case, dtype, training)
-    assert bn(x, out=out) is out
+    assert layer(x, out=out) is out
     assert_bits(out, expected(x))
-    assert_same_state(bn, expected)
-    assert bn.backward(dy, out=grad) is grad
+    assert layer.backward(dy, out=grad) is grad
     assert_bits(grad, expected.backward(dy))
-    assert_bits(bn.weight_grad, expected.weight_grad)
+    assert_same_state(layer, expected)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -203,9 +232,9 @@ def test_contiguous_arrays_are_neither_copied_nor_written_by_way_of_a_temporary(
 @pytest.mark.parametrize("pad", [0, 2])
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_out_leaves_what_is_between_its_elements(step, pad, rng):
-    x, dy = draw(rng, CASES["NCHW"], "float32")
+    x, dy = draw(rng, NCHW, "float32")
     out = within(np.ones_like(x), pad, step)
-    bn = make(CASES["NCHW"], "float32")
+    bn = make(NCHW, "float32")
     for write in (partial(bn, x), partial(bn.backward, dy)):
         write(out=out)
         assert (out != 1).all()
@@ -213,65 +242,63 @@ def test_out_leaves_what_is_between_its_elements(step, pad, rng):
         assert (out.base == 1).all()
 
 
+OVERWRITTEN = pytest.raises(RuntimeError, match="got one that an out= wrote over")
+
+
 @pytest.mark.parametrize("layout", WRITABLE)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_in_place(layout, case, dtype, training, rng):
-    x, _ = draw(rng, case, dtype)
+def test_in_place(layout, layers, x, dy):
+    layer, expected = layers
     given = WRITABLE[layout](x)
-    bn, expected = make(case, dtype, training), make(case, dtype, training)
-    assert bn(given, out=given) is given
+    assert layer(given, out=given) is given
     assert_bits(given, expected(x))
-    assert_same_state(bn, expected)
+    assert_same_state(layer, expected)
+    with OVERWRITTEN:
+        layer.backward(dy)
 
 
 @pytest.mark.parametrize("layout", WRITABLE)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_backward_over_grad_output(layout, case, dtype, training, rng):
-    x, dy = draw(rng, case, dtype)
+def test_backward_over_grad_output(layout, layers, x, dy):
+    layer, expected = layers
     given = WRITABLE[layout](dy)
-    bn, expected = make(case, dtype, training), make(case, dtype, training)
-    bn(x)
+    layer(x)
     expected(x)
-    assert bn.backward(given, out=given) is given
+    assert layer.backward(given, out=given) is given
     assert_bits(given, expected.backward(dy))
-    assert_bits(bn.weight_grad, expected.weight_grad)
-    assert_bits(bn.backward(dy), expected.backward(dy))
+    assert_same_state(layer, expected)
+    assert_bits(layer.backward(dy), expected.backward(dy))
 
 
 @pytest.mark.parametrize("layout", WRITABLE)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_backward_over_x(layout, case, dtype, training, rng):
-    x, dy = draw(rng, case, dtype)
+def test_backward_over_x(layout, layers, x, dy):
+    layer, expected = layers
     given = WRITABLE[layout](x)
-    bn, expected = make(case, dtype, training), make(case, dtype, training)
-    bn(given)
+    layer(given)
     expected(x)
-    assert bn.backward(dy, out=given) is given
-    assert_bits(given, expected.backward(dy))
-    assert_bits(bn.weight_grad, expected.weight_grad)
+    dx = layer.backward(dy, out=given)
+    assert dx is given
+    assert_bits(dx, expected.backward(dy))
+    assert_same_state(layer, expected)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "subclass", "memmap"])
-def test_second_backward_after_one_over_x_is_refused(layout, case, dtype, rng):
-    x, dy = draw(rng, case, dtype)
-    x = WRITABLE[layout](x)
-    bn = make(case, dtype)
-    bn(x)
-    dx = bn.backward(dy, out=x)
+def test_second_backward_after_one_over_x_is_refused(layout, layers, x, dy):
+    layer, x = layers[0], WRITABLE[layout](x)
+    layer(x)
+    dx = layer.backward(dy, out=x)
     before = dx.tobytes()
-    with pytest.raises(RuntimeError, match="got one that an out= wrote over"):
-        bn.backward(dy)
+    with OVERWRITTEN:
+        layer.backward(dy)
     assert dx.tobytes() == before
 
 
 @pytest.mark.parametrize("view", [np.ndarray.view, lambda a: a[:], lambda a: a.reshape(a.shape)])
 def test_another_view_of_the_very_input_is_in_place(view, rng):
-    x, _ = draw(rng, CASES["NCHW"], "float32")
-    expected = make(CASES["NCHW"], "float32")(x)
-    bn = make(CASES["NCHW"], "float32")
+    x, _ = draw(rng, NCHW, "float32")
+    expected = make(NCHW, "float32")(x)
+    bn = make(NCHW, "float32")
     bn(x, out=view(x))
     assert_bits(x, expected)
-    with pytest.raises(RuntimeError, match="got one that an out= wrote over"):
+    with OVERWRITTEN:
         bn.backward(expected)
 
 
@@ -287,7 +314,7 @@ def test_out_may_share_a_buffer_with_the_input_but_no_element(how, rng):
     memory = rng.standard_normal((8, C, 4, 6))
     before, after = (memory[part] for part in INTERLEAVED[how])
     x = before.copy()
-    bn, expected = make(CASES["NCHW"], float), make(CASES["NCHW"], float)
+    bn, expected = make(NCHW, float), make(NCHW, float)
     assert bn(before, out=after) is after
     assert_bits(after, expected(x))
     assert_bits(before, x)
@@ -296,7 +323,7 @@ def test_out_may_share_a_buffer_with_the_input_but_no_element(how, rng):
 @pytest.mark.parametrize("layout", WRITABLE)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_out_of_functions(layout, training, rng):
-    x, dy = draw(rng, CASES["NCHW"], "float32")
+    x, dy = draw(rng, NCHW, "float32")
     mean, var, weight = np.full((3, C), [1.0, 2.0, 3.0])
     expected = batch_norm(x, mean.copy(), var.copy(), weight, training=training)
     out = WRITABLE[layout](x)

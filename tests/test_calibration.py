@@ -9,19 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from norms_table import STATISTICS, filled, statistics
+from refusals import refused
 
 import cbn
 
 C = 3
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def norm(**arguments):
     return cbn.BatchNorm1d(C, dtype=np.float64, **arguments)
-
-
-def statistics(*layers):
-    return [np.array(getattr(bn, name)).tolist() for bn in layers for name in STATISTICS]
 
 
 def assert_population(bn, x, calls, correction=1.0):
@@ -31,10 +28,6 @@ def assert_population(bn, x, calls, correction=1.0):
     var = exact.var(0) * len(x) / (len(x) - correction)
     np.testing.assert_allclose(bn.running_var, var.astype(float), rtol=1e-12)
     assert bn.num_batches_tracked == calls
-
-
-def refused(text):
-    return pytest.raises(ValueError, match=f"^{re.escape(text)}$")
 
 
 # ------------------------------------------------------------------------------------- exact values
@@ -320,6 +313,65 @@ def test_more_than_the_statistics_can_hold(nonfinite):
         assert bn.running_var == (np.inf if nonfinite == "propagate" else 1)
 
 
+# ----------------------------------------------------------------------------------- instance norm
+
+
+def instance_norm(**options):
+    """A layer whose every array differs from its default."""
+    return filled(cbn.InstanceNorm1d(C, track_running_stats=True, **options))
+
+
+def test_instance_norm_learns_the_averages_over_all_samples(rng):
+    batches = [rng.normal(1, 3, (n, C, 6)) for n in (1, 4, 2)]
+    layer = instance_norm(dtype="float64", correction=2)
+    others = [cbn.GroupNorm(1, C, dtype="float64"), cbn.LayerNorm((C, 6), dtype="float64")]
+
+    def forward(x):
+        return others[1](others[0](layer(x)))
+
+    assert cbn.recalibrate([layer, *others], batches, forward) == ["0"]
+    everything = np.concatenate(batches)
+    np.testing.assert_allclose(layer.running_mean, everything.mean((0, 2)), rtol=1e-12)
+    var = everything.var(axis=2, ddof=2).mean(axis=0)
+    np.testing.assert_allclose(layer.running_var, var, rtol=1e-12)
+    assert layer.num_batches_tracked == 3
+    cbn.reinitialize_norm_stats(layer, batches[0])
+    np.testing.assert_allclose(layer.running_mean, batches[0].mean((0, 2)), rtol=1e-12)
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("correction", [2, 2.5])
+def test_instance_norm_refuses_samples_that_are_too_small(correction):
+    layer = instance_norm(correction=correction)
+    before = layer.state_dict()
+    batches = [np.ones((1, C, 9), np.float32), np.ones((1, C, 2), np.float32)]
+    text = f"x: expected more than {correction:g} values per channel of a sample, got 2 in shape "
+    with pytest.raises(ValueError, match=re.escape(text)):
+        cbn.recalibrate(layer, batches, layer)
+    np.testing.assert_equal(layer.state_dict(), before)
+    assert layer.training
+
+
+def test_instance_norm_takes_what_is_not_finite_or_too_large():
+    layer = instance_norm()
+    x = np.ones((2, C, 3), np.float32)
+    x[0, 0, 0], x[1, 0, 0], x[0, 1] = np.inf, -np.inf, [1e25, -1e25, 0]
+    assert cbn.recalibrate(layer, [x], layer) == [""]
+    assert np.isnan(layer.running_mean[0])
+    assert layer.running_mean[1:].tolist() == [0.5, 1]
+    assert layer.running_var[1:].tolist() == [np.inf, 0]
+
+
+def test_a_pending_backward_pass_of_instance_norm_stays_as_it_was(rng):
+    layer = instance_norm(affine=True, dtype="float64").eval()
+    x, grad_output = rng.normal(1, 2, (2, 3, C, 6))
+    layer(x)
+    expected = layer.backward(grad_output)
+    layer(x)
+    cbn.recalibrate(layer, [2 * x], layer)
+    np.testing.assert_array_equal(layer.backward(grad_output), expected)
+
+
 # ---------------------------------------------------------------------------------------- refusals
 
 NO_DATA = (
@@ -437,7 +489,7 @@ def test_nothing_to_recalibrate(layers, which):
     ],
 )
 def test_arguments_of_the_wrong_kind(arguments, text):
-    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+    with refused(text, TypeError):
         cbn.recalibrate(norm(), *arguments)
 
 
@@ -461,7 +513,7 @@ def test_progress_without_tqdm(monkeypatch):
         "progress: expected tqdm to be installed for progress=True, got none; "
         "install it with: pip install tqdm"
     )
-    with pytest.raises(ImportError, match=f"^{re.escape(text)}$"):
+    with refused(text, ImportError):
         cbn.recalibrate(norm(), [None], pytest.fail, progress=True)
 
 
@@ -530,7 +582,7 @@ FROZEN = cbn.freeze(norm())
     ids=["model", "without", "frozen", "empty"],
 )
 def test_one_batch_refused(layer, batch, error, text):
-    with pytest.raises(error, match=f"^{re.escape(text)}$"):
+    with refused(text, error):
         cbn.reinitialize_norm_stats(layer, batch)
 
 

@@ -1,10 +1,9 @@
 """How many threads by default: CPUs, quotas and the environment."""
 
 import os
-import subprocess
-import sys
 
 import pytest
+from processes import run_python
 
 from cbn import _processors
 
@@ -128,18 +127,10 @@ def test_a_quota_is_rounded_up(monkeypatch):
 def threads_of(variables, cpus=None):
     """The number of threads, and why, in a process with these variables on so many CPUs."""
     code = "import cbn; c = cbn.show_config('dicts')['threads']; print(c['number'], c['because'])"
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("OMP_", "GOMP_", "CBN_NUM_THREADS"))
-    }
     if cpus is not None:
         some = set(sorted(os.sched_getaffinity(0))[:cpus])
         code = f"import os; os.sched_setaffinity(0, {some}); {code}"
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment | variables, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    run = run_python("-c", code, without=["OMP_*", "GOMP_*", "CBN_NUM_THREADS"], **variables)
     return run.stdout.strip() or run.stderr
 
 

@@ -2,12 +2,11 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import run_python
 
 if os.environ.get("CBN_REQUIRE_SERVICE") != "1":  # in CI a missing package is an error
     for name in ("matplotlib", "sklearn", "tqdm"):
@@ -31,8 +30,7 @@ def test_the_folded_network_has_no_norm_layers_and_computes_the_same(rng):
 
 
 def test_the_program_in_short():
-    command = [sys.executable, SCRIPT, "--epochs", "1", "--repeats", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_python(SCRIPT, "--epochs", "1", "--repeats", "2")
     assert done.returncode == 0, done.stderr
     assert "Same predictions: 360 of 360 test images" in done.stdout
     difference = float(re.search(r"difference of logits: (\S+)", done.stdout)[1])

@@ -1,28 +1,21 @@
 """A forked child computes as its parent does, with as many threads, whatever the parent has run."""
 
-import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import TEAMS, printed_by
 
 # Each in a process of its own, with a limit on its time: what is tested for is a hang.
-PRELUDE = """
-import ctypes, os, sys, threading
+PRELUDE = f"""{TEAMS}
+import ctypes, sys, threading
 import numpy as np
-import cbn
 
 THREADS = 3
 cbn.set_num_threads(THREADS)
-cbn._dispatch.kernels.calls().judges = False  # a team, however busy the machine is
 x = np.random.default_rng(0).random((8, 64, 40, 40), dtype=np.float32)
 bn = cbn.BatchNorm2d(64, track_running_stats=False)
-
-
-def count_threads():
-    return len(os.listdir("/proc/self/task"))
 
 
 def step():
@@ -37,7 +30,7 @@ def check(threads=THREADS):
     assert count_threads() == 1, "threads before the first call"
     assert step() == expected
     # NumPy and others may have started threads before the fork, but none survives it.
-    assert count_threads() == threads, f"expected {threads} threads, got {count_threads()}"
+    assert count_threads() == threads, (threads, count_threads())
     return 0
 
 
@@ -54,15 +47,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts threads 
 
 
 def run(code, *arguments, prelude=PRELUDE, **variables):
-    done = subprocess.run(
-        [sys.executable, "-c", prelude + code, *arguments],
-        env=os.environ | variables,
-        timeout=60,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    printed_by(prelude + code, *arguments, timeout=60, **variables)
 
 
 def test_os_fork():

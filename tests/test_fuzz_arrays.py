@@ -16,19 +16,22 @@ import cbn
 from cbn import functional, reference
 
 EXAMPLES = int(os.environ.get("CBN_FUZZ_EXAMPLES", "250"))
-fuzz = settings(derandomize=True, deadline=None, max_examples=EXAMPLES, database=None)
+fuzz = settings(max_examples=EXAMPLES)
 
 # The axis of the channels, channels first, for each number of axes that a layer takes.
 LAYERS = {
-    cbn.BatchNorm1d: {2: 1, 3: 1},
-    cbn.BatchNorm2d: {3: 0, 4: 1},
-    cbn.BatchNorm3d: {4: 0, 5: 1},
+    "batch": {
+        cbn.BatchNorm1d: {2: 1, 3: 1},
+        cbn.BatchNorm2d: {3: 0, 4: 1},
+        cbn.BatchNorm3d: {4: 0, 5: 1},
+    },
+    "instance": {
+        cbn.InstanceNorm1d: {2: 0, 3: 1},
+        cbn.InstanceNorm2d: {3: 0, 4: 1},
+        cbn.InstanceNorm3d: {4: 0, 5: 1},
+    },
 }
-INSTANCE_NORMS = {
-    cbn.InstanceNorm1d: {2: 0, 3: 1},
-    cbn.InstanceNorm2d: {3: 0, 4: 1},
-    cbn.InstanceNorm3d: {4: 0, 5: 1},
-}
+OF_FUNCTIONS = {"batch": dict.fromkeys([2, 3, 4, 5], 1), "instance": dict.fromkeys([3, 4, 5], 1)}
 OPTIONS = st.fixed_dictionaries(
     {
         "eps": st.sampled_from([1e-3, 0.5]),
@@ -169,96 +172,7 @@ def attempt(errors, call, out, inputs, learns=()):
     return result
 
 
-@pytest.mark.filterwarnings("ignore::cbn.SmallBatchWarning")  # any count is drawn
-@fuzz
-@given(st.data(), st.sampled_from(list(LAYERS)), OPTIONS, DTYPES, st.booleans(), st.booleans())
-def test_any_call(assert_close, data, layer, options, dtype, training, functions):
-    """Forward and backward, by a layer or by the functions on the arrays of that layer."""
-    shape = data.draw(st.sampled_from(list(LAYERS[layer])).flatmap(shapes))
-    axis = options["channel_axis"]
-    if axis == 1 and not functions:
-        axis = LAYERS[layer][len(shape)]
-    x, out = data.draw(inputs_and_outs(shape, dtype))
-    if functions and isinstance(x, list):
-        dtype = np.dtype(float)
-    kept = data.draw(DTYPES) if functions else dtype
-    bn = layer(max(shape[axis], 1), dtype=kept, **options).train(training)
-    state = [array for array in vars(bn).values() if isinstance(array, np.ndarray)]
-    for array in state:
-        array[...] = np.random.default_rng(data.draw(SEEDS)).uniform(1, 3, array.shape)
-    old = bn.state_dict()
-    learns = training and bn.track_running_stats
-    by_batch = learns or not bn.track_running_stats
-    seen = old.get("num_batches_tracked", 0)
-    momentum = 1 / (seen + 1) if bn.momentum is None else bn.momentum
-    rest = bn.weight, bn.bias, by_batch, momentum, bn.eps
-    keywords = {"channel_axis": axis, "correction": bn.correction}
-
-    def forward(out):
-        if functions:
-            return functional.batch_norm(
-                x, bn.running_mean, bn.running_var, *rest, out=out, **keywords
-            )
-        return bn(x, out=out)
-
-    values, count = np.array(x, dtype), int(np.delete(shape, axis).prod())
-    errors = refusals(x, out, shape, dtype)
-    if by_batch and 0 < count <= max(1, bn.correction * learns):
-        errors.append(ValueError)
-    if shape[axis] == 0 and (state or not functions):  # they have one channel
-        errors.append(ValueError)
-    attributes = dict(vars(bn))
-    learnt = state[-3:] if learns else []
-    y = attempt(errors, forward, out, [x, *state], learnt)
-    if errors:
-        assert vars(bn) == attributes
-        return
-    assert y.dtype == dtype
-    assert out is None or y is out
-    expected, *running = reference.batch_norm(
-        values, old.get("running_mean"), old.get("running_var"), *rest, **keywords
-    )
-    assert_close("y", y, expected, dtype)
-    assert_close("running_mean", bn.running_mean, running[0], kept)
-    assert_close("running_var", bn.running_var, running[1], kept)
-    if learns:
-        assert bn.num_batches_tracked == seen + (count > 0 and not functions)
-
-    if functions and shares_memory(x, out):  # then x is no longer what was normalised
-        return
-    grad, grad_out = data.draw(inputs_and_outs(shape, dtype))
-    grad_out = data.draw(st.sampled_from([grad_out, grad_out, x, out]))
-    grads = np.array(grad, dtype)
-    errors = refusals(grad, grad_out, shape, dtype)
-    if functions:  # a layer may have kept a copy of x, here the original is used
-        errors += refusals(x, grad_out, shape, dtype)
-    elif shares_memory(x, out) and (by_batch or bn.affine):
-        errors.append(RuntimeError)
-    if by_batch:
-        running = reference.batch_norm_stats(values, channel_axis=axis)[:2]
-
-    def backward(out):
-        if functions:
-            return functional.batch_norm_backward(
-                grad, x, *running, bn.weight, by_batch, bn.eps, channel_axis=axis, out=out
-            )
-        return bn.backward(grad, out), bn.weight_grad, bn.bias_grad
-
-    attributes = dict(vars(bn))
-    actual = attempt(errors, backward, grad_out, [grad, x, *state])
-    if errors:
-        assert vars(bn) == attributes
-        return
-    assert grad_out is None or actual[0] is grad_out
-    expected = reference.batch_norm_backward(
-        grads, values, *running, bn.weight, by_batch, bn.eps, channel_axis=axis
-    )
-    has = True, functions or bn.affine, functions or bn.bias is not None
-    for quantity, array, other, there in zip("xwb", actual, expected, has, strict=True):
-        assert_close(f"gradient of {quantity}", array, other if there else None, dtype)
-
-
-class Norm(NamedTuple):
+class DrawnNorm(NamedTuple):
     """A layer that takes data of this shape, and the functions that it is."""
 
     layer: object
@@ -276,11 +190,18 @@ class Norm(NamedTuple):
         function = getattr(module, f"{self.name}_norm_backward")
         return (*function(grad_output, x, **self.options, **parameters), None)[:3]
 
+    def values_of_a_mean(self, shape):
+        """Their number; none where there is nothing to normalise."""
+        if self.name == "batch":
+            return int(np.delete(shape, self.channels).prod())
+        samples = 1 if self.single else shape[0]
+        return prod(shape) // samples // shape[self.channels] if prod(shape) else 0
+
 
 @st.composite
 def norms(draw, name, dtype, functions):
     """A norm of this name and a shape that mostly fits it."""
-    options = {key: value for key, value in draw(OPTIONS).items() if key != "nonfinite"}
+    options = draw(OPTIONS)
     plain = {"eps": options["eps"], "dtype": dtype}
     if name in ("layer", "rms"):
         shape = draw(st.sampled_from([1, 2, 3, 4]).flatmap(shapes))
@@ -289,33 +210,36 @@ def norms(draw, name, dtype, functions):
         if name == "layer":
             plain["bias"] = options["bias"]
         layer = {"layer": cbn.LayerNorm, "rms": cbn.RMSNorm}[name](last, **plain)
-        return Norm(layer, shape, name, {"normalized_shape": last}, None, False)
+        return DrawnNorm(layer, shape, name, {"normalized_shape": last}, None, False)
 
     ranks = dict.fromkeys([2, 3, 4, 5], 1)
-    if name == "instance":
-        kind = draw(st.sampled_from(list(INSTANCE_NORMS)))
-        ranks = dict.fromkeys([3, 4, 5], 1) if functions else INSTANCE_NORMS[kind]
+    if name in LAYERS:
+        kind = draw(st.sampled_from(list(LAYERS[name])))
+        ranks = OF_FUNCTIONS[name] if functions else LAYERS[name][kind]
     shape = draw(st.sampled_from(list(ranks)).flatmap(shapes))
     first = ranks[len(shape)]  # the axis of the channels where they come first
     channels = first if options["channel_axis"] == 1 else -1
     C = max(shape[channels], 1)
     keywords = {"channel_axis": options["channel_axis"]}
-    if name == "instance":
+    if name in LAYERS:
         layer = kind(C, dtype=dtype, **options)
-        return Norm(layer, shape, name, keywords, channels, first == 0)
+        return DrawnNorm(layer, shape, name, keywords, channels, first == 0)
     keywords["num_groups"] = draw(st.sampled_from([n for n in range(1, C + 1) if C % n == 0]))
     for key in ("affine", "bias", "channel_axis"):
         plain[key] = options[key]
     layer = cbn.GroupNorm(keywords["num_groups"], C, **plain)
-    return Norm(layer, shape, name, keywords, channels, False)
+    return DrawnNorm(layer, shape, name, keywords, channels, False)
 
 
-@pytest.mark.filterwarnings("ignore::cbn.SmallBatchWarning")
-@pytest.mark.parametrize("name", ["instance", "group", "layer", "rms"])
+@pytest.mark.filterwarnings("ignore::cbn.SmallBatchWarning")  # any count is drawn
+@pytest.mark.parametrize("name", ["batch", "instance", "group", "layer", "rms"])
 @fuzz
 @given(data=st.data(), dtype=DTYPES, training=st.booleans(), functions=st.booleans())
-def test_any_call_of_the_other_norms(assert_close, name, data, dtype, training, functions):
-    """As above. With running statistics the gradient of the functions is that of batch norm."""
+def test_any_call(assert_close, name, data, dtype, training, functions):
+    """Forward and backward, by a layer or by the functions on the arrays of that layer.
+
+    With running statistics the gradient is that of batch norm.
+    """
     kept = data.draw(DTYPES) if functions else dtype
     norm = data.draw(norms(name, kept, functions))
     layer, shape = norm.layer.train(training), norm.shape
@@ -326,35 +250,37 @@ def test_any_call_of_the_other_norms(assert_close, name, data, dtype, training, 
     for array in state:
         array[...] = np.random.default_rng(data.draw(SEEDS)).uniform(1, 3, array.shape)
     old = layer.state_dict()
-    tracks = norm.name == "instance" and layer.track_running_stats
+    tracks = name in LAYERS and layer.track_running_stats
     learns, by_running = tracks and training, tracks and not training
     weight = {"weight": layer.weight, "eps": layer.eps}
-    parameters = dict(weight) if norm.name == "rms" else {**weight, "bias": layer.bias}
+    parameters = dict(weight) if name == "rms" else {**weight, "bias": layer.bias}
     seen = old.get("num_batches_tracked", 0)
-    if norm.name == "instance":
-        parameters["use_input_stats"] = not by_running
+    if name in LAYERS:
+        parameters["training" if name == "batch" else "use_input_stats"] = not by_running
         parameters["momentum"] = 1 / (seen + 1) if layer.momentum is None else layer.momentum
         parameters["correction"] = layer.correction
+
+    def running(get):
+        return {n: get(n) for n in ("running_mean", "running_var") if name in LAYERS}
 
     def forward(out):
         if not functions:
             return layer(x, out=out)
-        running = {"running_mean": layer.running_mean, "running_var": layer.running_var}
-        return norm.call(functional, x, out=out, **parameters, **(running if tracks else {}))
+        given = running(lambda statistic: getattr(layer, statistic))
+        return norm.call(functional, x, out=out, **parameters, **given)
 
     def lifted(values):
         return np.array(values, dtype)[np.newaxis] if norm.single else np.array(values, dtype)
 
-    values, size = lifted(x), prod(shape)
+    values = lifted(x)
     errors = refusals(x, out, shape, dtype)
     if norm.channels is None and shape[-len(layer.normalized_shape) :] != layer.normalized_shape:
         errors.append(ValueError)
     if norm.channels is not None and shape[norm.channels] == 0 and (state or not functions):
         errors.append(ValueError)  # they have one channel
-    if norm.name == "instance" and not by_running and size:
-        count = size // len(values) // shape[norm.channels]
-        if count <= max(1, layer.correction * learns):
-            errors.append(ValueError)
+    by_own = name in LAYERS and not by_running
+    if by_own and 0 < norm.values_of_a_mean(shape) <= max(1, layer.correction * learns):
+        errors.append(ValueError)
     attributes = dict(vars(layer))
     y = attempt(errors, forward, out, [x, *state], state[-3:] if learns else [])
     if errors:
@@ -362,19 +288,17 @@ def test_any_call_of_the_other_norms(assert_close, name, data, dtype, training, 
         return
     assert y.dtype == dtype
     assert out is None or y is out
-    if tracks:
-        parameters |= {key: old[key] for key in ("running_mean", "running_var")}
-    expected = norm.call(reference, values, **parameters)
-    if norm.name == "instance":
-        expected, *running = expected
-        assert_close("running_mean", layer.running_mean, running[0], kept)
-        assert_close("running_var", layer.running_var, running[1], kept)
+    expected = norm.call(reference, values, **parameters, **running(old.get))
+    if name in LAYERS:
+        expected, *learnt = expected
+        assert_close("running_mean", layer.running_mean, learnt[0], kept)
+        assert_close("running_var", layer.running_var, learnt[1], kept)
     assert_close("y", y[np.newaxis] if norm.single else y, expected, dtype)
     if learns:
-        assert layer.num_batches_tracked == seen + (size > 0 and not functions)
+        assert layer.num_batches_tracked == seen + (prod(shape) > 0 and not functions)
 
-    if functions and (by_running or shares_memory(x, out)):
-        return
+    if functions and (shares_memory(x, out) or (by_running and name == "instance")):
+        return  # x is no longer what was normalised, or there is no such function
     grad, grad_out = data.draw(inputs_and_outs(shape, dtype))
     grad_out = data.draw(st.sampled_from([grad_out, grad_out, x, out]))
     grads = lifted(grad)
@@ -383,6 +307,10 @@ def test_any_call_of_the_other_norms(assert_close, name, data, dtype, training, 
         errors += refusals(x, grad_out, shape, dtype)
     elif shares_memory(x, out) and not (by_running and layer.weight is None):
         errors.append(RuntimeError)
+    if name == "batch" and not by_running:
+        learnt = reference.batch_norm_stats(values, **norm.options)[:2]
+    if name == "batch" or by_running:
+        weight |= {"mean": learnt[0], "var": learnt[1], "training": not by_running}
 
     def backward(out):
         if functions:
@@ -396,10 +324,8 @@ def test_any_call_of_the_other_norms(assert_close, name, data, dtype, training, 
         return
     assert grad_out is None or actual[0] is grad_out
     if by_running:
-        statistics = old["running_mean"], old["running_var"], layer.weight, False, layer.eps
-        expected = reference.batch_norm_backward(grads, values, *statistics, **norm.options)
-    else:
-        expected = norm.differentiate(reference, grads, values, **weight)
+        norm = norm._replace(name="batch")
+    expected = norm.differentiate(reference, grads, values, **weight)
     has = True, functions or layer.weight is not None, functions or layer.bias is not None
     grad_input = actual[0][np.newaxis] if norm.single else actual[0]
     for quantity, array, other, there in zip(

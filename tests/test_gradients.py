@@ -2,99 +2,61 @@
 
 import numpy as np
 import pytest
+from differences import central_differences
+from norm_kinds import kinds
 
-import cbn
 from cbn import functional
 
-# By row, by row with tails, by plane, by plane with a tail.
-LAYERS = [
-    pytest.param("BatchNorm1d", (7, 3), 1, id="BatchNorm1d_NC"),
-    pytest.param("BatchNorm1d", (2, 3, 5), 1, id="BatchNorm1d_NCL"),
-    pytest.param("BatchNorm1d", (2, 5, 3), -1, id="BatchNorm1d_NLC"),
-    pytest.param("BatchNorm2d", (2, 2, 8, 16), 1, id="BatchNorm2d_NCHW"),
-    pytest.param("BatchNorm2d", (2, 3, 4, 2), -1, id="BatchNorm2d_NHWC"),
-    pytest.param("BatchNorm2d", (2, 5, 6), 1, id="BatchNorm2d_CHW"),
-    pytest.param("BatchNorm3d", (1, 2, 3, 5, 9), 1, id="BatchNorm3d_NCDHW"),
-    pytest.param("BatchNorm3d", (2, 3, 2, 2, 2), -1, id="BatchNorm3d_NDHWC"),
-]
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 
 
-def finite_differences(loss, array, step=1e-5):
-    """The gradient of loss() with respect to an array, by central differences."""
-    gradient = np.empty_like(array)
-    for index in np.ndindex(array.shape):
-        value = array[index]
-        array[index] = value + step
-        above = loss()
-        array[index] = value - step
-        below = loss()
-        array[index] = value
-        gradient[index] = (above - below) / (2 * step)
-    return gradient
-
-
 @TRAINING
-@pytest.mark.parametrize(("name", "shape", "channel_axis"), LAYERS)
-def test_layer(rng, assert_close, name, shape, channel_axis, training):
-    unbatched = name == "BatchNorm2d" and len(shape) == 3
-    num_features = shape[0 if unbatched else channel_axis]
-    layer = getattr(cbn, name)(
-        num_features,
-        eps=0.1,
-        dtype="float64",
-        channel_axis=channel_axis,
-        running_mean=rng.uniform(-1, 1, num_features),
-        running_var=rng.uniform(0.5, 2, num_features),
-    ).train(training)
-    layer.track_running_stats = False  # the loss is evaluated many times and must stay the same
-    layer.weight[...] = rng.uniform(-2, 2, num_features)
-    layer.bias[...] = rng.uniform(-2, 2, num_features)
-    x = rng.normal(1, 2, shape)
-    grad_output = rng.standard_normal(shape)
+@pytest.mark.parametrize(
+    "kind",
+    kinds(  # by row, by row with tails, by plane, by plane with a tail
+        batches=[(7, 3), (2, 3, 5), (2, 2, 8, 16), (2, 3, 4, 2), (1, 2, 3, 5, 9), (2, 3, 2, 2, 2)],
+        unbatched=[(2, 5, 6)],
+        rows=[(3, 7), (2, 3, 5)],
+        groups=[((2, 6, 3), 2), ((3, 4), 2)],
+        instances=[(2, 3, 5)],
+    ),
+    ids=str,
+)
+def test_layer(rng, assert_close, kind, training):
+    layer = kind.layer(eps=0.1, dtype="float64", **{kind.norm.affine: True}).train(training)
+    if kind.norm.function == "batch_norm":
+        layer.running_mean[...] = rng.uniform(-1, 1, kind.C)
+        layer.running_var[...] = rng.uniform(0.5, 2, kind.C)
+        layer.track_running_stats = False  # the loss is evaluated many times: it must not change
+    arrays = {name: getattr(layer, name) for name in kind.norm.parameters}
+    for array in arrays.values():
+        array[...] = rng.uniform(-2, 2, kind.parameter_shape)
+    x, grad_output = rng.normal(1, 2, kind.shape), rng.standard_normal(kind.shape)
 
     def loss():
         return (grad_output * layer(x)).sum()
 
     loss()
     grad_input = layer.backward(grad_output)
-    for quantity, gradient, array in (
-        ("grad_input", grad_input, x),
-        ("weight_grad", layer.weight_grad, layer.weight),
-        ("bias_grad", layer.bias_grad, layer.bias),
-    ):
-        assert_close(quantity, gradient, finite_differences(loss, array), np.float64)
+    gradients = {name: getattr(layer, f"{name}_grad") for name in arrays}
+    assert_close("grad_input", grad_input, central_differences(loss, x), np.float64)
+    for name, array in arrays.items():
+        assert_close(name, gradients[name], central_differences(loss, array), np.float64)
 
 
 @TRAINING
-@pytest.mark.parametrize(
-    ("shape", "channel_axis"),
-    [
-        pytest.param((5, 3, 4), 1, id="by_row"),
-        pytest.param((1, 2, 131), 1, id="by_plane"),
-        pytest.param((5, 4, 3), -1, id="channels_last"),
-    ],
-)
-def test_function(rng, assert_close, shape, channel_axis, training):
-    x = rng.normal(1, 2, shape)
-    grad_output = rng.standard_normal(shape)
-    num_features = shape[channel_axis]
-    mean, var = rng.uniform(-1, 1, num_features), rng.uniform(0.5, 2, num_features)
-    weight, bias = rng.uniform(-2, 2, num_features), rng.uniform(-2, 2, num_features)
+@pytest.mark.parametrize("kind", kinds([(5, 3, 4), (1, 2, 131)]), ids=str)
+def test_batch_norm_backward(rng, assert_close, kind, training):
+    x, grad_output = rng.normal(1, 2, kind.shape), rng.standard_normal(kind.shape)
+    mean, var, weight, bias = rng.uniform(0.5, 2, (4, kind.C))
+    options = {"training": training, "eps": 0.1, **kind.options}
 
     def loss():
         running = (None, None) if training else (mean, var)
-        y = functional.batch_norm(
-            x, *running, weight, bias, training, eps=0.1, channel_axis=channel_axis
-        )
-        return (grad_output * y).sum()
+        return (grad_output * functional.batch_norm(x, *running, weight, bias, **options)).sum()
 
-    statistics = (mean, var)
-    if training:
-        statistics = functional.batch_norm_stats(x, channel_axis=channel_axis)[:2]
-    gradients = functional.batch_norm_backward(
-        grad_output, x, *statistics, weight, training, eps=0.1, channel_axis=channel_axis
-    )
+    statistics = functional.batch_norm_stats(x, **kind.options)[:2] if training else (mean, var)
+    gradients = functional.batch_norm_backward(grad_output, x, *statistics, weight, **options)
     names = ("grad_input", "grad_weight", "grad_bias")
     for name, gradient, array in zip(names, gradients, (x, weight, bias), strict=True):
-        assert_close(name, gradient, finite_differences(loss, array), np.float64)
+        assert_close(name, gradient, central_differences(loss, array), np.float64)

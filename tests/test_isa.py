@@ -1,11 +1,8 @@
 """Every instruction set that this CPU has: the same bits, for every pass, layout and dtype."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
+from processes import printed_by
 
 import cbn
 from cbn import _dispatch, functional
@@ -26,8 +23,7 @@ SHAPES = [
 ]
 
 
-def results(isa, monkeypatch, shape, dtype, channel_axis):
-    monkeypatch.setattr(_dispatch, "kernels", _dispatch.load(isa))
+def results(shape, dtype, channel_axis):
     rng = np.random.default_rng(7)
     x = np.moveaxis(rng.normal(3, 2, shape).astype(dtype), 1, channel_axis).copy()
     x[0].flat[0] = 1e4
@@ -48,16 +44,18 @@ def results(isa, monkeypatch, shape, dtype, channel_axis):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("channel_axis", [1, -1])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_same_bits_as_the_baseline(isa, dtype, channel_axis, shape, monkeypatch):
-    expected = results("baseline", monkeypatch, shape, dtype, channel_axis)
-    actual = results(isa, monkeypatch, shape, dtype, channel_axis)
+def test_same_bits_as_the_baseline(isa, dtype, channel_axis, shape, use_isa):
+    use_isa("baseline")
+    expected = results(shape, dtype, channel_axis)
+    use_isa(isa)
+    actual = results(shape, dtype, channel_axis)
     for name, array in expected.items():
         assert actual[name].tobytes() == array.tobytes(), name
 
 
 @pytest.mark.parametrize("channel_axis", [1, -1])
 @pytest.mark.parametrize("shape", [(9, 1001, 31, 31), (30, 31, 97, 97)], ids=str)
-def test_same_bits_when_written_past_the_cache(channel_axis, shape, monkeypatch):
+def test_same_bits_when_written_past_the_cache(channel_axis, shape, use_isa):
     rng = np.random.default_rng(8)
     C = shape[1]
     shape = shape if channel_axis == 1 else (shape[0], *shape[2:], C)
@@ -66,7 +64,7 @@ def test_same_bits_when_written_past_the_cache(channel_axis, shape, monkeypatch)
     mean, var = np.linspace(-1, 1, C), np.linspace(1, 2, C)
     found = {}
     for isa in _dispatch.supported():
-        monkeypatch.setattr(_dispatch, "kernels", _dispatch.load(isa))
+        use_isa(isa)
         for offset in (0, 3):
             memory = np.empty(x.size + 16, np.float32)
             out = memory[offset : offset + x.size].reshape(shape)
@@ -78,23 +76,16 @@ def test_same_bits_when_written_past_the_cache(channel_axis, shape, monkeypatch)
 @pytest.mark.parametrize("isa", _dispatch.supported())
 def test_the_forced_one_is_the_active_one(isa):
     code = "import cbn; print(cbn.show_config(mode='dicts')['instruction set'])"
-    environment = {**os.environ, "CBN_ISA": isa}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert f"'active': '{isa}', 'because': 'CBN_ISA={isa}'" in run.stdout
+    assert f"'active': '{isa}', 'because': 'CBN_ISA={isa}'" in printed_by(code, CBN_ISA=isa)
 
 
-def test_only_the_active_kernels_are_imported():
-    code = "import cbn, sys; print([name for name in sys.modules if 'cbn._kernels_' in name])"
-    environment = {name: value for name, value in os.environ.items() if name != "CBN_ISA"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert run.stdout.strip() == f"['cbn._kernels_{_dispatch.supported()[0]}']"
+def test_only_the_active_micro_kernels_are_imported():
+    code = "import cbn, sys; print([name for name in sys.modules if 'cbn._micro_' in name])"
+    imported = printed_by(code, without=["CBN_ISA"])
+    assert imported.strip() == f"['cbn._micro_{_dispatch.supported()[0]}']"
 
 
-def test_what_this_cpu_lacks_is_refused(monkeypatch):
+def test_what_this_cpu_lacks_is_refused():
     with pytest.raises(ValueError, match="CBN_ISA: expected an instruction set of this CPU"):
         cbn._dispatch.check_isa("CBN_ISA", "b", ["a", "b"], ["a", "b"], ["a"])
 

@@ -1,27 +1,20 @@
 """Memory and threads stay as they are: over 10^5 calls, threads that end, and forks."""
 
-import os
-import subprocess
 import sys
 
 import pytest
+from processes import TEAMS, run_python
 
 # Each in a process of its own, whose memory no other test has touched.
-PRELUDE = """
-import gc, os, sys, tempfile, threading
+PRELUDE = f"""{TEAMS}
+import gc, sys, tempfile, threading
 import numpy as np
-import cbn
 from cbn.functional import batch_norm, batch_norm_backward, batch_norm_stats
 
 rng = np.random.default_rng(0)
 large = rng.random((8, 64, 32, 32), np.float32)
 bn = cbn.BatchNorm2d(64)
 cbn.set_num_threads(2)
-cbn._dispatch.kernels.calls().judges = False  # a team, however busy the machine is
-
-
-def count_threads():
-    return len(os.listdir("/proc/self/task"))
 
 
 def resident():
@@ -49,14 +42,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /pro
 
 
 def run(code):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PRELUDE + code],
-        # One heap: which thread uses which of several moves memory by megabytes.
-        env={**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_WAIT_POLICY": "passive"},
+    done = run_python(
+        *("-W", "ignore::DeprecationWarning", "-c", PRELUDE + code),
         timeout=300,
-        capture_output=True,
-        text=True,
-        check=False,
+        MALLOC_ARENA_MAX="1",  # one heap: which thread uses which moves memory by megabytes
+        OMP_WAIT_POLICY="passive",
     )
     print(done.stdout)
     assert done.returncode == 0, done.stderr

@@ -2,10 +2,10 @@
 
 import ctypes
 import os
-import subprocess
-import sys
+from contextlib import closing
 
 import pytest
+from processes import run_python
 
 import cbn
 from cbn import _dispatch, _pools, _processors, _self_test, functional
@@ -13,12 +13,7 @@ from cbn.__main__ import troubles, troubles_of_pools
 
 
 def test_it_prints_and_finds_nothing_wrong():
-    environment = {
-        name: value for name, value in os.environ.items() if not name.endswith("NUM_THREADS")
-    }
-    run = subprocess.run(
-        [sys.executable, "-m", "cbn"], env=environment, capture_output=True, text=True, check=False
-    )
+    run = run_python("-m", "cbn", without=["*NUM_THREADS"])
     assert run.returncode == 0, run.stdout + run.stderr
     for isa in _dispatch.supported():
         assert f"  {isa:<16}right\n" in run.stdout
@@ -26,9 +21,7 @@ def test_it_prints_and_finds_nothing_wrong():
 
 
 def test_trouble_is_an_exit_status():
-    environment = {**os.environ, "CBN_NUM_THREADS": "4000"}
-    command = [sys.executable, "-m", "cbn", "--no-self-test", "json"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    run = run_python("-m", "cbn", "--no-self-test", "json", CBN_NUM_THREADS="4000")
     assert run.returncode == 1
     assert "  4000 threads (CBN_NUM_THREADS=4000) on " in run.stdout
 
@@ -49,11 +42,17 @@ def test_the_self_test_finds_wrong_results(function, count, first, monkeypatch):
         return grad_input, grad_weight * 1.0001, *grad_bias
 
     monkeypatch.setattr(functional, f"{function}_backward", wrong)
-    kernels = _dispatch.kernels
     for _, faults in _self_test.self_test():
         assert len(faults) == count
         assert faults[0].startswith(f"grad_weight of {first}")
-    assert _dispatch.kernels is kernels
+
+
+def test_the_self_test_leaves_the_active_instruction_set(monkeypatch):
+    used = []
+    monkeypatch.setattr(_dispatch, "use", used.append)
+    with closing(_self_test.self_test()) as found:
+        next(found)
+    assert used == [_dispatch.supported()[0], _dispatch.active]
 
 
 def test_a_quota_below_the_threads(monkeypatch):
@@ -79,9 +78,8 @@ def test_subnormals_switched_off(other_library):
 
 def test_packages_are_imported_before_cbn(tmp_path):
     (tmp_path / "early.py").write_text("import sys\nprint('cbn is', 'cbn' in sys.modules)\n")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", "cbn", "--no-self-test", "early"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    run = run_python("-m", "cbn", "--no-self-test", "early", PYTHONPATH=path)
     assert run.stdout.startswith("cbn is False\nversions\n"), run.stderr
     assert "self-test" not in run.stdout
 

@@ -7,18 +7,12 @@ import zipfile
 
 import numpy as np
 import pytest
+from norms_table import NORMS, filled
+from refusals import refused
 
 import cbn
 
 C = 3
-
-
-def filled(layer, seed):
-    """A layer whose every array differs from its default."""
-    rng = np.random.default_rng(seed)
-    for array in layer._state().values():
-        array[...] = rng.integers(1, 9, array.shape)
-    return layer
 
 
 def build(seed=None, **first):
@@ -89,7 +83,7 @@ def test_strict_names_the_keys():
         "state: expected exactly the keys of this model, got missing keys ['head.norm.weight'] "
         "and unexpected keys ['conv.weight']; pass strict=False to load what fits"
     )
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+    with refused(text):
         cbn.load_state_dict(build(), {**state, "conv.weight": np.ones(3)})
 
 
@@ -99,7 +93,7 @@ def test_load_state_dict_is_all_or_nothing(bad):
     before = cbn.state_dict(model)
     state = {**cbn.state_dict(build(seed=9)), bad: np.ones((3, 3), before[bad].dtype)}
     text = f"state[{bad!r}]: expected shape {before[bad].shape}, got (3, 3)"
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+    with refused(text):
         cbn.load_state_dict(model, state)
     assert_same_state(model, before)
 
@@ -111,14 +105,14 @@ def test_a_masked_array_is_refused(bad):
         f"state[{bad!r}]: expected an array without a mask, got a masked array; fill it first with "
         f"state[{bad!r}].filled(value)"
     )
-    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+    with refused(text, TypeError):
         cbn.load_state_dict(model, {**before, bad: np.ma.array(before[bad])})
     assert_same_state(model, before)
 
 
 def test_a_counter_below_0_is_refused():
     text = "state['head.norm.num_batches_tracked']: expected an integer from 0 to 2**63 - 1, got -1"
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+    with refused(text):
         cbn.load_state_dict(build(), {"head.norm.num_batches_tracked": -1}, strict=False)
 
 
@@ -257,7 +251,7 @@ def test_names_that_cannot_be_written(name, tmp_path):
         "model: expected names of text without NUL and of at most 60000 bytes to save, got "
         f"{(name + '.weight')[:40]!r}; rename the key"
     )
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+    with refused(text):
         cbn.save({name: cbn.BatchNorm1d(C)}, tmp_path / "norms.npz")
     assert os.listdir(tmp_path) == []
 
@@ -268,7 +262,7 @@ def test_a_model_without_norm_layers(function, path):
         "model: expected at least one norm layer in the model, got PosixPath with none among 0; "
         "layers are found in dicts, lists, tuples and attributes"
     )
-    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+    with refused(text):
         function(path, path)  # the arguments in the wrong order, say
 
 
@@ -393,7 +387,7 @@ def test_the_file_of_a_layer(path):
         f"{path}: expected a state file of a model, got one of BatchNorm1d; "
         "use BatchNorm1d.load(path)"
     )
-    with pytest.raises(cbn.StateFileError, match=f"^{re.escape(text)}$"):
+    with refused(text, cbn.StateFileError):
         cbn.load(cbn.BatchNorm1d(C), path)
 
 
@@ -403,7 +397,7 @@ def test_the_file_of_a_model_as_that_of_a_layer(path):
         f"{path}: expected a state file of BatchNorm1d, got one of a model; "
         "use cbn.load(model, path)"
     )
-    with pytest.raises(cbn.StateFileError, match=f"^{re.escape(text)}$"):
+    with refused(text, cbn.StateFileError):
         cbn.BatchNorm1d.load(path)
 
 
@@ -423,22 +417,24 @@ def test_read_only_arrays_are_not_the_fault_of_the_file(path):
     assert type(caught.value) is ValueError
 
 
-def rewrite(path, change):
-    """Exchange arrays in a valid file."""
-    cbn.save(build(seed=1), path)
+def rewrite(path, change, model=None):
+    """Exchange arrays in a valid file, or change its configuration."""
+    cbn.save(model or build(seed=1), path)
     with np.load(path) as file:
-        content = {**dict(file), **change}
+        content = dict(file)
+    if callable(change):
+        config = json.loads(str(content["config"]))
+        change(config)
+        change = {"config": np.array(json.dumps(config))}
+    content |= change
     np.savez(path, **{name: value for name, value in content.items() if value is not None})
 
 
-def config(change):
-    """The configuration of the model after a change."""
-    layers = {name: layer._config() for name, layer in cbn.named_norm_layers(build())}
-    whole = {"class": "model", "layers": layers}
-    change(whole)
-    return {"config": np.array(json.dumps(whole))}
-
-
+KEYS_OF_A_LAYER = (
+    "head.norm: expected the keys ['affine', 'bias', 'channel_axis', 'class', 'correction', "
+    "'dtype', 'eps', 'frozen', 'has_running_stats', 'momentum', 'nonfinite', 'num_features', "
+    "'track_running_stats', 'training'], got "
+)
 FILES = {
     "missing": ({"head.norm.weight": None}, "expected the arrays ['features.1.bias', "),
     "extra": ({"gamma": np.ones(C)}, "expected the arrays ['features.1.bias', "),
@@ -454,29 +450,24 @@ FILES = {
         {"head.norm.num_batches_tracked": np.array(-1)},
         "state['head.norm.num_batches_tracked']: expected an integer from 0 to 2**63 - 1, got -1",
     ),
-    "no-class": (config(lambda c: c.pop("class")), "class: expected 'model', got 'None'"),
+    "no-class": (lambda c: c.pop("class"), "class: expected 'model', got 'None'"),
     "more-keys": (
-        config(lambda c: c.update(x=1)),
+        lambda c: c.update(x=1),
         "config: expected the keys ['class', 'layers'], got missing keys [] and unexpected keys "
         "['x']",
     ),
-    "list": (
-        config(lambda c: c.update(layers=[])),
-        "layers: expected an object of objects, got []",
-    ),
+    "list": (lambda c: c.update(layers=[]), "layers: expected an object of objects, got []"),
     "list-inside": (
-        config(lambda c: c["layers"].update({"head.norm": 1})),
+        lambda c: c["layers"].update({"head.norm": 1}),
         "layers: expected an object of objects, got {'features.1'",
     ),
     "no-eps": (
-        config(lambda c: c["layers"]["head.norm"].pop("eps")),
-        f"head.norm: expected the keys {sorted(cbn.BatchNorm1d(1)._config())}, got missing keys "
-        "['eps'] and unexpected keys []",
+        lambda c: c["layers"]["head.norm"].pop("eps"),
+        KEYS_OF_A_LAYER + "missing keys ['eps'] and unexpected keys []",
     ),
     "unknown-key": (
-        config(lambda c: c["layers"]["head.norm"].update(zeta=1)),
-        f"head.norm: expected the keys {sorted(cbn.BatchNorm1d(1)._config())}, got missing keys [] "
-        "and unexpected keys ['zeta']",
+        lambda c: c["layers"]["head.norm"].update(zeta=1),
+        KEYS_OF_A_LAYER + "missing keys [] and unexpected keys ['zeta']",
     ),
     "long": (
         {"config": np.array("x" * 99_999)},
@@ -493,7 +484,7 @@ def test_files_that_do_not_fit(kind, path):
 
 
 def test_rewritten_as_it_was_it_is_valid(path):
-    rewrite(path, config(lambda c: None))
+    rewrite(path, lambda config: None)
     model = build()
     cbn.load(model, path)
     assert_same_state(model, cbn.state_dict(build(seed=1)))
@@ -533,3 +524,80 @@ def test_terabytes_promised_take_no_memory(path):
         for member, data in members.items():
             archive.writestr(member, data)
     assert_refused(build(), path, "head.norm.weight.npy: expected 32000000000000 bytes of float64")
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_files_that_are_older_than_nonfinite_of_instance_norm(nonfinite, path):
+    options = {"track_running_stats": True, "nonfinite": nonfinite}
+    saved = {"norm": filled(cbn.InstanceNorm1d(C, track_running_stats=True))}
+    rewrite(path, lambda config: config["layers"]["norm"].pop("nonfinite"), saved)
+    model = {"norm": cbn.InstanceNorm1d(C, **options)}
+    if nonfinite == "propagate":
+        cbn.load(model, path)
+        assert_same_state(model, cbn.state_dict(saved))
+    else:
+        reason = "norm: expected nonfinite='skip', as in this model, got 'propagate'"
+        assert_refused(model, path, reason, ANOTHER)
+
+
+# ------------------------------------------------------------------------------ models of all norms
+
+
+def model_of_all(row=(C, 6), **of_instance):
+    return {
+        "conv": np.ones(3),
+        "blocks": [
+            filled(NORMS["InstanceNorm1d"].layer(C, **of_instance)),
+            filled(NORMS["GroupNorm"].layer(C)),
+            {
+                "row": filled(NORMS["LayerNorm"].layer(row=row)),
+                "rms": filled(NORMS["RMSNorm"].layer(row=row, dtype="float64")),
+            },
+        ],
+        "head": cbn.BatchNorm1d(C),
+    }
+
+
+NAMES = ["blocks.0", "blocks.1", "blocks.2.row", "blocks.2.rms", "head"]
+
+
+def test_all_norms_are_found():
+    found = cbn.named_norm_layers(model_of_all())
+    assert [name for name, _ in found] == NAMES
+    assert len({type(layer) for _, layer in found}) == 5
+
+
+def test_a_model_of_all_norms_is_saved_and_loaded(path):
+    options = {"affine": True, "track_running_stats": True}
+    saved, fresh = model_of_all(**options), model_of_all(**options)
+    for _, layer in cbn.named_norm_layers(fresh):
+        layer.reset_parameters()
+    cbn.save(saved, path)
+    cbn.load(fresh, path)
+    assert_same_state(fresh, cbn.state_dict(saved))
+    other = model_of_all(**options)
+    other["blocks"][2]["row"] = cbn.LayerNorm((C, 7))
+    assert_refused(
+        other,
+        path,
+        "blocks.2.row: expected normalized_shape=[3, 7], as in this model, got [3, 6]",
+        ANOTHER,
+    )
+
+
+def test_only_layers_with_statistics_are_frozen_and_reset():
+    tracking = model_of_all(track_running_stats=True)
+    cbn.freeze(tracking)
+    frozen = {name: layer.frozen for name, layer in cbn.named_norm_layers(tracking)}
+    assert frozen == dict.fromkeys(NAMES, False) | {"blocks.0": True, "head": True}
+    cbn.unfreeze(tracking)
+    before = cbn.state_dict(tracking)
+    cbn.reset_norm_stats(tracking)
+    after = cbn.state_dict(tracking)
+    changed = [key for key in after if (after[key] != before[key]).any()]
+    assert changed == [
+        f"blocks.0.{key}" for key in ("running_mean", "running_var", "num_batches_tracked")
+    ]
+    without = [layer for _, layer in cbn.named_norm_layers(model_of_all()["blocks"])]
+    with pytest.raises(ValueError, match="expected at least one norm layer with running statistic"):
+        cbn.freeze(without)

@@ -2,14 +2,26 @@
 
 import numpy as np
 import pytest
-from hard import MIXED, OUTLIERS, RATIOS, SCALES, Hard, draw, errors, exact
+from hard import (
+    MIXED,
+    OUTLIERS,
+    RATIOS,
+    SCALES,
+    Exact,
+    Hard,
+    all_kinds,
+    centred,
+    draw,
+    errors,
+    exact,
+    wider,
+)
+from norm_kinds import kinds
+from tolerances import LARGEST_ERROR
 
 import cbn
 from cbn import functional, reference
 
-# Relative errors, as measured by hard.errors. One rounding to float32 is 6e-8 at most, to float64
-# 1.1e-16, and the formulas make several.
-LARGEST_ERROR = {"float32": 1e-6, "float64": 1e-14}
 LONG_DOUBLE = np.finfo(np.longdouble).nmant > np.finfo(np.float64).nmant
 DTYPE = pytest.mark.parametrize(
     "dtype",
@@ -56,6 +68,34 @@ def test_training_is_as_exact_as_promised(ratio, scale, shape, channel_axis, dty
             right = exact(x, grad_output, layer.weight, layer.bias, channel_axis)
             for error in errors(right, y, grad_input):
                 assert error <= LARGEST_ERROR[dtype], kind
+
+
+@DTYPE
+@pytest.mark.parametrize(
+    "kind",
+    kinds(
+        rows=[(7, 16), (5, 768), (2, 3000)],
+        groups=[((2, 24, 49), 8), ((2, 60, 10), 3)],
+        instances=[(3, 8, 49), (2, 3, 700)],
+    ),
+    ids=str,
+)
+def test_norms_of_samples_are_as_exact_as_promised(rng, kind, dtype):
+    weight, bias = rng.uniform(-2, 2, (2, *kind.parameter_shape)).astype(dtype)
+    shift = {"bias": bias} if "bias" in kind.norm.parameters else {}
+    groups = kind.by_group(np.empty(kind.shape)).shape
+    for data in all_kinds(("1", "1e25")):  # the other scales go from channel to channel
+        columns, gradients = draw(data, groups[::-1], -1, dtype)
+        x, grad_output = kind.from_groups(columns.T), kind.from_groups(gradients.T)
+        values, std = centred(columns.T, subtracts_mean=kind.norm.name != "RMSNorm")
+        wide = kind.from_groups(values), grad_output.astype(wider(x.dtype))
+        results = []
+        for module, (array, grad) in ((reference, wide), (functional, (x, grad_output))):
+            forward, backward = kind.functions(module)
+            y = forward(array, weight=weight, eps=1e-5, **shift)
+            results.append((y, backward(grad, array, weight=weight, eps=1e-5)[0]))
+        right = Exact(*results[0], kind.from_groups(std))
+        assert max(errors(right, *results[1])) <= LARGEST_ERROR[dtype], data
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -10,9 +10,11 @@ import subprocess
 import sys
 from importlib.metadata import distribution
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from processes import printed_by, run_python
 
 import cbn
 from cbn import functional, reference
@@ -24,8 +26,7 @@ HEAVY |= {"distutils", "setuptools", "sqlite3", "ssl", "unittest", "urllib", "xm
 
 def modules_after(statement):
     code = f"{statement}\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return {name.partition(".")[0] for name in json.loads(run.stdout)}
+    return {name.partition(".")[0] for name in json.loads(printed_by(code))}
 
 
 def test_import_loads_numpy_and_little_else():
@@ -40,8 +41,7 @@ def test_the_formulas_are_loaded_when_they_are_asked_for():
     code = """import cbn, sys
 assert "cbn.reference" not in sys.modules and "reference" in dir(cbn)
 print(cbn.reference.rms_norm([[1.0, 7.0]], 2, eps=0.0).tolist(), hasattr(cbn, "nothing"))"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout == "[[0.2, 1.4]] False\n"
+    assert printed_by(code) == "[[0.2, 1.4]] False\n"
 
 
 def test_an_unknown_name_is_an_error_as_of_any_module():
@@ -49,7 +49,11 @@ def test_an_unknown_name_is_an_error_as_of_any_module():
         _ = cbn.nothing
 
 
-@pytest.mark.parametrize("without", ["*.so", "_kernels_*.so"], ids=["nothing", "no_kernels"])
+@pytest.mark.parametrize(
+    "without",
+    ["*.so", "_core.*.so", "_micro_*.so"],
+    ids=["nothing", "no_passes", "no_micro_kernels"],
+)
 def test_an_import_of_what_was_not_built_says_how_to_build(tmp_path, without):
     checkout = shutil.copytree(
         Path(cbn.__file__).parent, tmp_path / "cbn", ignore=shutil.ignore_patterns(without)
@@ -58,9 +62,7 @@ def test_an_import_of_what_was_not_built_says_how_to_build(tmp_path, without):
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in f.__module__]"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", f"{code}; import cbn"], cwd=tmp_path, capture_output=True, text=True
-    )
+    run = run_python("-c", f"{code}; import cbn", cwd=tmp_path)
     assert run.stderr.splitlines()[-1] == (
         f"ImportError: cbn: expected extensions built for this Python in {checkout}, got none; "
         "build them with 'pip install -e .' in the checkout, or start Python elsewhere to import "
@@ -68,17 +70,12 @@ def test_an_import_of_what_was_not_built_says_how_to_build(tmp_path, without):
     )
 
 
-def test_an_import_of_a_broken_build_says_what_is_broken(tmp_path):
+@pytest.mark.parametrize("module", ["_core", "_micro_baseline"])
+def test_an_import_of_a_broken_build_says_what_is_broken(tmp_path, module):
     checkout = shutil.copytree(Path(cbn.__file__).parent, tmp_path / "cbn")
-    broken = Path(cbn._dispatch.load("baseline").__file__).name
+    broken = Path(find_spec(f"cbn.{module}").origin).name
     (checkout / broken).write_bytes(b"cut short")
-    run = subprocess.run(
-        [sys.executable, "-c", "import cbn"],
-        cwd=tmp_path,
-        env={**os.environ, "CBN_ISA": "baseline"},
-        capture_output=True,
-        text=True,
-    )
+    run = run_python("-c", "import cbn", cwd=tmp_path, CBN_ISA="baseline")
     last = run.stderr.splitlines()[-1]
     assert last.startswith("ImportError: ")
     assert broken in last
@@ -166,7 +163,7 @@ def build(tmp_path_factory):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     for name in ("cbn", "src"):
-        made = shutil.ignore_patterns("*.c", "*.so", "__pycache__")
+        made = shutil.ignore_patterns("_core.c", "_core.h", "*.so", "__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=made)
     compiler = folder / "compiler"
     compiler.write_text(
@@ -197,7 +194,7 @@ def test_openmp_can_be_required(build):
     assert run.stderr.splitlines()[-1] == (
         "error: CBN_REQUIRE_OPENMP=1, but the compiler cannot build with -fopenmp"
     )
-    assert list(build.folder.glob("library/cbn/_kernels*")) == []
+    assert list(build.folder.glob("library/cbn/*.so")) == []
 
 
 def test_build_without_openmp(build):
@@ -217,14 +214,7 @@ def test_build_without_openmp(build):
         "import cbn; print(cbn.__file__); print(cbn.get_num_threads()); cbn.set_num_threads(4); "
         "print(cbn.BatchNorm1d(1, eps=0)([[1.0], [3.0]] * 2).tolist())"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=library,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert run.stdout.splitlines() == [
+    assert run_python("-c", code, cwd=library).stdout.splitlines() == [
         str(library / "cbn" / "__init__.py"),
         "1",
         "[[-1.0], [1.0], [-1.0], [1.0]]",

@@ -6,11 +6,11 @@ Most tests have a process of their own, in which only that is loaded which they 
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+from processes import printed_by
 
 import cbn
 from cbn import _dispatch, _pools
@@ -24,13 +24,8 @@ DEFAULT = "they spin for some milliseconds, then sleep (the runtime's default)"
 def fresh(statements, expression=CONFIG, **environment):
     """The value of an expression in a new process, after some statements."""
     waiting = {name for variables, _ in _pools.WAITING.values() for name in variables}
-    clean = {name: value for name, value in os.environ.items() if name not in waiting}
     code = f"{statements}\nimport cbn, json\nprint(json.dumps({expression}))"
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    return json.loads(printed_by(code, without=waiting, **environment))
 
 
 def only_openmp(config):

@@ -16,7 +16,6 @@ import os
 import re
 import signal
 import stat
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,8 @@ from contextlib import suppress
 from itertools import count, cycle
 from pathlib import Path
 from random import Random
+
+from processes import run_python
 
 import cbn
 
@@ -135,8 +136,7 @@ def main():
 
 def test_killed_while_saving():
     """In a process of its own, because one with threads had better not fork."""
-    command = [sys.executable, __file__, "--kills", "40", "--stride", "37"]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = run_python(__file__, "--kills", "40", "--stride", "37")
     assert run.returncode == 0, run.stderr
 
 

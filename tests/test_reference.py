@@ -1,9 +1,13 @@
 """The float64 reference against loops, finite differences and PyTorch."""
 
+from functools import partial
 from math import fsum
 
 import numpy as np
 import pytest
+from differences import central_differences
+from norm_kinds import Kind, kinds
+from norms_table import INSTANCE, ROWS
 
 from cbn import reference
 
@@ -122,41 +126,20 @@ def test_gradients_are_finite_differences(
     x = rng.normal(2, 3, shape)
     grad_output = rng.normal(0, 1, shape)
 
-    def loss(**changed):
-        arguments = {"x": x, **parameters, **changed}
-        y, _, _ = reference.batch_norm(
-            **arguments, training=training, eps=0.1, channel_axis=channel_axis
-        )
-        return (grad_output * y).sum()
+    options = {"training": training, "eps": 0.1, "channel_axis": channel_axis}
 
-    def finite_difference(name, value, step=1e-5):
-        gradient = np.empty_like(value)
-        for index in np.ndindex(value.shape):
-            above, below = value.copy(), value.copy()
-            above[index] += step
-            below[index] -= step
-            gradient[index] = (loss(**{name: above}) - loss(**{name: below})) / (2 * step)
-        return gradient
+    def loss():
+        return (grad_output * reference.batch_norm(x, **parameters, **options)[0]).sum()
 
     mean, var = parameters["running_mean"], parameters["running_var"]
     if training:
         mean, var, _ = reference.batch_norm_stats(x, channel_axis=channel_axis)
-    grad_input, grad_weight, grad_bias = reference.batch_norm_backward(
-        grad_output,
-        x,
-        mean,
-        var,
-        parameters["weight"],
-        training=training,
-        eps=0.1,
-        channel_axis=channel_axis,
+    gradients = reference.batch_norm_backward(
+        grad_output, x, mean, var, parameters["weight"], **options
     )
-    for name, value, gradient in (
-        ("x", x, grad_input),
-        ("weight", parameters["weight"], grad_weight),
-        ("bias", parameters["bias"], grad_bias),
-    ):
-        expected = finite_difference(name, value)
+    arrays = {"x": x, "weight": parameters["weight"], "bias": parameters["bias"]}
+    for (name, array), gradient in zip(arrays.items(), gradients, strict=True):
+        expected = central_differences(loss, array)
         assert_close(f"gradient of {name}", gradient, expected, np.float64)
 
 
@@ -193,78 +176,68 @@ def test_agrees_with_torch(torch, rng, assert_close, parameters, shape, training
 
 # ------------------------------------------------------------------------- norms of single samples
 
-# The function, the shape of its input, what else it is given, and the shape of its weight.
-NORMS = [
-    pytest.param("instance_norm", (2, 3, 5), {}, (3,), id="instance_first"),
-    pytest.param("instance_norm", (2, 2, 4, 3), {"channel_axis": -1}, (3,), id="instance_last"),
-    pytest.param("group_norm", (2, 6, 3), {"num_groups": 2}, (6,), id="group_first"),
-    pytest.param(
-        "group_norm", (2, 3, 6), {"num_groups": 3, "channel_axis": -1}, (6,), id="group_last"
-    ),
-    pytest.param("group_norm", (3, 4), {"num_groups": 2}, (4,), id="group_NC"),
-    pytest.param("layer_norm", (4, 5), {"normalized_shape": 5}, (5,), id="layer"),
-    pytest.param("layer_norm", (3, 2, 4), {"normalized_shape": (2, 4)}, (2, 4), id="layer_2_axes"),
-    pytest.param("rms_norm", (4, 5), {"normalized_shape": [5]}, (5,), id="rms"),
-    pytest.param("rms_norm", (3, 2, 4), {"normalized_shape": [2, 4]}, (2, 4), id="rms_2_axes"),
-]
+OF_SAMPLES = pytest.mark.parametrize(
+    "kind",
+    [
+        *kinds(
+            rows=[(3, 2, 4)],
+            groups=[((2, 6, 3), 2), ((2, 6, 3), 3), ((3, 4), 2)],
+            instances=[(2, 3, 5)],
+        ),
+        Kind(INSTANCE[1], (2, 2, 4, 3), -1),
+        Kind(ROWS[0], (4, 5), row=5),
+        Kind(ROWS[1], (4, 5), row=[5]),
+    ],
+    ids=str,
+)
 
 
-def output_of(name, x, weight, bias, options, **more):
-    bias = {} if name == "rms_norm" else {"bias": bias}
-    y = getattr(reference, name)(x, weight=weight, **bias, eps=0.1, **options, **more)
-    return y[0] if name == "instance_norm" else y
+@pytest.fixture
+def scene(rng):
+    def scene(kind):
+        """An input, its weight and its bias; their output; a gradient of that, and theirs."""
+        arrays = {"x": rng.normal(2, 3, kind.shape)}
+        for name in kind.norm.parameters:
+            arrays[name] = rng.uniform(0.5, 2, kind.parameter_shape)
+        forward, backward = (partial(function, eps=0.1) for function in kind.functions(reference))
+        grad_output = rng.normal(0, 1, kind.shape)
+        gradients = backward(grad_output, arrays["x"], weight=arrays["weight"])
+        return arrays, lambda: forward(**arrays), grad_output, gradients
+
+    return scene
 
 
-@pytest.mark.parametrize(("name", "shape", "options", "weight_shape"), NORMS)
-def test_gradients_of_norms_are_finite_differences(
-    rng, assert_close, name, shape, options, weight_shape
-):
-    x, grad_output = rng.normal(2, 3, shape), rng.normal(0, 1, shape)
-    arrays = {"x": x, "weight": rng.uniform(0.5, 2, weight_shape)}
-    arrays["bias"] = rng.uniform(-1, 1, weight_shape)
+@OF_SAMPLES
+def test_gradients_of_norms_are_finite_differences(assert_close, scene, kind):
+    arrays, output, grad_output, gradients = scene(kind)
 
-    def loss(**changed):
-        return (grad_output * output_of(name, **{**arrays, **changed}, options=options)).sum()
+    def loss():
+        return (grad_output * output()).sum()
 
-    backward = getattr(reference, f"{name}_backward")
-    gradients = backward(grad_output, x, weight=arrays["weight"], eps=0.1, **options)
-    assert len(gradients) == (2 if name == "rms_norm" else 3)
-    for (key, value), gradient in zip(arrays.items(), gradients, strict=False):
-        expected = np.empty_like(value)
-        for index in np.ndindex(value.shape):
-            step = np.zeros_like(value)
-            step[index] = 1e-5
-            expected[index] = loss(**{key: value + step}) - loss(**{key: value - step})
-        assert_close(f"gradient of {key}", gradient, expected / 2e-5, np.float64)
+    for (name, array), gradient in zip(arrays.items(), gradients, strict=True):
+        expected = central_differences(loss, array)
+        assert_close(f"gradient of {name}", gradient, expected, np.float64)
 
 
-@pytest.mark.parametrize(("name", "shape", "options", "weight_shape"), NORMS)
-def test_norms_agree_with_torch(torch, rng, assert_close, name, shape, options, weight_shape):
-    x = rng.normal(2, 3, shape)
-    weight, bias = rng.uniform(0.5, 2, (2, *weight_shape))
-    arguments = {key: value for key, value in options.items() if key != "channel_axis"}
-    if "normalized_shape" in arguments:
-        arguments["normalized_shape"] = list(weight_shape)
-    arguments["weight"] = torch.tensor(weight)
-    if name != "rms_norm":
-        arguments["bias"] = torch.tensor(bias)
-    axis = options.get("channel_axis", 1)
-    given = torch.tensor(np.moveaxis(x, axis, 1).copy())
-    expected = getattr(torch.nn.functional, name)(given, **arguments, eps=0.1)
-    y = output_of(name, x, weight, bias, options)
-    assert_close("y", np.moveaxis(y, axis, 1), expected.numpy(), np.float64)
+@OF_SAMPLES
+def test_norms_agree_with_torch(torch, assert_close, scene, kind):
+    arrays, output, _, _ = scene(kind)
+    options = {"eps": 0.1, "dtype": torch.float64, kind.norm.affine: True}
+    layer = kind.norm.torch_layer(torch, kind.C, kind.groups, kind.row, **options)
+    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+    x = tensors.pop("x").moveaxis(kind.axis, 1)
+    layer.load_state_dict(tensors)
+    expected = layer(x).detach().numpy()
+    assert_close("y", np.moveaxis(output(), kind.axis, 1), expected, np.float64)
 
 
-@pytest.mark.parametrize(("name", "shape", "options", "weight_shape"), NORMS)
-def test_norms_of_no_samples(name, shape, options, weight_shape):
-    x = np.empty((0, *shape[1:]))
-    weight = np.ones(weight_shape)
-    assert output_of(name, x, weight, weight, options).shape == x.shape
-    gradients = getattr(reference, f"{name}_backward")(x, x, weight=weight, **options)
-    assert [array.shape for array in gradients] == [x.shape, weight_shape, weight_shape][
-        : len(gradients)
-    ]
-    assert not any(array.any() for array in gradients)
+@OF_SAMPLES
+def test_norms_of_no_samples(scene, kind):
+    arrays, output, _, gradients = scene(kind._replace(shape=(0, *kind.shape[1:])))
+    assert output().shape == arrays["x"].shape
+    for array, gradient in zip(arrays.values(), gradients, strict=True):
+        assert gradient.shape == array.shape
+        assert not gradient.any()
 
 
 @pytest.mark.parametrize("use_input_stats", [True, False])

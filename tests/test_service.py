@@ -7,8 +7,6 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -17,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import run_python
 
 if os.environ.get("CBN_REQUIRE_SERVICE") == "1":  # in CI a missing package is an error
     importlib.import_module("uvicorn_worker")  # imports gunicorn; all others are imported below
@@ -379,9 +378,7 @@ def test_any_bytes_are_an_image_or_refused(rng, content_type, file):
 def test_load_with_a_worker_killed(network_file, tmp_path):
     figure = tmp_path / "latency.png"
     options = ["--seconds", "4", "--network", network_file, "--figure", figure]
-    run = subprocess.run(
-        [sys.executable, LOAD, *options], capture_output=True, text=True, check=False
-    )
+    run = run_python(LOAD, *options)
     assert run.returncode == 0, run.stderr
     assert re.search(r"^wrong +0 of \d{2,}$", run.stdout, re.MULTILINE)
     assert re.search(r"^recovered .* s after a worker was killed$", run.stdout, re.MULTILINE)

@@ -1,14 +1,14 @@
 """The warning of a layer that is trained on very few values per channel."""
 
 import copy
-import pickle
-import subprocess
-import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from norms_table import pickled
+from processes import run_python
 
 import cbn
 from cbn import functional
@@ -34,15 +34,23 @@ def warnings_of(function, *arguments, **keywords):
     return caught
 
 
-def test_once_per_layer_at_the_line_that_calls():
-    bn = cbn.BatchNorm1d(3)
+@pytest.mark.parametrize(
+    ("layer", "x", "text"),
+    [
+        (partial(cbn.BatchNorm1d, 3), X, TEXT),
+        (partial(cbn.InstanceNorm1d, 2), np.ones((5, 2, 3), np.float32), TEXT_OF_SAMPLES),
+    ],
+    ids=["batch", "instance"],
+)
+def test_once_per_layer_at_the_line_that_calls(layer, x, text):
+    norm = layer()
     with pytest.warns(cbn.SmallBatchWarning) as caught:
-        bn(X)
-    assert [str(warning.message) for warning in caught] == [TEXT]
+        norm(x)
+    assert [str(warning.message) for warning in caught] == [text]
     assert caught[0].filename == __file__
-    assert Path(__file__).read_text().splitlines()[caught[0].lineno - 1].strip() == "bn(X)"
-    assert warnings_of(bn, X) == []
-    assert len(warnings_of(cbn.BatchNorm1d(3), X)) == 1
+    assert Path(__file__).read_text().splitlines()[caught[0].lineno - 1].strip() == "norm(x)"
+    assert warnings_of(norm, x) == []
+    assert len(warnings_of(layer(), x)) == 1
 
 
 @pytest.mark.parametrize(
@@ -57,16 +65,7 @@ def test_once_per_layer_at_the_line_that_calls():
         (cbn.BatchNorm2d, -1, (2, 2, 3), False),
         (cbn.BatchNorm3d, 1, (1, 3, 1, 1, 2), True),
         (cbn.BatchNorm1d, 1, (0, 3), False),  # nothing is learnt
-    ],
-)
-def test_values_per_channel(layer, axis, shape, warns):
-    x = np.random.default_rng(0).random(shape, np.float32)
-    assert len(warnings_of(layer(3, channel_axis=axis), x)) == warns
-
-
-@pytest.mark.parametrize(
-    ("layer", "axis", "shape", "warns"),
-    [
+        # Of a sample, however many there are.
         (cbn.InstanceNorm1d, 1, (9, 3, 3), True),
         (cbn.InstanceNorm1d, 1, (9, 3, 4), False),
         (cbn.InstanceNorm1d, 1, (3, 2), True),
@@ -75,25 +74,17 @@ def test_values_per_channel(layer, axis, shape, warns):
         (cbn.InstanceNorm2d, -1, (9, 2, 2, 3), False),
         (cbn.InstanceNorm2d, -1, (2, 1, 3), True),
         (cbn.InstanceNorm3d, 1, (3, 1, 1, 3), True),
-        (cbn.InstanceNorm3d, 1, (0, 3, 1, 1, 3), False),  # nothing is learnt
+        (cbn.InstanceNorm3d, 1, (0, 3, 1, 1, 3), False),
     ],
 )
 @pytest.mark.parametrize("track_running_stats", [True, False])
-def test_values_per_channel_of_a_sample(layer, axis, shape, warns, track_running_stats):
+def test_values_per_channel(layer, axis, shape, warns, track_running_stats):
     x = np.random.default_rng(0).random(shape, np.float32)
     norm = layer(3, channel_axis=axis, track_running_stats=track_running_stats)
     assert warnings_of(norm.eval(), x) == []
     assert len(warnings_of(norm.train(), x)) == warns
     assert warnings_of(norm, x) == []
     assert warnings_of(cbn.freeze(layer(3, channel_axis=axis, track_running_stats=True)), x) == []
-
-
-def test_once_per_instance_norm_at_the_line_that_calls():
-    norm = cbn.InstanceNorm1d(2)
-    with pytest.warns(cbn.SmallBatchWarning) as caught:
-        norm(np.ones((5, 2, 3), np.float32))
-    assert [str(warning.message) for warning in caught] == [TEXT_OF_SAMPLES]
-    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize(
@@ -117,13 +108,6 @@ def test_a_large_list():
 @pytest.mark.parametrize("x", [X.tolist(), np.asfortranarray(X)], ids=["list", "copied"])
 def test_what_is_converted_first(x):
     assert [str(warning.message) for warning in warnings_of(cbn.BatchNorm1d(3), x)] == [TEXT]
-
-
-@pytest.mark.parametrize("track_running_stats", [True, False])
-def test_eval_mode_does_not_warn(track_running_stats):
-    bn = cbn.BatchNorm1d(3, track_running_stats=track_running_stats)
-    assert warnings_of(bn.eval(), X) == []
-    assert len(warnings_of(bn.train(), X)) == 1
 
 
 def test_functions_do_not_warn():
@@ -168,7 +152,7 @@ def test_a_layer_that_is_recalibrated_does_not_warn():
     assert len(warnings_of(bn, x)) == len(warnings_of(norm, x)) == 1
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda bn: pickle.loads(pickle.dumps(bn))])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
 def test_a_copy_of_a_layer_that_has_warned_does_not(duplicate):
     bn = cbn.BatchNorm1d(3)
     assert len(warnings_of(duplicate(bn), X)) == 1
@@ -179,9 +163,7 @@ def test_a_copy_of_a_layer_that_has_warned_does_not(duplicate):
 def test_a_user_sees_it_and_can_switch_it_off():
     code = "import cbn\ncbn.BatchNorm1d(1)([[1.0], [2.0]])"
     off = "import warnings, cbn\nwarnings.simplefilter('ignore', cbn.SmallBatchWarning)\n"
-    seen, silent = (
-        subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
-        for text in (code, off + code)
-    )
+    seen, silent = (run_python("-c", text) for text in (code, off + code))
+    assert seen.returncode == silent.returncode == 0
     assert seen.stderr.startswith("<string>:2: SmallBatchWarning: x: expected at least 4 values")
     assert silent.stderr == ""

@@ -7,8 +7,6 @@ import pathlib
 import re
 import stat
 import struct
-import subprocess
-import sys
 import time
 import tracemalloc
 import zipfile
@@ -17,6 +15,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from norms_table import BATCH, NORMS, OPTIONS, WITH_OPTIONS, filled
+from processes import run_python
+from refusals import refused
 
 import cbn
 
@@ -24,23 +25,21 @@ C = 2
 KEYS = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
 
 
-def trained(layer=cbn.BatchNorm1d, **arguments):
+def trained(name="BatchNorm1d", **arguments):
     """A layer whose every array differs from its default."""
-    bn = layer(C, **arguments)
-    bn.num_batches_tracked = None if bn.num_batches_tracked is None else np.array(7)
-    for seed, name in enumerate(KEYS[:4]):
-        if getattr(bn, name) is not None:
-            getattr(bn, name)[:] = np.random.default_rng(seed).random(C)
-    return bn
+    if name.startswith("BatchNorm"):
+        return filled(getattr(cbn, name)(C, **arguments))
+    return filled(NORMS[name].layer(C=4, groups=2, row=(4, 6), **arguments))
 
 
 def assert_same_layer(actual, expected):
     assert type(actual) is type(expected)
     assert repr(actual) == repr(expected)
+    assert actual.training is expected.training
     for name in ("num_features", "eps", "momentum", "affine", "dtype", "channel_axis"):
-        assert getattr(actual, name) == getattr(expected, name), name
-    for name in ("correction", "nonfinite", "track_running_stats", "training", "frozen"):
-        assert getattr(actual, name) == getattr(expected, name), name
+        assert getattr(actual, name, None) == getattr(expected, name, None), name
+    for name in ("correction", "nonfinite", "track_running_stats", "frozen", "normalized_shape"):
+        assert getattr(actual, name, None) == getattr(expected, name, None), name
     assert_same_state(actual, expected.state_dict())
 
 
@@ -192,36 +191,22 @@ def test_load_state_dict_of_its_own_arrays():
 
 # ------------------------------------------------------------------------------------ round trips
 
-OPTIONS = [
-    {},
-    {"eps": 0.125},
-    {"eps": 1},
-    {"momentum": None},
-    {"momentum": 1 / 3},
-    {"affine": False},
-    {"bias": False},
-    {"track_running_stats": False},
-    {"affine": False, "track_running_stats": False},
-    {"dtype": np.float64},
-    {"channel_axis": -1},
-    {"correction": 0},
-    {"correction": 1.5},
-    {"nonfinite": "skip"},
-]
-
 
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "layer.npz"
 
 
-@pytest.mark.parametrize("layer", [cbn.BatchNorm1d, cbn.BatchNorm2d, cbn.BatchNorm3d])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("arguments", OPTIONS, ids=str)
-def test_round_trip(arguments, training, layer, path):
-    bn = trained(layer, **arguments).train(training)
-    bn.save(path)
-    assert_same_layer(layer.load(path), bn)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*WITH_OPTIONS, *((norm.name, some) for norm in BATCH[1:] for some in OPTIONS["BatchNorm1d"])],
+    ids=str,
+)
+def test_round_trip(name, options, training, path):
+    layer = trained(name, **options).train(training)
+    layer.save(path)
+    assert_same_layer(type(layer).load(path), layer)
 
 
 @pytest.mark.parametrize("built_with", [True, False], ids=["on-off", "off-on"])
@@ -380,9 +365,9 @@ def test_state_file_error_is_a_value_error():
     assert issubclass(cbn.StateFileError, ValueError)
 
 
-def assert_damaged(path, reason=""):
+def assert_damaged(path, reason="", name="BatchNorm1d"):
     with pytest.raises(cbn.StateFileError) as caught:
-        cbn.BatchNorm1d.load(path)
+        getattr(cbn, name).load(path)
     start = f"{path}: expected a state file of cbn, got one that is damaged or foreign: "
     assert str(caught.value).startswith(start)
     assert str(caught.value) != start
@@ -453,9 +438,9 @@ def header_of(shape, descr="'<f4'"):
     return f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}"
 
 
-def rewrite(path, change, compression=zipfile.ZIP_STORED, extra=(), bn=None):
+def rewrite(path, change, compression=zipfile.ZIP_STORED, extra=(), layer=None):
     """Write a valid file, with some members changed, dropped (None) or added."""
-    (bn or trained()).save(path)
+    (layer or trained()).save(path)
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     members.update(change)
@@ -632,6 +617,12 @@ def text(value):
     return {"config.npy": npy(np.array(value))}
 
 
+def configured(path, without=(), **changes):
+    """The configuration of the layer in a file, after changes."""
+    config = {name: value for name, value in config_of(path).items() if name not in without}
+    return text(json.dumps(config | changes))
+
+
 LONG = "config: expected a short string, got "
 CONFIGS = {
     "not-json": ("{not json", ""),
@@ -673,29 +664,43 @@ def test_config_member(kind, path):
     ],
 )
 def test_missing_key(key, saved, path):
-    config = config_of(path)
-    del config[key]
-    rewrite(path, text(json.dumps(config)))
+    rewrite(path, configured(path, without=[key]))
     assert_damaged(path, "config: expected the keys ['affine', 'bias', ")
 
 
 def test_unknown_key(saved, path):
-    rewrite(path, text(json.dumps({**config_of(path), "gamma": 1})))
+    rewrite(path, configured(path, gamma=1))
     assert_damaged(path, "config: expected the keys ['affine', 'bias', ")
 
 
-@pytest.mark.parametrize("layer", [cbn.BatchNorm2d, cbn.BatchNorm3d])
-def test_another_class(layer, path):
-    trained(layer).save(path)
-    name = layer.__name__
-    text = f"{path}: expected a state file of BatchNorm1d, got one of {name}; use {name}.load(path)"
-    with pytest.raises(cbn.StateFileError, match=f"^{re.escape(text)}$"):
-        cbn.BatchNorm1d.load(path)
-
-
 @pytest.mark.parametrize(
-    ("key", "value", "reason"),
+    ("name", "other"),
     [
+        ("BatchNorm1d", "BatchNorm2d"),
+        ("BatchNorm1d", "BatchNorm3d"),
+        ("RMSNorm", "LayerNorm"),
+        ("GroupNorm", "RMSNorm"),
+    ],
+)
+def test_another_class(name, other, path):
+    trained(other).save(path)
+    text = f"{path}: expected a state file of {name}, got one of {other}; use {other}.load(path)"
+    with refused(text, cbn.StateFileError):
+        getattr(cbn, name).load(path)
+
+
+def test_files_of_instance_norm_that_are_older_than_nonfinite(path):
+    layer = trained("InstanceNorm1d", track_running_stats=True)
+    layer.save(path)
+    rewrite(path, configured(path, without=["nonfinite"]), layer=layer)
+    assert_same_layer(cbn.InstanceNorm1d.load(path), layer)
+
+
+LENGTH = "normalized_shape: expected a positive integer, got "
+MISMATCH = "weight: expected float32 of shape {}, got float32 of shape {}"
+NO_GROUPS = "num_groups: expected a positive integer, got "
+BAD_CONFIGS = {
+    "BatchNorm1d": [
         ("class", None, "class: expected 'BatchNorm1d', got 'None'"),
         ("class", "a b", "class: expected 'BatchNorm1d', got 'a b'"),
         ("num_features", 10**18, "weight: expected float32 of shape (1000000000000000000,), got"),
@@ -728,19 +733,59 @@ def test_another_class(layer, path):
         ("training", 1, "mode: expected True or False, got 1"),
         ("frozen", None, "frozen: expected True or False, got None"),
     ],
+    "InstanceNorm1d": [
+        ("num_features", 2**62, "weight: expected float32 of shape (46116860"),
+        ("has_running_stats", True, "expected the arrays ['bias', 'num_batch"),
+    ],
+    "GroupNorm": [
+        ("num_groups", 3, "num_groups: expected a divisor of the 4 channels, got 3"),
+        ("num_groups", 0, NO_GROUPS + "0"),
+        ("num_groups", "2", NO_GROUPS + "'2'"),
+        ("num_channels", 10**18, MISMATCH.format((10**18,), (4,))),
+        ("num_channels", -4, "num_channels: expected a positive integer, got -4"),
+        ("affine", False, "expected the arrays [], got ['bias', 'weight']"),
+    ],
+    "LayerNorm": [
+        ("normalized_shape", "46", LENGTH + "'46'"),
+        ("normalized_shape", [4, -6], LENGTH + "-6"),
+        ("normalized_shape", [4, 0], LENGTH + "0"),
+        ("normalized_shape", [[4, 6]], LENGTH + "[4, 6]"),
+        ("normalized_shape", {"4": 6}, LENGTH + "{'4': 6}"),
+        ("normalized_shape", [4, "6"], LENGTH + "'6'"),
+        ("normalized_shape", [True], LENGTH + "True"),
+        ("normalized_shape", None, LENGTH + "None"),
+        ("normalized_shape", [], "normalized_shape: expected at least one length"),
+        ("normalized_shape", [24], MISMATCH.format((24,), (4, 6))),
+    ],
+    "RMSNorm": [
+        ("normalized_shape", [6, 4], MISMATCH.format((6, 4), (4, 6))),
+        ("normalized_shape", [2**62, 2**62], MISMATCH.format((2**62, 2**62), (4, 6))),
+        ("normalized_shape", [1] * 99, "normalized_shape: expected at most 64"),
+        ("eps", -1, "eps: expected a finite number >= 0, got -1"),
+        ("elementwise_affine", 1, "elementwise_affine: expected True or False, got 1"),
+        ("bias", True, "config: expected the keys ['class', 'dtype', "),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "reason"),
+    [(name, *row) for name, rows in BAD_CONFIGS.items() for row in rows],
     ids=lambda value: str(value)[:20],
 )
-def test_config_values(key, value, reason, saved, path):
-    rewrite(path, text(json.dumps({**config_of(path), key: value})))
-    assert_damaged(path, reason)
+def test_hostile_configurations(name, key, value, reason, path):
+    layer = trained(name, **{NORMS[name].affine: True})
+    layer.save(path)
+    rewrite(path, configured(path, **{key: value}), layer=layer)
+    assert_damaged(path, reason, name)
 
 
 @pytest.mark.parametrize("tracking", [False, True], ids=["untracked", "tracked"])
 def test_huge_number_of_channels_without_arrays(tracking, path):
     """Nothing in such a file has the size that it names, and no memory is taken for it."""
     cbn.BatchNorm1d(C, affine=False, track_running_stats=False).save(path)
-    config = {**config_of(path), "num_features": 10**18, "track_running_stats": tracking}
-    rewrite(path, {**{f"{key}.npy": None for key in KEYS}, **text(json.dumps(config))})
+    config = configured(path, num_features=10**18, track_running_stats=tracking)
+    rewrite(path, {f"{key}.npy": None for key in KEYS} | config)
     if tracking:
         assert_damaged(path, "expected the arrays ['num_batches_tracked', 'running_mean', ")
     else:
@@ -762,16 +807,33 @@ def test_what_promises_terabytes_is_refused_before_any_data_is_read(kind, path):
     shape = (2**62, 2**62) if kind == "overflow" else (2**40,)
     change = {"weight.npy": npy_header(header_of(shape))}
     if kind == "config":
-        change = text(json.dumps({**config_of(path), "num_features": 10**12}))
-    rewrite(path, change, bn=bn)
+        change = configured(path, num_features=10**12)
+    rewrite(path, change, layer=bn)
     assert peak_of(assert_damaged, path, "weight") < path.stat().st_size / 8
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "shape"),
+    [
+        ("InstanceNorm1d", {"num_features": 2**40}, (2**40,)),
+        ("GroupNorm", {"num_channels": 2**40}, (2**40,)),
+        ("LayerNorm", {"normalized_shape": (2**20, 2**20)}, (2**20, 2**20)),
+        ("RMSNorm", {"normalized_shape": (2**20, 2**20)}, (2**20, 2**20)),
+    ],
+)
+def test_what_promises_terabytes_is_refused_from_the_header(name, size, shape, path):
+    layer = trained(name, **{NORMS[name].affine: True})
+    layer.save(path)
+    change = {"weight.npy": npy_header(header_of(shape)), **configured(path, **size)}
+    rewrite(path, change, layer=layer)
+    reason = f"weight.npy: expected {4 * 2**40} bytes of float32 {shape}, g"
+    assert peak_of(assert_damaged, path, reason, name) < 2**20
 
 
 def test_mutated_files():
     """A million take a quarter of an hour: see CONTRIBUTING.md."""
     script = pathlib.Path(__file__).with_name("fuzz_state.py")
-    command = [sys.executable, script, "--count", "1000", "--workers", "1"]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = run_python(script, "--count", "1000", "--workers", "1")
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"^ +\d+  LOADED$", run.stdout, re.MULTILINE)
 

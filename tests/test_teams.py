@@ -2,13 +2,13 @@
 
 import gc
 import os
-import subprocess
 import sys
 import threading
 import time
 
 import numpy as np
 import pytest
+from processes import printed_by
 
 import cbn
 
@@ -116,9 +116,7 @@ assert c.pthread_getspecific(first) == value
 while len(os.listdir("/proc/self/task")) > before:  # a team that is given up ends a little later
     pass
 """
-    command = [sys.executable, "-c", code, other_library]
-    run = subprocess.run(command, timeout=60, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    printed_by(code, other_library, timeout=60)
 
 
 @pytest.mark.parametrize("counter", [np.int64, np.int32])
