@@ -147,15 +147,24 @@ INLINE doubles widen(few_floats value) {
 #endif
 }
 
-/* a * b + c where the product is exact, as that of two floats is in double: then one rounding or
-   two make no difference. */
-INLINE doubles add_exact_product(doubles a, doubles b, doubles c) {
+/* Add the first lanes to numbers in float64. */
+INLINE void add_doubles(double *at, doubles value, ptrdiff_t lanes) {
+    if (lanes >= DOUBLES)
+        DOUBLES_AT(at) += value;
+    else if (lanes > 0)
+        put_doubles(at, some_doubles(at, lanes) + value, lanes);
+}
+/* The same lanes in float64, in two vectors. */
+INLINE void widen_floats(floats value, doubles *halves) {
 #if defined(__AVX512F__)
-    return (doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif defined(__FMA__)
-    return (doubles)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+    halves[0] = widen((few_floats)_mm512_castps512_ps256((__m512)value));
+    halves[1] = widen((few_floats)_mm512_extractf32x8_ps((__m512)value, 1));
+#elif defined(__AVX2__)
+    halves[0] = widen((few_floats)_mm256_castps256_ps128((__m256)value));
+    halves[1] = widen((few_floats)_mm256_extractf128_ps((__m256)value, 1));
 #else
-    return a * b + c;
+    halves[0] = (doubles){value[0], value[1]};
+    halves[1] = (doubles){value[2], value[3]};
 #endif
 }
 
@@ -221,15 +230,22 @@ INLINE void store_some_f32(stored_f32 *at, vector_f32 value, ptrdiff_t n) {
 }
 INLINE void stream_f32(stored_f32 *at, vector_f32 value) { stream(at, (doubles)value); }
 typedef few_floats few_f32;
-INLINE few_f32 all_few_f32(float value) { return value - (few_floats){0}; }
-INLINE few_f32 few_reals_f32(const float *at) { return *(any_few_floats *)at; }
 INLINE few_f32 load_few_f32(const stored_f32 *at) { return *(any_few_floats *)at; }
 INLINE few_f32 load_some_few_f32(const stored_f32 *at, ptrdiff_t n) {
     return some_few_floats(at, n);
 }
 INLINE doubles widen_f32(few_f32 value) { return widen(value); }
-INLINE doubles add_product_f32(few_f32 a, few_f32 b, doubles c) {
-    return add_exact_product(widen(a), widen(b), c);
+INLINE void add_lanes_f32(doubles *to, vector_f32 value) {
+    doubles halves[2];
+    widen_floats(value, halves);
+    to[0] += halves[0];
+    to[1] += halves[1];
+}
+INLINE void add_to_f32(double *at, vector_f32 value, ptrdiff_t lanes) {
+    doubles halves[2];
+    widen_floats(value, halves);
+    add_doubles(at, halves[0], lanes);
+    add_doubles(at + DOUBLES, halves[1], lanes - DOUBLES);
 }
 
 /* float64 */
@@ -248,11 +264,12 @@ INLINE void store_some_f64(stored_f64 *at, vector_f64 value, ptrdiff_t n) {
 }
 INLINE void stream_f64(stored_f64 *at, vector_f64 value) { stream(at, value); }
 typedef doubles few_f64;
-INLINE few_f64 all_few_f64(double value) { return all_doubles(value); }
-INLINE few_f64 few_reals_f64(const double *at) { return DOUBLES_AT(at); }
 INLINE few_f64 load_few_f64(const stored_f64 *at) { return load_f64(at); }
 INLINE few_f64 load_some_few_f64(const stored_f64 *at, ptrdiff_t n) { return load_some_f64(at, n); }
 INLINE doubles widen_f64(few_f64 value) { return value; }
-INLINE doubles add_product_f64(few_f64 a, few_f64 b, doubles c) { return a * b + c; }
+INLINE void add_lanes_f64(doubles *to, vector_f64 value) { to[0] += value; }
+INLINE void add_to_f64(double *at, vector_f64 value, ptrdiff_t lanes) {
+    add_doubles(at, value, lanes);
+}
 
 #endif

@@ -17,8 +17,6 @@
 #define load T(load)
 #define load_some T(load_some)
 #define few T(few)
-#define all_few T(all_few)
-#define few_reals T(few_reals)
 #define load_few T(load_few)
 #define load_some_few T(load_some_few)
 #define widen T(widen)
@@ -58,8 +56,6 @@ static const struct Micro T(micro) = {
 #undef load
 #undef load_some
 #undef few
-#undef all_few
-#undef few_reals
 #undef load_few
 #undef load_some_few
 #undef widen

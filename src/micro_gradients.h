@@ -1,113 +1,144 @@
-/* The sums that gradients need: of grad_output, and of grad_output * (x - mean), in float64, where
-   the product of two float32 is exact: sums that nearly cancel keep their digits. */
+/* The sums that gradients need: of grad_output, and of grad_output * (x - mean). At most SUMMED rows
+   are added up in the type that is computed in, and such sums in float64: so a gradient is off by
+   about 1e-8 of the sum of the magnitudes of its terms, and costs a quarter of sums in float64. */
 
 /* Of rows that share their parameters: what normalises each. */
 struct T(Normal) {
-    real mean[BAND], mean_low[BAND], scale[BAND];
+    real mean[SUMMED], mean_low[SUMMED], scale[SUMMED];
 };
 
-/* Add up `vectors` vectors of columns of some rows, in registers. */
-INLINE void T(multiply_rows)(const stored *grad_output, const stored *x, ptrdiff_t rows,
-                             ptrdiff_t row_stride, const real *weight, const real *mean,
-                             const struct T(Normal) *normal, const int way, const int vectors,
-                             ptrdiff_t lanes, /* of a vector */
-                             double *total, double *product) {
-    doubles totals[4], products[4];
-    few means[4], grad, centred;
-    const int whole = lanes >= DOUBLES;
+/* Where loops are; weight is of each value of a run, mean of each column or of all. */
+struct T(Pair) {
+    const stored *grad_output, *x;
+    const real *weight, *mean;
+    const struct T(Normal) *normal;
+};
+
+INLINE void T(move_pair)(struct T(Pair) *at, ptrdiff_t by, const int way) {
+    at->grad_output += by;
+    at->x += by;
+    if (way & BY_VALUE)
+        at->weight += by;
+}
+
+/* Add some vectors of row j, of which so many lanes are columns. */
+INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vectors,
+                            ptrdiff_t lanes, const vector *mean, const int way, vector *total,
+                            vector *product) {
+    const int whole = lanes >= vectors * LANES_OF;
     EACH (v, vectors) {
-        totals[v] = whole ? (doubles)DOUBLES_AT(total + v * DOUBLES) : some_doubles(total, lanes);
-        products[v] = whole ? (doubles)DOUBLES_AT(product + v * DOUBLES) : some_doubles(product, lanes);
-        if (!(way & BY_ROW))
-            means[v] = way & BY_COLUMN ? few_reals(mean + v * DOUBLES) : all_few(mean[0]);
+        const ptrdiff_t k = v * LANES_OF;
+        vector grad = whole ? load(at->grad_output + k) : load_some(at->grad_output + k, lanes - k);
+        vector x = whole ? load(at->x + k) : load_some(at->x + k, lanes - k);
+        if (way & BY_VALUE)
+            grad *= REALS(at->weight + k);
+        if (way & BY_ROW)
+            x = ((x - at->normal->mean[j]) - at->normal->mean_low[j]) * at->normal->scale[j];
+        else
+            x -= mean[way & BY_COLUMN ? v : 0];
+        total[v] += grad;
+        product[v] += grad * x;
+    }
+}
+
+/* Add up some vectors of columns of at most SUMMED rows. */
+INLINE void T(multiply_rows)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row_stride,
+                             const int vectors, ptrdiff_t lanes, const int way, double *total,
+                             double *product) {
+    vector totals[4], products[4], mean[4];
+    EACH (v, vectors) {
+        totals[v] = products[v] = all(0);
+        if (way & BY_COLUMN)
+            mean[v] = REALS(at.mean + v * LANES_OF);
     }
     for (ptrdiff_t j = 0; j < rows; j++) {
-        EACH (v, vectors) {
-            grad = whole ? load_few(grad_output + v * DOUBLES) : load_some_few(grad_output, lanes);
-            centred = whole ? load_few(x + v * DOUBLES) : load_some_few(x, lanes);
-            if (way & BY_VALUE)
-                grad *= few_reals(weight + v * DOUBLES);
-            if (way & BY_ROW)
-                centred = ((centred - normal->mean[j]) - normal->mean_low[j]) * normal->scale[j];
-            else
-                centred -= means[v];
-            totals[v] += widen(grad);
-            products[v] = T(add_product)(grad, centred, products[v]);
-        }
-        grad_output += row_stride;
-        x += row_stride;
-        if (way & BY_VALUE)
-            weight += row_stride;
+        T(multiply_row)(&at, j, vectors, lanes, mean, way, totals, products);
+        T(move_pair)(&at, row_stride, way);
     }
     EACH (v, vectors) {
-        if (whole) {
-            DOUBLES_AT(total + v * DOUBLES) = totals[v];
-            DOUBLES_AT(product + v * DOUBLES) = products[v];
-        } else {
-            put_doubles(total, totals[v], lanes);
-            put_doubles(product, products[v], lanes);
+        T(add_to)(total + v * LANES_OF, totals[v], lanes - v * LANES_OF);
+        T(add_to)(product + v * LANES_OF, products[v], lanes - v * LANES_OF);
+    }
+}
+
+/* Add up so many columns of rows, as many at a time as registers hold. */
+INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row_stride,
+                                ptrdiff_t width, const int way, double *total, double *product) {
+    struct T(Pair) row;
+    ptrdiff_t k, n, step;
+    for (; rows > 0; rows -= n) {
+        n = min_of(rows, SUMMED);
+        row = at;
+        for (k = 0; k < width; k += step) {
+            step = min_of(width - k, LANES_OF);
+            if (width - k >= 4 * LANES_OF)
+                T(multiply_rows)(row, n, row_stride, 4, step = 4 * LANES_OF, way, total + k,
+                                 product + k);
+            else if (step == LANES_OF)
+                T(multiply_rows)(row, n, row_stride, 1, LANES_OF, way, total + k, product + k);
+            else
+                T(multiply_rows)(row, n, row_stride, 1, step, way, total + k, product + k);
+            T(move_pair)(&row, step, way);
+            row.mean += way & BY_COLUMN ? step : 0;
+        }
+        T(move_pair)(&at, n * row_stride, way);
+    }
+}
+
+/* The sums of runs of so many values, in rows of `width`. */
+INLINE struct Sums T(sums_of_rows)(const struct T(Pair) *at, ptrdiff_t runs, ptrdiff_t run_stride,
+                                   ptrdiff_t length, const int width, const int way) {
+    enum { MOST = 4 * LANES_OF, HALVES = LANES_OF / DOUBLES };
+    const int columns = width < MOST ? width : MOST, vectors = columns / LANES_OF;
+    const ptrdiff_t rows = length / width, tail = length % width;
+    const vector mean = all(at->mean[0]);
+    double total[LANES], product[LANES];
+    doubles totals[8], products[8];
+    vector few_total[4], few_product[4];
+    ptrdiff_t end;
+    for (int k = 0; k < width; k += columns) {
+        EACH (v, columns / DOUBLES)
+            totals[v] = products[v] = all_doubles(0);
+        for (ptrdiff_t i = 0; i < runs; i++) {
+            struct T(Pair) row = *at;
+            T(move_pair)(&row, k, way);
+            row.grad_output += i * run_stride;
+            row.x += i * run_stride;
+            for (ptrdiff_t j = 0; j < rows + (tail > 0);) {
+                EACH (v, vectors)
+                    few_total[v] = few_product[v] = all(0);
+                for (end = min_of(j + SUMMED, rows); j < end; j++) {
+                    T(multiply_row)(&row, 0, vectors, columns, &mean, way, few_total, few_product);
+                    T(move_pair)(&row, width, way);
+                }
+                if (j == rows && tail) {
+                    T(multiply_row)(&row, 0, vectors, tail - k, &mean, way, few_total, few_product);
+                    j++;
+                }
+                EACH (v, vectors) {
+                    T(add_lanes)(totals + v * HALVES, few_total[v]);
+                    T(add_lanes)(products + v * HALVES, few_product[v]);
+                }
+            }
+        }
+        EACH (v, columns / DOUBLES) {
+            DOUBLES_AT(total + k + v * DOUBLES) = totals[v];
+            DOUBLES_AT(product + k + v * DOUBLES) = products[v];
         }
     }
+    return (struct Sums){sum_of(total, width), sum_of(product, width)};
 }
 
-/* Add up the columns of a few rows, as many columns at a time as registers hold. */
-INLINE void T(multiply_band)(const stored *grad_output, const stored *x, ptrdiff_t rows,
-                             ptrdiff_t row_stride, ptrdiff_t width, const real *weight,
-                             const real *mean, const struct T(Normal) *normal, const int way,
-                             double *total, double *product) {
-    ptrdiff_t k = 0;
-#define COLUMNS_FROM(k, vectors, lanes)                                                            \
-    grad_output + k, x + k, rows, row_stride, way & BY_VALUE ? weight + k : NULL,              \
-        way & BY_COLUMN ? mean + k : mean, normal, way, vectors, lanes, total + k, product + k
-    for (; width - k >= 4 * DOUBLES; k += 4 * DOUBLES)
-        T(multiply_rows)(COLUMNS_FROM(k, 4, DOUBLES));
-    if (width - k >= 2 * DOUBLES) {
-        T(multiply_rows)(COLUMNS_FROM(k, 2, DOUBLES));
-        k += 2 * DOUBLES;
-    }
-    if (width - k >= DOUBLES) {
-        T(multiply_rows)(COLUMNS_FROM(k, 1, DOUBLES));
-        k += DOUBLES;
-    }
-    if (k < width)
-        T(multiply_rows)(COLUMNS_FROM(k, 1, width - k));
-#undef COLUMNS_FROM
-}
-
-/* The sums of a run, or of runs, in rows of FEW_LANES: longer rows take up to 20 % more time. */
-INLINE struct Sums T(sums_of_plane)(const stored *grad_output, const stored *x, ptrdiff_t runs,
-                                    ptrdiff_t run_stride, ptrdiff_t length, const real *weight,
-                                    real mean, const int way) {
-    double total[FEW_LANES], product[FEW_LANES], last_total[FEW_LANES], last_product[FEW_LANES];
-    const ptrdiff_t rows = length / FEW_LANES, tail = length % FEW_LANES;
-    struct Sums sums;
-    ptrdiff_t at;
-    for (int k = 0; k < FEW_LANES; k++)
-        total[k] = product[k] = last_total[k] = last_product[k] = 0;
-    /* The last row apart: what it changes a column at a time would have to reach memory before it
-       is read as vectors. */
-    for (ptrdiff_t i = 0; i < runs; i++) {
-        at = i * run_stride;
-        T(multiply_band)(grad_output + at, x + at, rows, FEW_LANES, FEW_LANES, weight, &mean, NULL,
-                         way, total, product);
-        if (tail)
-            T(multiply_band)(grad_output + at + length - tail, x + at + length - tail, 1, 0, tail,
-                             way & BY_VALUE ? weight + length - tail : NULL, &mean, NULL, way,
-                             last_total, last_product);
-    }
-    sums.grad_output = sum_of(total, FEW_LANES);
-    sums.grad_output_centred = sum_of(product, FEW_LANES);
-    if (tail) {
-        sums.grad_output += sum_of(last_total, tail);
-        sums.grad_output_centred += sum_of(last_product, tail);
-    }
-    return sums;
+INLINE struct Sums T(sums_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptrdiff_t run_stride,
+                                   ptrdiff_t length, const int way) {
+    if (length < SHORT_RUN)
+        return T(sums_of_rows)(at, runs, run_stride, length, FEW_LANES, way);
+    return T(sums_of_rows)(at, runs, run_stride, length, LANES, way);
 }
 
 /* The sums of each part of a channel, in a piece that may begin and end within one. */
-static void T(sums_of_parts)(const stored *grad_output, const stored *x, const struct Pass *p,
-                             const struct Sheet *sheet, real mean, ptrdiff_t parts,
-                             struct Sums *into) {
+static void T(sums_of_parts)(struct T(Pair) at, const struct Pass *p, const struct Sheet *sheet,
+                             ptrdiff_t parts, struct Sums *into) {
     const ptrdiff_t length = p->geometry.S / p->geometry.parts, reached = sheet->start / length;
     const ptrdiff_t stop = sheet->start + sheet->length;
     ptrdiff_t first, end;
@@ -115,47 +146,39 @@ static void T(sums_of_parts)(const stored *grad_output, const stored *x, const s
         first = max_of(sheet->start, (reached + q) * length);
         end = min_of(stop, (reached + q + 1) * length);
         into[q].grad_output = into[q].grad_output_centred = 0;
-        if (first < end)
-            into[q] = T(sums_of_plane)(grad_output + first - sheet->start, x + first - sheet->start,
-                                       sheet->runs, sheet->run_stride, end - first, NULL, mean, 0);
+        if (first < end) {
+            into[q] = T(sums_of_runs)(&at, sheet->runs, sheet->run_stride, end - first, 0);
+            T(move_pair)(&at, end - first, 0);
+        }
     }
 }
 
-INLINE void T(sums_by_plane)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
-                             const real *mean, ptrdiff_t parts, struct Sums *into) {
-    const stored *grad_output = p->grad_output, *x = p->x;
-    ptrdiff_t at = sheet->offset;
-    for (ptrdiff_t c = 0; c < sheet->channels; c++, at += p->geometry.S)
-        if (p->geometry.by_value)
-            into[c] = T(sums_of_plane)(grad_output + at, x + at, sheet->runs, sheet->run_stride,
-                                       sheet->length, T(weights_of)(p, first + c) + sheet->start,
-                                       mean[c], BY_VALUE);
-        else if (parts > 1)
-            T(sums_of_parts)(grad_output + at, x + at, p, sheet, mean[c], parts, into + c * parts);
+INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const struct Sheet *sheet,
+                             ptrdiff_t first, ptrdiff_t parts, struct Sums *into) {
+    for (ptrdiff_t c = 0; c < sheet->channels; c++, at.mean++) {
+        if (p->geometry.by_value) {
+            at.weight = T(weights_of)(p, first + c) + sheet->start;
+            into[c] = T(sums_of_runs)(&at, sheet->runs, sheet->run_stride, sheet->length, BY_VALUE);
+        } else if (parts > 1)
+            T(sums_of_parts)(at, p, sheet, parts, into + c * parts);
         else
-            into[c] = T(sums_of_plane)(grad_output + at, x + at, sheet->runs, sheet->run_stride,
-                                       sheet->length, NULL, mean[c], 0);
+            into[c] = T(sums_of_runs)(&at, sheet->runs, sheet->run_stride, sheet->length, 0);
+        T(move_pair)(&at, p->geometry.S, 0);
+    }
 }
 
-static void T(sums_by_row)(const struct Pass *p, const struct Sheet *sheet, const real *mean,
-                           ptrdiff_t parts, struct Sums *into) {
-    const stored *grad_output = p->grad_output, *x = p->x;
+static void T(sums_by_row)(struct T(Pair) at, const struct Sheet *sheet, ptrdiff_t parts,
+                           struct Sums *into) {
     const ptrdiff_t period = sheet->channels * sheet->span, span = sheet->span / parts;
-    const ptrdiff_t band = sheet->width <= LANES ? sheet->rows : BAND;
     real means[WIDTH + LANES_OF]; /* of each column */
     double total[WIDTH], product[WIDTH];
-    ptrdiff_t at = sheet->offset, n;
-    T(spread)(mean, sheet->channels, sheet->span, sheet->repeat, means);
+    T(spread)(at.mean, sheet->channels, sheet->span, sheet->repeat, means);
+    at.mean = means;
     for (ptrdiff_t k = 0; k < sheet->width; k++)
         total[k] = product[k] = 0;
-    for (ptrdiff_t rest = sheet->rows; rest > 0; rest -= n, at += n * sheet->row_stride) {
-        n = min_of(band, rest);
-        T(multiply_band)(grad_output + at, x + at, n, sheet->row_stride, sheet->width, NULL, means,
-                         NULL, BY_COLUMN, total, product);
-    }
-    if (sheet->tail)
-        T(multiply_band)(grad_output + at, x + at, 1, 0, sheet->tail, NULL, means, NULL,
-                         BY_COLUMN, total, product);
+    T(multiply_columns)(at, sheet->rows, sheet->row_stride, sheet->width, BY_COLUMN, total, product);
+    T(move_pair)(&at, sheet->rows * sheet->row_stride, 0);
+    T(multiply_columns)(at, 1, 0, sheet->tail, BY_COLUMN, total, product);
     for (ptrdiff_t r = 1; r < sheet->repeat; r++)
         for (ptrdiff_t k = 0; k < period; k++) {
             total[k] += total[r * period + k];
@@ -167,22 +190,28 @@ static void T(sums_by_row)(const struct Pass *p, const struct Sheet *sheet, cons
     }
 }
 
+INLINE struct T(Pair) T(pair_of)(const struct Pass *p, ptrdiff_t at) {
+    return (struct T(Pair)){(const stored *)p->grad_output + at, (const stored *)p->x + at};
+}
+
 /* The sums of at most WIDTH channels of a sheet, each in so many parts. mean is in two parts, and
    what depends on the second is left out of the loops:
 
      sum(grad_output * (x - mean)) = sum(grad_output * (x - high)) - low * sum(grad_output) */
 static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                             ptrdiff_t parts, struct Sums *into) {
+    struct T(Pair) at = T(pair_of)(p, sheet->offset);
     double mean[WIDTH], mean_low[WIDTH], low;
     real high[WIDTH];
     take_values(&p->mean, first, sheet->channels, mean);
     take_values(&p->mean_low, first, sheet->channels, mean_low);
     for (ptrdiff_t c = 0; c < sheet->channels; c++)
         high[c] = (real)mean[c];
+    at.mean = high;
     if (p->geometry.by_plane)
-        T(sums_by_plane)(p, sheet, first, high, parts, into);
+        T(sums_by_plane)(at, p, sheet, first, parts, into);
     else
-        T(sums_by_row)(p, sheet, high, parts, into);
+        T(sums_by_row)(at, sheet, parts, into);
     for (ptrdiff_t c = 0; c < sheet->channels; c++) {
         low = (mean[c] - (double)high[c]) + mean_low[c];
         for (ptrdiff_t q = c * parts; q < (c + 1) * parts; q++)
@@ -194,15 +223,15 @@ static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptr
    by value. */
 static void T(share_products)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                               double *grad_bias, double *grad_weight) {
-    const stored *grad_output = p->grad_output, *x = p->x;
     const ptrdiff_t period = p->geometry.period, S = p->geometry.S;
+    struct T(Pair) pair;
     struct T(Normal) normal;
-    double mean[BAND], mean_low[BAND], reciprocal[BAND];
-    ptrdiff_t n, at;
+    double mean[SUMMED], mean_low[SUMMED], reciprocal[SUMMED];
+    ptrdiff_t n;
     for (ptrdiff_t k = 0; k < sheet->length; k++)
         grad_bias[k] = grad_weight[k] = 0;
     for (ptrdiff_t c = 0; c < sheet->channels; c += n * period) {
-        n = min_of(BAND, (sheet->channels - c + period - 1) / period);
+        n = min_of(SUMMED, (sheet->channels - c + period - 1) / period);
         for (ptrdiff_t j = 0; j < n; j++) {
             take_values(&p->mean, first + c + j * period, 1, mean + j);
             take_values(&p->mean_low, first + c + j * period, 1, mean_low + j);
@@ -214,9 +243,9 @@ static void T(share_products)(const struct Pass *p, const struct Sheet *sheet, p
             normal.scale[j] = (real)(1 / sqrt(reciprocal[j] + p->eps));
         }
         for (ptrdiff_t i = 0; i < sheet->runs; i++) {
-            at = sheet->offset + c * S + i * sheet->run_stride;
-            T(multiply_band)(grad_output + at, x + at, n, period * S, sheet->length, NULL, NULL,
-                             &normal, BY_ROW, grad_bias, grad_weight);
+            pair = T(pair_of)(p, sheet->offset + c * S + i * sheet->run_stride);
+            pair.normal = &normal;
+            T(multiply_columns)(pair, n, period * S, sheet->length, BY_ROW, grad_bias, grad_weight);
         }
     }
 }
