@@ -147,14 +147,7 @@ INLINE doubles widen(few_floats value) {
 #endif
 }
 
-/* Add the first lanes to numbers in float64. */
-INLINE void add_doubles(double *at, doubles value, ptrdiff_t lanes) {
-    if (lanes >= DOUBLES)
-        DOUBLES_AT(at) += value;
-    else if (lanes > 0)
-        put_doubles(at, some_doubles(at, lanes) + value, lanes);
-}
-/* The same lanes in float64, in two vectors. */
+/* Lanes in float64, in two vectors. */
 INLINE void widen_floats(floats value, doubles *halves) {
 #if defined(__AVX512F__)
     halves[0] = widen((few_floats)_mm512_castps512_ps256((__m512)value));
@@ -241,12 +234,6 @@ INLINE void add_lanes_f32(doubles *to, vector_f32 value) {
     to[0] += halves[0];
     to[1] += halves[1];
 }
-INLINE void add_to_f32(double *at, vector_f32 value, ptrdiff_t lanes) {
-    doubles halves[2];
-    widen_floats(value, halves);
-    add_doubles(at, halves[0], lanes);
-    add_doubles(at + DOUBLES, halves[1], lanes - DOUBLES);
-}
 
 /* float64 */
 typedef double stored_f64, real_f64;
@@ -268,8 +255,5 @@ INLINE few_f64 load_few_f64(const stored_f64 *at) { return load_f64(at); }
 INLINE few_f64 load_some_few_f64(const stored_f64 *at, ptrdiff_t n) { return load_some_f64(at, n); }
 INLINE doubles widen_f64(few_f64 value) { return value; }
 INLINE void add_lanes_f64(doubles *to, vector_f64 value) { to[0] += value; }
-INLINE void add_to_f64(double *at, vector_f64 value, ptrdiff_t lanes) {
-    add_doubles(at, value, lanes);
-}
 
 #endif

@@ -41,47 +41,61 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
     }
 }
 
-/* Add up some vectors of columns of at most SUMMED rows. */
-INLINE void T(multiply_rows)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row_stride,
-                             const int vectors, ptrdiff_t lanes, const int way, double *total,
-                             double *product) {
+/* Add some vectors of columns of a few rows. */
+INLINE void T(multiply_rows)(struct T(Pair) at, ptrdiff_t j, ptrdiff_t end, ptrdiff_t row_stride,
+                             const int vectors, ptrdiff_t lanes, const int way, real *total,
+                             real *product) {
     vector totals[4], products[4], mean[4];
     EACH (v, vectors) {
-        totals[v] = products[v] = all(0);
+        totals[v] = REALS(total + v * LANES_OF);
+        products[v] = REALS(product + v * LANES_OF);
         if (way & BY_COLUMN)
             mean[v] = REALS(at.mean + v * LANES_OF);
     }
-    for (ptrdiff_t j = 0; j < rows; j++) {
+    for (; j < end; j++) {
         T(multiply_row)(&at, j, vectors, lanes, mean, way, totals, products);
         T(move_pair)(&at, row_stride, way);
     }
     EACH (v, vectors) {
-        T(add_to)(total + v * LANES_OF, totals[v], lanes - v * LANES_OF);
-        T(add_to)(product + v * LANES_OF, products[v], lanes - v * LANES_OF);
+        REALS(total + v * LANES_OF) = totals[v];
+        REALS(product + v * LANES_OF) = products[v];
     }
 }
 
-/* Add up so many columns of rows, as many at a time as registers hold. */
+/* Add up at most WIDTH columns of rows, of a few rows at a time: more would take the same places of
+   the L1 cache, where rows are a power of two apart. */
 INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row_stride,
                                 ptrdiff_t width, const int way, double *total, double *product) {
+    real few_total[WIDTH + LANES_OF], few_product[WIDTH + LANES_OF];
     struct T(Pair) row;
-    ptrdiff_t k, n, step;
-    for (; rows > 0; rows -= n) {
-        n = min_of(rows, SUMMED);
+    for (ptrdiff_t j = 0, end, k; j < rows; j = end) {
+        if (j % SUMMED == 0)
+            for (k = 0; k < width; k++)
+                few_total[k] = few_product[k] = 0;
+        end = min_of(rows, j + BESIDE);
         row = at;
-        for (k = 0; k < width; k += step) {
-            step = min_of(width - k, LANES_OF);
-            if (width - k >= 4 * LANES_OF)
-                T(multiply_rows)(row, n, row_stride, 4, step = 4 * LANES_OF, way, total + k,
-                                 product + k);
-            else if (step == LANES_OF)
-                T(multiply_rows)(row, n, row_stride, 1, LANES_OF, way, total + k, product + k);
-            else
-                T(multiply_rows)(row, n, row_stride, 1, step, way, total + k, product + k);
-            T(move_pair)(&row, step, way);
-            row.mean += way & BY_COLUMN ? step : 0;
+        for (k = 0; width - k >= 4 * LANES_OF; k += 4 * LANES_OF) {
+            T(multiply_rows)(row, j, end, row_stride, 4, 4 * LANES_OF, way, few_total + k,
+                             few_product + k);
+            T(move_pair)(&row, 4 * LANES_OF, way);
+            row.mean += way & BY_COLUMN ? 4 * LANES_OF : 0;
         }
-        T(move_pair)(&at, n * row_stride, way);
+        for (; k < width; k += LANES_OF) {
+            if (width - k >= LANES_OF)
+                T(multiply_rows)(row, j, end, row_stride, 1, LANES_OF, way, few_total + k,
+                                 few_product + k);
+            else
+                T(multiply_rows)(row, j, end, row_stride, 1, width - k, way, few_total + k,
+                                 few_product + k);
+            T(move_pair)(&row, LANES_OF, way);
+            row.mean += way & BY_COLUMN ? LANES_OF : 0;
+        }
+        T(move_pair)(&at, (end - j) * row_stride, way);
+        if (end == rows || end % SUMMED == 0)
+            for (k = 0; k < width; k++) {
+                total[k] += few_total[k];
+                product[k] += few_product[k];
+            }
     }
 }
 
@@ -226,8 +240,8 @@ static void T(share_products)(const struct Pass *p, const struct Sheet *sheet, p
     const ptrdiff_t period = p->geometry.period, S = p->geometry.S;
     struct T(Pair) pair;
     struct T(Normal) normal;
-    double mean[SUMMED], mean_low[SUMMED], reciprocal[SUMMED];
-    ptrdiff_t n;
+    double mean[SUMMED], mean_low[SUMMED], var[SUMMED];
+    ptrdiff_t n, width;
     for (ptrdiff_t k = 0; k < sheet->length; k++)
         grad_bias[k] = grad_weight[k] = 0;
     for (ptrdiff_t c = 0; c < sheet->channels; c += n * period) {
@@ -235,17 +249,20 @@ static void T(share_products)(const struct Pass *p, const struct Sheet *sheet, p
         for (ptrdiff_t j = 0; j < n; j++) {
             take_values(&p->mean, first + c + j * period, 1, mean + j);
             take_values(&p->mean_low, first + c + j * period, 1, mean_low + j);
-            take_values(&p->var, first + c + j * period, 1, reciprocal + j);
+            take_values(&p->var, first + c + j * period, 1, var + j);
         }
         for (ptrdiff_t j = 0; j < n; j++) {
             normal.mean[j] = (real)mean[j];
             normal.mean_low[j] = T(low_part)(normal.mean[j], mean[j], mean_low[j]);
-            normal.scale[j] = (real)(1 / sqrt(reciprocal[j] + p->eps));
+            normal.scale[j] = (real)(1 / sqrt(var[j] + p->eps));
         }
-        for (ptrdiff_t i = 0; i < sheet->runs; i++) {
-            pair = T(pair_of)(p, sheet->offset + c * S + i * sheet->run_stride);
-            pair.normal = &normal;
-            T(multiply_columns)(pair, n, period * S, sheet->length, BY_ROW, grad_bias, grad_weight);
-        }
+        for (ptrdiff_t i = 0; i < sheet->runs; i++)
+            for (ptrdiff_t k = 0; k < sheet->length; k += WIDTH) {
+                width = min_of(WIDTH, sheet->length - k);
+                pair = T(pair_of)(p, sheet->offset + c * S + i * sheet->run_stride + k);
+                pair.normal = &normal;
+                T(multiply_columns)(pair, n, period * S, width, BY_ROW, grad_bias + k,
+                                    grad_weight + k);
+            }
     }
 }

@@ -88,6 +88,7 @@ static void fold(const struct Columns *columns, ptrdiff_t channels, ptrdiff_t sp
 enum {
     FEW_VECTORS = FEW_LANES / DOUBLES,
     SUMMED = 16,     /* rows that are added up before they are in float64 */
+    BESIDE = 4,      /* rows that are added up at a time */
     SHORT_RUN = 512, /* values that are not worth rows of LANES */
 };
 
