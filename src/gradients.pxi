@@ -34,16 +34,27 @@ cdef inline Py_ssize_t sharers_of(const Geometry* g) noexcept nogil:
     return g.channels // g.period
 
 
-cdef void share_columns(const Pass* p, Py_ssize_t strip, Py_ssize_t piece,
-                        Sheet sheet) noexcept nogil:
-    """Sum what the channels of a tile share: the gradients of weights and biases by value."""
+cdef inline double* share_of(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noexcept nogil:
+    """By value, what a tile finds of the gradients of biases and, further on, of weights."""
+    cdef const Geometry* g = &p.geometry
+    return p.shares + 2 * g.parameters * (strip * g.outer_pieces + piece // g.inner_pieces)
+
+
+cdef void clear_share(const Pass* p, const Sheet* sheet, double* share) noexcept nogil:
+    cdef const Geometry* g = &p.geometry
+    cdef Py_ssize_t r
+    for r in range(g.period * 2):
+        memset(share + r * g.parts + sheet.start, 0, sheet.length * sizeof(double))
+
+
+cdef void share_columns(const Pass* p, Sheet sheet, Py_ssize_t first,
+                        double* share) noexcept nogil:   # IN, OUT
+    """Sum what channels share: the gradients of weights and biases by value."""
     cdef const Geometry* g = &p.geometry
     cdef double* grad_bias
-    cdef Py_ssize_t first = first_channel(g, strip), r
+    cdef Py_ssize_t r
     for r in range(min(g.period, sheet.channels)):
-        grad_bias = p.shares + 2 * g.parameters * (
-            strip * g.outer_pieces + piece // g.inner_pieces) \
-            + (first + r) % g.period * g.parts + sheet.start
+        grad_bias = share + (first + r) % g.period * g.parts + sheet.start
         micro_of(p).share_products(p, &sheet, first + r, grad_bias, grad_bias + g.parameters)
         sheet.offset += g.S
         sheet.channels -= 1
@@ -56,7 +67,8 @@ cdef void reduce_gradients(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) no
     cdef Py_ssize_t parts = parts_kept(g)
     cdef Sums* into = <Sums*>p.partial + (piece * g.channels + first) * parts
     if g.by_value:
-        share_columns(p, strip, piece, sheet)
+        clear_share(p, &sheet, share_of(p, strip, piece))
+        share_columns(p, sheet, first, share_of(p, strip, piece))
     while first < end:   # one turn, but for channels by value
         sheet.channels = min(WIDTH, end - first)
         micro_of(p).sum_products(p, &sheet, first, parts, into)

@@ -242,8 +242,6 @@ static void T(share_products)(const struct Pass *p, const struct Sheet *sheet, p
     struct T(Normal) normal;
     double mean[SUMMED], mean_low[SUMMED], var[SUMMED];
     ptrdiff_t n, width;
-    for (ptrdiff_t k = 0; k < sheet->length; k++)
-        grad_bias[k] = grad_weight[k] = 0;
     for (ptrdiff_t c = 0; c < sheet->channels; c += n * period) {
         n = min_of(SUMMED, (sheet->channels - c + period - 1) / period);
         for (ptrdiff_t j = 0; j < n; j++) {

@@ -2,6 +2,8 @@
 
 cdef enum:
     ROUNDS = 2         # of tiles: those that are reduced, and those that are written
+    SPAN = 4096
+    SUMMED = 16
     CACHED = 1 << 17   # values of a strip of rows that are still in the L2 cache (1 MiB) after
 
 
@@ -68,12 +70,15 @@ cdef void finish_channels(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcep
         micro.finish_gradients(p, first, n, reciprocal, total, product)
 
 
-cdef void finish_strip(const Pass* p, Py_ssize_t strip) noexcept nogil:
-    cdef Py_ssize_t first = first_channel(&p.geometry, strip)
-    cdef Py_ssize_t end = first + channels_of(&p.geometry, strip)
+cdef void finish_some(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t end = first + n
     while first < end:
         finish_channels(p, first, min(AT_ONCE, end - first))
         first += AT_ONCE
+
+
+cdef void finish_strip(const Pass* p, Py_ssize_t strip) noexcept nogil:
+    finish_some(p, first_channel(&p.geometry, strip), channels_of(&p.geometry, strip))
 
 
 cdef inline Py_ssize_t parameter_chunks(const Pass* p) noexcept nogil:
@@ -93,8 +98,30 @@ cdef void write_tile(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noexcept
         micro_of(p).write(p, &sheet, first_channel(&p.geometry, strip))
 
 
+cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:
+    """Run a strip of channels by value some channels at a time, which stay in the L1 cache."""
+    cdef const Geometry* g = &p.geometry
+    cdef double* share = share_of(p, strip, 0)
+    cdef Sheet sheet = sheet_of(g, strip, 0)
+    cdef Py_ssize_t first = first_channel(g, strip), end = first + sheet.channels
+    cdef Py_ssize_t rows = SPAN // (g.parameters * SUMMED) * SUMMED   # sums are of so many
+    cdef Py_ssize_t span = g.period * max(SUMMED, min(rows, WIDTH))
+    clear_share(p, &sheet, share)
+    while first < end:
+        sheet.channels = min(span, end - first)
+        micro_of(p).sum_products(p, &sheet, first, 1, <Sums*>p.partial + first)
+        share_columns(p, sheet, first, share)
+        finish_some(p, first, sheet.channels)
+        micro_of(p).write(p, &sheet, first)
+        first += sheet.channels
+        sheet.offset += sheet.channels * g.S
+
+
 cdef void run_strip(const Pass* p, Py_ssize_t strip) noexcept nogil:
     cdef Py_ssize_t piece
+    if p.kind == GRADIENTS and p.geometry.by_value and p.geometry.pieces == 1:
+        run_spans(p, strip)
+        return
     if p.kind == GIVEN:
         finish_strip(p, strip)
         for piece in range(p.geometry.pieces):
