@@ -100,8 +100,13 @@ cdef public struct Micro:
     # The moments of channels, each from those of so many columns.
     void (*fold)(const Columns* columns, Py_ssize_t channels, Py_ssize_t span, Py_ssize_t tail,
                  Rows rows, Moments* into) noexcept nogil
+    # The sums of a block of a channel, of runs of so many values in some unit, around a shift: that
+    # given, or else its mean. And a unit for a channel whose squares are out of range in 1.
+    void (*sum_plane)(const void* x, const Sheet* block, Py_ssize_t length, bint centred,
+                      double unit, double* shift, double* total, double* square) noexcept nogil
+    double (*unit_of)(const void* x, const Sheet* sheet) noexcept nogil
     # The moments of channels too small for blocks.
-    void (*few_moments)(const void* x, const Sheet* sheet, Py_ssize_t S,
+    void (*few_moments)(const void* x, const Sheet* sheet, Py_ssize_t S, double smallest,
                         Moments* into) noexcept nogil
     # The sums of channels for gradients, each in so many parts.
     void (*sum_products)(const Pass* p, const Sheet* sheet, Py_ssize_t first, Py_ssize_t parts,

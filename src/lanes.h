@@ -37,7 +37,6 @@ typedef float few_floats __attribute__((vector_size(VECTOR_BYTES / 2))); /* DOUB
 typedef double doubles __attribute__((vector_size(VECTOR_BYTES)));
 /* The same at any address, as lvalues. */
 typedef floats any_floats __attribute__((aligned(4), may_alias));
-typedef few_floats any_few_floats __attribute__((aligned(4), may_alias));
 typedef doubles any_doubles __attribute__((aligned(8), may_alias));
 
 #define FLOATS_AT(address) (*(any_floats *)(address))
@@ -58,9 +57,6 @@ INLINE __mmask16 first_16(ptrdiff_t n) {
 INLINE floats some_floats(const float *at, ptrdiff_t n) {
     return (floats)_mm512_maskz_loadu_ps(first_16(n), at);
 }
-INLINE few_floats some_few_floats(const float *at, ptrdiff_t n) {
-    return (few_floats)_mm256_maskz_loadu_ps((__mmask8)first_16(n), at);
-}
 INLINE doubles some_doubles(const double *at, ptrdiff_t n) {
     return (doubles)_mm512_maskz_loadu_pd((__mmask8)first_16(n), at);
 }
@@ -70,12 +66,24 @@ INLINE void put_floats(float *at, floats value, ptrdiff_t n) {
 INLINE void put_doubles(double *at, doubles value, ptrdiff_t n) {
     _mm512_mask_storeu_pd(at, (__mmask8)first_16(n), (__m512d)value);
 }
+INLINE floats first_floats(floats value, ptrdiff_t n) {
+    return (floats)_mm512_maskz_mov_ps(first_16(n), (__m512)value);
+}
 INLINE doubles first_doubles(doubles value, ptrdiff_t n) {
     return (doubles)_mm512_maskz_mov_pd((__mmask8)first_16(n), (__m512d)value);
 }
 
 #else
 
+INLINE floats first_floats(floats value, ptrdiff_t n) {
+    typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
+#if VECTOR_BYTES == 32
+    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+    const ints lane = {0, 1, 2, 3};
+#endif
+    return (floats)((ints)value & (lane < (int32_t)n - (ints){0}));
+}
 INLINE doubles first_doubles(doubles value, ptrdiff_t n) {
     typedef int64_t longs __attribute__((vector_size(VECTOR_BYTES)));
 #if VECTOR_BYTES == 32
@@ -93,9 +101,6 @@ INLINE __m256i first_8(ptrdiff_t n) {
 }
 INLINE floats some_floats(const float *at, ptrdiff_t n) {
     return (floats)_mm256_maskload_ps(at, first_8(n));
-}
-INLINE few_floats some_few_floats(const float *at, ptrdiff_t n) {
-    return (few_floats)_mm_maskload_ps(at, _mm256_castsi256_si128(first_8(n)));
 }
 INLINE doubles some_doubles(const double *at, ptrdiff_t n) {
     return (doubles)_mm256_maskload_pd(
@@ -117,9 +122,6 @@ INLINE floats some_floats(const float *at, ptrdiff_t n) {
     for (int i = 0; i < FLOATS && i < n; i++)
         value[i] = at[i];
     return value;
-}
-INLINE few_floats some_few_floats(const float *at, ptrdiff_t n) {
-    return (few_floats){n > 0 ? at[0] : 0, n > 1 ? at[1] : 0};
 }
 INLINE doubles some_doubles(const double *at, ptrdiff_t n) {
     return (doubles){n > 0 ? at[0] : 0, n > 1 ? at[1] : 0};
@@ -222,12 +224,7 @@ INLINE void store_some_f32(stored_f32 *at, vector_f32 value, ptrdiff_t n) {
     put_floats(at, value, n);
 }
 INLINE void stream_f32(stored_f32 *at, vector_f32 value) { stream(at, (doubles)value); }
-typedef few_floats few_f32;
-INLINE few_f32 load_few_f32(const stored_f32 *at) { return *(any_few_floats *)at; }
-INLINE few_f32 load_some_few_f32(const stored_f32 *at, ptrdiff_t n) {
-    return some_few_floats(at, n);
-}
-INLINE doubles widen_f32(few_f32 value) { return widen(value); }
+INLINE vector_f32 first_f32(vector_f32 value, ptrdiff_t n) { return first_floats(value, n); }
 INLINE void add_lanes_f32(doubles *to, vector_f32 value) {
     doubles halves[2];
     widen_floats(value, halves);
@@ -250,10 +247,7 @@ INLINE void store_some_f64(stored_f64 *at, vector_f64 value, ptrdiff_t n) {
     put_doubles(at, value, n);
 }
 INLINE void stream_f64(stored_f64 *at, vector_f64 value) { stream(at, value); }
-typedef doubles few_f64;
-INLINE few_f64 load_few_f64(const stored_f64 *at) { return load_f64(at); }
-INLINE few_f64 load_some_few_f64(const stored_f64 *at, ptrdiff_t n) { return load_some_f64(at, n); }
-INLINE doubles widen_f64(few_f64 value) { return value; }
+INLINE vector_f64 first_f64(vector_f64 value, ptrdiff_t n) { return first_doubles(value, n); }
 INLINE void add_lanes_f64(doubles *to, vector_f64 value) { to[0] += value; }
 
 #endif

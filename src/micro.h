@@ -16,10 +16,6 @@
 #define some_reals T(some_reals)
 #define load T(load)
 #define load_some T(load_some)
-#define few T(few)
-#define load_few T(load_few)
-#define load_some_few T(load_some_few)
-#define widen T(widen)
 
 struct T(Block) {
     real shift[WIDTH + LANES_OF], total[WIDTH + LANES_OF], square[WIDTH + LANES_OF];
@@ -35,6 +31,8 @@ static const struct Micro T(micro) = {
     are_usable,
     T(add_block),
     fold,
+    T(sum_plane),
+    T(unit_of),
     T(few_moments),
     T(sum_products),
     T(share_products),
@@ -55,10 +53,6 @@ static const struct Micro T(micro) = {
 #undef some_reals
 #undef load
 #undef load_some
-#undef few
-#undef load_few
-#undef load_some_few
-#undef widen
 #undef T
 #undef PASTED
 #undef PASTE

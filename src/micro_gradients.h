@@ -7,10 +7,10 @@ struct T(Normal) {
     real mean[SUMMED], mean_low[SUMMED], scale[SUMMED];
 };
 
-/* Where loops are; weight is of each value of a run, mean of each column or of all. */
+/* Where loops are; weight is of each value of a run, mean and unit of each column or of all. */
 struct T(Pair) {
     const stored *grad_output, *x;
-    const real *weight, *mean;
+    const real *weight, *mean, *unit;
     const struct T(Normal) *normal;
 };
 
@@ -19,12 +19,16 @@ INLINE void T(move_pair)(struct T(Pair) *at, ptrdiff_t by, const int way) {
     at->x += by;
     if (way & BY_VALUE)
         at->weight += by;
+    if (way & BY_COLUMN && way & MEANS) {
+        at->mean += by;
+        at->unit += by;
+    }
 }
 
 /* Add some vectors of row j, of which so many lanes are columns. */
 INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vectors,
-                            ptrdiff_t lanes, const vector *mean, const int way, vector *total,
-                            vector *product) {
+                            ptrdiff_t lanes, const vector *mean, const vector *unit,
+                            const int way, vector *total, vector *product) {
     const int whole = lanes >= vectors * LANES_OF;
     EACH (v, vectors) {
         const ptrdiff_t k = v * LANES_OF;
@@ -35,7 +39,7 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
         if (way & BY_ROW)
             x = ((x - at->normal->mean[j]) - at->normal->mean_low[j]) * at->normal->scale[j];
         else
-            x -= mean[way & BY_COLUMN ? v : 0];
+            x = (x - mean[way & BY_COLUMN ? v : 0]) * unit[way & BY_COLUMN ? v : 0];
         total[v] += grad;
         product[v] += grad * x;
     }
@@ -45,15 +49,15 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
 INLINE void T(multiply_rows)(struct T(Pair) at, ptrdiff_t j, ptrdiff_t end, ptrdiff_t row_stride,
                              const int vectors, ptrdiff_t lanes, const int way, real *total,
                              real *product) {
-    vector totals[4], products[4], mean[4];
+    vector totals[4], products[4], mean[4], unit[4];
     EACH (v, vectors) {
         totals[v] = REALS(total + v * LANES_OF);
         products[v] = REALS(product + v * LANES_OF);
         if (way & BY_COLUMN)
-            mean[v] = REALS(at.mean + v * LANES_OF);
+            mean[v] = REALS(at.mean + v * LANES_OF), unit[v] = REALS(at.unit + v * LANES_OF);
     }
     for (; j < end; j++) {
-        T(multiply_row)(&at, j, vectors, lanes, mean, way, totals, products);
+        T(multiply_row)(&at, j, vectors, lanes, mean, unit, way, totals, products);
         T(move_pair)(&at, row_stride, way);
     }
     EACH (v, vectors) {
@@ -77,8 +81,7 @@ INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row
         for (k = 0; width - k >= 4 * LANES_OF; k += 4 * LANES_OF) {
             T(multiply_rows)(row, j, end, row_stride, 4, 4 * LANES_OF, way, few_total + k,
                              few_product + k);
-            T(move_pair)(&row, 4 * LANES_OF, way);
-            row.mean += way & BY_COLUMN ? 4 * LANES_OF : 0;
+            T(move_pair)(&row, 4 * LANES_OF, way | MEANS);
         }
         for (; k < width; k += LANES_OF) {
             if (width - k >= LANES_OF)
@@ -87,8 +90,7 @@ INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row
             else
                 T(multiply_rows)(row, j, end, row_stride, 1, width - k, way, few_total + k,
                                  few_product + k);
-            T(move_pair)(&row, LANES_OF, way);
-            row.mean += way & BY_COLUMN ? LANES_OF : 0;
+            T(move_pair)(&row, LANES_OF, way | MEANS);
         }
         T(move_pair)(&at, (end - j) * row_stride, way);
         if (end == rows || end % SUMMED == 0)
@@ -105,7 +107,7 @@ INLINE struct Sums T(sums_of_rows)(const struct T(Pair) *at, ptrdiff_t runs, ptr
     enum { MOST = 4 * LANES_OF, HALVES = LANES_OF / DOUBLES };
     const int columns = width < MOST ? width : MOST, vectors = columns / LANES_OF;
     const ptrdiff_t rows = length / width, tail = length % width;
-    const vector mean = all(at->mean[0]);
+    const vector mean = all(at->mean[0]), unit = all(at->unit[0]);
     double total[LANES], product[LANES];
     doubles totals[8], products[8];
     vector few_total[4], few_product[4];
@@ -122,11 +124,13 @@ INLINE struct Sums T(sums_of_rows)(const struct T(Pair) *at, ptrdiff_t runs, ptr
                 EACH (v, vectors)
                     few_total[v] = few_product[v] = all(0);
                 for (end = min_of(j + SUMMED, rows); j < end; j++) {
-                    T(multiply_row)(&row, 0, vectors, columns, &mean, way, few_total, few_product);
+                    T(multiply_row)(&row, 0, vectors, columns, &mean, &unit, way, few_total,
+                                    few_product);
                     T(move_pair)(&row, width, way);
                 }
                 if (j == rows && tail) {
-                    T(multiply_row)(&row, 0, vectors, tail - k, &mean, way, few_total, few_product);
+                    T(multiply_row)(&row, 0, vectors, tail - k, &mean, &unit, way, few_total,
+                                    few_product);
                     j++;
                 }
                 EACH (v, vectors) {
@@ -169,7 +173,7 @@ static void T(sums_of_parts)(struct T(Pair) at, const struct Pass *p, const stru
 
 INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const struct Sheet *sheet,
                              ptrdiff_t first, ptrdiff_t parts, struct Sums *into) {
-    for (ptrdiff_t c = 0; c < sheet->channels; c++, at.mean++) {
+    for (ptrdiff_t c = 0; c < sheet->channels; c++, at.mean++, at.unit++) {
         if (p->geometry.by_value) {
             at.weight = T(weights_of)(p, first + c) + sheet->start;
             into[c] = T(sums_of_runs)(&at, sheet->runs, sheet->run_stride, sheet->length, BY_VALUE);
@@ -184,10 +188,12 @@ INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const stru
 static void T(sums_by_row)(struct T(Pair) at, const struct Sheet *sheet, ptrdiff_t parts,
                            struct Sums *into) {
     const ptrdiff_t period = sheet->channels * sheet->span, span = sheet->span / parts;
-    real means[WIDTH + LANES_OF]; /* of each column */
+    real means[WIDTH + LANES_OF], units[WIDTH + LANES_OF]; /* of each column */
     double total[WIDTH], product[WIDTH];
     T(spread)(at.mean, sheet->channels, sheet->span, sheet->repeat, means);
+    T(spread)(at.unit, sheet->channels, sheet->span, sheet->repeat, units);
     at.mean = means;
+    at.unit = units;
     for (ptrdiff_t k = 0; k < sheet->width; k++)
         total[k] = product[k] = 0;
     T(multiply_columns)(at, sheet->rows, sheet->row_stride, sheet->width, BY_COLUMN, total, product);
@@ -211,17 +217,25 @@ INLINE struct T(Pair) T(pair_of)(const struct Pass *p, ptrdiff_t at) {
 /* The sums of at most WIDTH channels of a sheet, each in so many parts. mean is in two parts, and
    what depends on the second is left out of the loops:
 
-     sum(grad_output * (x - mean)) = sum(grad_output * (x - high)) - low * sum(grad_output) */
+     sum(grad_output * (x - mean)) = sum(grad_output * (x - high)) - low * sum(grad_output)
+
+   Products are in a unit near the standard deviation, a power of two: so they stay in range, and the
+   digits of the sums do not depend on the unit of x. */
 static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                             ptrdiff_t parts, struct Sums *into) {
     struct T(Pair) at = T(pair_of)(p, sheet->offset);
-    double mean[WIDTH], mean_low[WIDTH], low;
-    real high[WIDTH];
+    double mean[WIDTH], mean_low[WIDTH], unit[WIDTH], low;
+    real high[WIDTH], per_unit[WIDTH];
     take_values(&p->mean, first, sheet->channels, mean);
     take_values(&p->mean_low, first, sheet->channels, mean_low);
-    for (ptrdiff_t c = 0; c < sheet->channels; c++)
+    take_values(&p->var, first, sheet->channels, unit);
+    for (ptrdiff_t c = 0; c < sheet->channels; c++) {
         high[c] = (real)mean[c];
+        unit[c] = power_of_two(sqrt(unit[c] + p->eps));
+        per_unit[c] = (real)(1 / unit[c]);
+    }
     at.mean = high;
+    at.unit = per_unit;
     if (p->geometry.by_plane)
         T(sums_by_plane)(at, p, sheet, first, parts, into);
     else
@@ -229,7 +243,8 @@ static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptr
     for (ptrdiff_t c = 0; c < sheet->channels; c++) {
         low = (mean[c] - (double)high[c]) + mean_low[c];
         for (ptrdiff_t q = c * parts; q < (c + 1) * parts; q++)
-            into[q].grad_output_centred -= low * into[q].grad_output;
+            into[q].grad_output_centred =
+                into[q].grad_output_centred * unit[c] - low * into[q].grad_output;
     }
 }
 

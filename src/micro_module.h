@@ -12,6 +12,7 @@ enum { /* what `way` says of a loop, as a literal: the compiler keeps what it ne
     BY_COLUMN = 8,  /* coefficients, or means, are for a column each, not one for all */
     BY_VALUE = 16,  /* a weight and a bias beside each value of a run */
     BY_PART = 32,   /* a weight and a bias for several values of a run each */
+    MEANS = 128,    /* means go along with the columns */
     BY_ROW = 64,    /* x is normalised first, by what each row has */
 };
 
@@ -24,6 +25,17 @@ enum {
 
 INLINE ptrdiff_t min_of(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 INLINE ptrdiff_t max_of(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
+
+/* The power of two at or below a positive number, from 2^-100 to 2^100; 1 for a NaN. */
+INLINE double power_of_two(double value) {
+    union {
+        double number;
+        int64_t bits;
+    } power = {value < 0x1p100 ? value > 0x1p-100 ? value : 0x1p-100
+                               : value >= 0x1p100 ? 0x1p100 : 1};
+    power.bits &= 0x7ff0000000000000;
+    return power.number;
+}
 
 /* n values per channel, as the caller has them: float32, float64, or the same for all. */
 static void take_values(const struct PerChannel *p, ptrdiff_t first, ptrdiff_t n, double *values) {
@@ -86,7 +98,6 @@ static void fold(const struct Columns *columns, ptrdiff_t channels, ptrdiff_t sp
 }
 
 enum {
-    FEW_VECTORS = FEW_LANES / DOUBLES,
     SUMMED = 16,     /* rows that are added up before they are in float64 */
     BESIDE = 4,      /* rows that are added up at a time */
     SHORT_RUN = 512, /* values that are not worth rows of LANES */

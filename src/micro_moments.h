@@ -182,69 +182,135 @@ static void T(add_block)(const void *x, const struct Sheet *block, int ends, dou
     T(merge_rows)(&sums, unit, block, rows, before, columns);
 }
 
-/* The moments of channels too small for blocks: two passes in float64, around their means. */
-
-INLINE double T(sum_lanes)(const doubles *lanes) {
-    return sum_of((const double *)lanes, FEW_LANES);
-}
-
-INLINE void T(sum_runs)(const stored *x, const struct Sheet *sheet, const int centred,
-                        double shift, doubles *total, doubles *square) {
-    doubles totals[FEW_VECTORS], squares[FEW_VECTORS], value;
-    const stored *run;
-    EACH (v, FEW_VECTORS)
-        total[v] = square[v] = all_doubles(0);
-    for (ptrdiff_t i = 0; i < sheet->runs; i++) {
-        run = x + sheet->offset + i * sheet->run_stride;
-        EACH (v, FEW_VECTORS)
-            totals[v] = squares[v] = all_doubles(0);
-        for (ptrdiff_t j = 0; j < sheet->rows; j++, run += FEW_LANES)
-            EACH (v, FEW_VECTORS) {
-                value = widen(load_few(run + v * DOUBLES));
-                if (centred) {
-                    value -= all_doubles(shift);
-                    squares[v] += value * value;
+/* The sums of runs of so many values, times a factor, around a shift, in rows of `width`: of at most SUMMED rows in the
+   type that is computed in, and of those in float64. */
+INLINE void T(sum_runs)(const stored *x, ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length,
+                        const int width, const int centred, real shift, const int scaled,
+                        real factor, double *total, double *square) {
+    enum { MOST = 4 * LANES_OF, HALVES = LANES_OF / DOUBLES };
+    const int columns = width < MOST ? width : MOST, vectors = columns / LANES_OF;
+    const ptrdiff_t rows = length / width, tail = length % width;
+    double totals[LANES], squares[LANES];
+    doubles sum[8], sum_of_squares[8];
+    vector few_sum[4], few_squares[4], value;
+    const stored *row;
+    for (int k = 0; k < width; k += columns) {
+        EACH (v, columns / DOUBLES)
+            sum[v] = sum_of_squares[v] = all_doubles(0);
+        for (ptrdiff_t i = 0; i < runs; i++) {
+            row = x + i * run_stride + k;
+            for (ptrdiff_t j = 0, end; j < rows + (tail > 0);) {
+                EACH (v, vectors)
+                    few_sum[v] = few_squares[v] = all(0);
+                for (end = min_of(j + SUMMED, rows); j < end; j++, row += width)
+                    EACH (v, vectors) {
+                        value = load(row + v * LANES_OF);
+                        if (scaled)
+                            value *= factor;
+                        if (centred) {
+                            value -= all(shift);
+                            few_squares[v] += value * value;
+                        }
+                        few_sum[v] += value;
+                    }
+                if (j == rows && tail) {
+                    EACH (v, vectors) {
+                        const ptrdiff_t lanes = tail - k - v * LANES_OF;
+                        value = load_some(row + v * LANES_OF, lanes);
+                        if (scaled)
+                            value *= factor;
+                        if (centred) {
+                            value = T(first)(value - all(shift), lanes);
+                            few_squares[v] += value * value;
+                        }
+                        few_sum[v] += value;
+                    }
+                    j++;
                 }
-                totals[v] += value;
+                EACH (v, vectors) {
+                    T(add_lanes)(sum + v * HALVES, few_sum[v]);
+                    if (centred)
+                        T(add_lanes)(sum_of_squares + v * HALVES, few_squares[v]);
+                }
             }
-        EACH (v, FEW_VECTORS) {
-            total[v] += totals[v];
-            square[v] += squares[v];
         }
-        if (sheet->tail)
-            EACH (v, FEW_VECTORS) {
-                value = widen(load_some_few(run + v * DOUBLES, sheet->tail - v * DOUBLES));
-                if (centred) {
-                    value = first_doubles(value - all_doubles(shift), sheet->tail - v * DOUBLES);
-                    square[v] += value * value;
-                }
-                total[v] += value;
-            }
+        EACH (v, columns / DOUBLES) {
+            DOUBLES_AT(totals + k + v * DOUBLES) = sum[v];
+            DOUBLES_AT(squares + k + v * DOUBLES) = sum_of_squares[v];
+        }
     }
+    *total = sum_of(totals, width);
+    if (centred)
+        *square = sum_of(squares, width);
 }
 
-static void T(few_moments)(const void *data, const struct Sheet *sheet, ptrdiff_t S,
+/* The sums of a block of a channel around a shift, which is rounded; without one, around its mean. */
+INLINE void T(sum_around)(const stored *x, const struct Sheet *block, ptrdiff_t length,
+                          const int width, int centred, const int scaled, real factor,
+                          double *shift, double *total, double *square) {
+    if (!centred) {
+        T(sum_runs)(x, block->runs, block->run_stride, length, width, 0, 0, scaled, factor, total,
+                    square);
+        *shift = *total / ((double)block->runs * length);
+    }
+    *shift = (real)*shift;
+    T(sum_runs)(x, block->runs, block->run_stride, length, width, 1, (real)*shift, scaled, factor,
+                total, square);
+}
+
+static void T(sum_plane)(const void *data, const struct Sheet *block, ptrdiff_t length,
+                         int centred, double unit, double *shift, double *total, double *square) {
+    const stored *x = (const stored *)data + block->offset;
+    if (unit == 1)
+        T(sum_around)(x, block, length, LANES, centred, 0, 1, shift, total, square);
+    else
+        T(sum_around)(x, block, length, LANES, centred, 1, (real)(1 / unit), shift, total, square);
+}
+
+/* A power of two near the largest magnitude of a channel. In such a unit the digits are those that
+   float32 without limits would give: so they do not depend on the unit of x. */
+static double T(unit_of)(const void *data, const struct Sheet *sheet) {
+    const stored *x = (const stored *)data + sheet->offset;
+    double largest = 0, size;
+    int exponent = 0;
+    for (ptrdiff_t i = 0; i < sheet->runs; i++)
+        for (ptrdiff_t k = 0; k < sheet->length; k++) {
+            size = fabs((double)T(value_at)(x + i * sheet->run_stride + k));
+            largest = size > largest ? size : largest;
+        }
+    if (largest < INFINITY)
+        frexp(largest, &exponent);
+    return ldexp(1, max_of(-100, min_of(exponent, 100)));
+}
+
+/* The moments of channels too small for blocks, around their means. */
+static void T(few_moments)(const void *data, const struct Sheet *sheet, ptrdiff_t S, double smallest,
                            struct Moments *into) {
     /* Pass by pass, because the second pass over a channel has to wait for its mean; meanwhile the
        CPU is at the next channel. */
-    const stored *x = data;
-    const double count = sheet->runs * (sheet->rows * FEW_LANES + sheet->tail);
-    doubles total[FEW_VECTORS], square[FEW_VECTORS];
-    double rest;
+    const stored *x = (const stored *)data + sheet->offset;
+    const double count = (double)sheet->runs * sheet->length;
+    struct Sheet channel = *sheet;
+    double total, square, unit;
     for (ptrdiff_t c = 0; c < sheet->channels; c++) {
-        T(sum_runs)(x + c * S, sheet, 0, 0, total, square);
-        into[c].shift = T(sum_lanes)(total) / count;
+        T(sum_runs)(x + c * S, sheet->runs, sheet->run_stride, sheet->length, FEW_LANES, 0, 0, 0, 1,
+                    &total, &square);
+        into[c].shift = total / count;
     }
     for (ptrdiff_t c = 0; c < sheet->channels; c++) {
-        T(sum_runs)(x + c * S, sheet, 1, into[c].shift, total, square);
+        T(sum_around)(x + c * S, sheet, sheet->length, FEW_LANES, 1, 0, 1, &into[c].shift, &total,
+                      &square);
         into[c].count = count;
-        into[c].mean = 0;
-        into[c].m2 = T(sum_lanes)(square);
-        if (!LIMITED) {
-            /* What the mean lost to rounding: next to nothing for float32, but not for float64. */
-            rest = T(sum_lanes)(total);
-            into[c].mean = rest / count;
-            into[c].m2 -= rest * into[c].mean;
+        into[c].mean = total / count;
+        into[c].m2 = square - total * into[c].mean;
+        if (T(is_outside)((real)square, (real)smallest)) {
+            channel.offset = sheet->offset + c * S;
+            unit = T(unit_of)(data, &channel);
+            T(sum_around)(x + c * S, sheet, sheet->length, FEW_LANES, 0, 1, (real)(1 / unit),
+                          &into[c].shift, &total, &square);
+            into[c].shift *= unit;
+            into[c].mean = total / count * unit;
+            into[c].m2 = (square - total * (total / count)) * (unit * unit);
         }
     }
 }

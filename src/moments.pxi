@@ -39,6 +39,58 @@ cdef void column_moments(const Pass* p, const Sheet* sheet, double smallest,
                 micro_of(p).add_block(p.x, &block, b == parts - 1, smallest, before, columns)
 
 
+cdef bint add_blocks(const Pass* p, const Sheet* sheet, double smallest, double unit,
+                     Moments* into) noexcept nogil:  # OUT
+    """Merge the blocks of a channel in some unit; return whether all are in range."""
+    # The first block is read twice, to know its mean. A later one is read once, around the mean of
+    # those before: the sum of such squares is at most twice that around the final mean, whatever
+    # the data, because Chan's formula adds n (mean - shift)^2 before / (before + n) for a block of
+    # n values, of which n (mean - shift)^2 is what its squares had too many, and before >= n.
+    cdef Sheet block = sheet[0]
+    cdef Py_ssize_t i = 0, first, length
+    cdef Py_ssize_t height = ceil_div(sheet.rows, ceil_div(sheet.rows, TALLEST)) * LANES
+    cdef double shift = 0, total = 0, square = 0, count, mean, delta
+    cdef bint inside = True
+    into.count = into.shift = into.mean = into.m2 = 0
+    while i < sheet.runs:
+        # Several runs, or a part of one.
+        block.runs = min(max(1, TALLEST * LANES // sheet.length), sheet.runs - i)
+        first = 0
+        while first < sheet.length:
+            length = sheet.length - first
+            if length - height >= LANES:   # or else the tail belongs to the block
+                length = height
+            block.offset = sheet.offset + i * sheet.run_stride + first
+            micro_of(p).sum_plane(p.x, &block, length, into.count > 0, unit, &shift, &total,
+                                  &square)
+            inside = inside and smallest <= square < 1e38
+            count = <double>block.runs * length
+            mean = total / count
+            if into.count == 0:
+                into.shift = shift
+            delta = (shift - into.shift) + (mean - into.mean)
+            into.m2 += square - total * mean + delta * delta * (
+                count * into.count / (into.count + count))
+            into.count += count
+            into.mean += delta * (count / into.count)
+            shift = into.shift + into.mean
+            first += length
+        i += block.runs
+    return inside
+
+
+cdef Moments plane_moments(const Pass* p, const Sheet* sheet, double smallest) noexcept nogil:
+    cdef Moments m
+    cdef double unit
+    if not add_blocks(p, sheet, smallest, 1, &m) and p.storage != FLOAT64:
+        unit = micro_of(p).unit_of(p.x, sheet)
+        add_blocks(p, sheet, 0, unit, &m)
+        m.shift *= unit
+        m.mean *= unit
+        m.m2 *= unit * unit
+    return m
+
+
 cdef inline void merge_repeats(const Sheet* sheet, Columns* columns) noexcept nogil:  # IN, OUT
     """Merge the columns of every repeat into those of the first."""
     cdef Py_ssize_t period = sheet.channels * sheet.span
@@ -93,19 +145,16 @@ cdef void reduce_moments(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noex
     cdef Moments* into = <Moments*>p.partial + piece * g.channels + first_channel(g, strip)
     cdef Py_ssize_t c
 
-    columns.shift, columns.mean, columns.m2 = values[0], values[1], values[2]
-    rows.rest = sheet.runs * sheet.rows
-    rows.tail = rows.rest + sheet.runs
     if g.by_plane and sheet.width == FEW_LANES:
-        micro.few_moments(p.x, &sheet, g.S, into)
+        micro.few_moments(p.x, &sheet, g.S, smallest, into)
         return
     if g.by_plane:
         for c in range(sheet.channels):
-            column_moments(p, &sheet, smallest, &columns)
-            micro.fold(&columns, 1, LANES, sheet.tail, rows, into + c)
+            into[c] = plane_moments(p, &sheet, smallest)
             sheet.offset += g.S
         return
+    columns.shift, columns.mean, columns.m2 = values[0], values[1], values[2]
     column_moments(p, &sheet, smallest, &columns)
     merge_repeats(&sheet, &columns)
-    rows.rest = rows.rest * sheet.repeat + sheet.tail // (sheet.channels * sheet.span)
+    rows.tail = rows.rest = sheet.rows * sheet.repeat + sheet.tail // (sheet.channels * sheet.span)
     micro.fold(&columns, sheet.channels, sheet.span, 0, rows, into)
