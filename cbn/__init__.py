@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from cbn import functional
-from cbn._config import show_config
+from cbn._show_config import show_config
 from cbn._threads import get_num_threads, num_threads, set_num_threads
 from cbn._version import __version__ as __version__
 from cbn.calibration import recalibrate, reinitialize_norm_stats

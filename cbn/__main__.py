@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from cbn import _cpus, _dispatch, _pools, _self_test, _threads, show_config
+from cbn import _dispatch, _pools, _processors, _self_test, _threads, show_config
 
 
 def main() -> None:
@@ -54,16 +54,16 @@ def report(self_test: bool) -> None:
 def troubles() -> Iterator[str]:
     """What is likely to make cbn slow or wrong in this process, and the remedy."""
     threads, because = _threads.process_wide()
-    quota = _cpus.quota()
+    quota = _processors.quota()
     if quota is not None and threads > math.ceil(quota):
         yield (
             f"{threads} threads ({because}) share a quota of {quota:g} CPUs and will be paused "
             f"together: set CBN_NUM_THREADS={math.ceil(quota)}"
         )
-    if threads > _cpus.affinity():
+    if threads > _processors.affinity():
         yield (
-            f"{threads} threads ({because}) on {_cpus.affinity()} CPUs wait for each other: "
-            f"set CBN_NUM_THREADS={_cpus.affinity()}"
+            f"{threads} threads ({because}) on {_processors.affinity()} CPUs wait for each other: "
+            f"set CBN_NUM_THREADS={_processors.affinity()}"
         )
     yield from troubles_of_pools(_pools.loaded())
     if np.float32(1e-39) * np.ones(1, np.float32) == 0:

@@ -13,8 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-from cbn import _checks
-
 # Newest first, with the x86-64 level that each needs.
 LEVELS = {"x86_64_v4": 4, "x86_64_v3": 3, "baseline": 0}
 VARIABLE = "CBN_ISA"
@@ -41,10 +39,30 @@ def use(isa: str) -> None:
     kernels.use(import_module(f"cbn._micro_{isa}").table)
 
 
-_checks.extensions_built(Path(__file__).parent, bool(find_spec("cbn._core") and built()))
+def check_isa(
+    variable: str, isa: str, known: list[str], built: list[str], supported: list[str]
+) -> None:
+    for choices, of_what in (
+        (known, "an instruction set"),
+        (built, "an instruction set that this installation was built for"),
+        (supported, "an instruction set of this CPU and operating system"),
+    ):
+        if isa not in choices:
+            raise ValueError(
+                f"environment variable {variable}: expected {of_what} ({', '.join(choices)}), "
+                f"got {isa!r}; correct it or unset it"
+            )
+
+
+if not (find_spec("cbn._core") and built()):
+    raise ImportError(
+        f"cbn: expected extensions built for this Python in {Path(__file__).parent}, got none; "
+        "build them with 'pip install -e .' in the checkout, "
+        "or start Python elsewhere to import an installed cbn"
+    )
 kernels: ModuleType = import_module("cbn._core")  # the same on every processor
 forced = os.environ.get(VARIABLE)
 if forced is not None:
-    _checks.instruction_set(VARIABLE, forced, list(LEVELS), built(), supported())
+    check_isa(VARIABLE, forced, list(LEVELS), built(), supported())
 active = forced or supported()[0]
 use(active)

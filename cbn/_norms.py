@@ -1,18 +1,9 @@
 """The norms as a table: how each of them sees an array, and what it subtracts.
 
 This is the only place that derives anything from a shape. Every norm is a view (B, N, C, S) of the
-array, and a way in which the affine parameters lie over it (src/geometry.pxi):
-
-========= ==================================== ======================= ================
-norm      channels first (n, c, s)             channels last (n, s, c) parameters
-========= ==================================== ======================= ================
-batch     (1, n, c, s)                         (1, n * s, c, 1)        (c,)
-instance  (1, 1, n * c, s)                     (n, s, c, 1)            (c,)
-group     (1, 1, n * groups, c / groups * s)   (n, s, groups, c/groups) (c,)
-layer     (1, 1, rows, values)                                         normalized_shape
-========= ==================================== ======================= ================
-
-RMS norm is layer norm with a mean of 0 and the mean square for a variance.
+array (docs/architecture.md has all of them side by side), and a way in which the affine parameters
+lie over it (src/geometry.pxi). RMS norm is layer norm with a mean of 0 and the mean square for a
+variance.
 """
 
 from __future__ import annotations
@@ -20,29 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cbn import _checks
+from cbn import _dispatch, _scalars
 from cbn._types import Axes, Shape
+
+if TYPE_CHECKING:
+    from cbn._core import View
 
 # Shapes whose views a norm remembers. Serving text, a layer may see one for every length.
 MOST_VIEWS = 1024
-
-
-class View(NamedTuple):
-    """An array as the kernels walk it; src/_core.pyx reads it by position."""
-
-    B: int  # batches that are normalised apart
-    N: int  # values before the channel axis
-    C: int  # channels: whatever has a mean and a variance of its own
-    S: int  # values after it
-    parts: int  # weights of a channel, each for the next S // parts of its values
-    period: int  # channels after which the weights repeat
-    of_samples: bool  # whether each channel is of one sample
-    parameter_shape: Shape  # of weight, bias, and running statistics
-    values: int  # that a mean is of
+MOST_AXES = 64  # of NumPy's arrays
 
 
 class Norm:
@@ -70,17 +51,16 @@ class Norm:
 
 
 def _batch(axes: Axes, least_axes: int, shape: Shape) -> View:
-    _checks.least_axes("x", shape, least_axes)
-    axis = _checks.axis_of_channels("x", shape, axes)
+    axis = _axis_of_channels(shape, axes, least_axes)
     N, C, S = prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
-    return View(1, N, C, S, 1, C, False, (C,), N * S)
+    view: View = _dispatch.kernels.View(1, N, C, S, 1, C, False, (C,))
+    return view
 
 
 def _instance(
     axes: Axes, least_axes: int, channel_axis: int, batch_rank: int | None, shape: Shape
 ) -> View:
-    _checks.least_axes("x", shape, least_axes)
-    axis = _checks.axis_of_channels("x", shape, axes)
+    axis = _axis_of_channels(shape, axes, least_axes)
     C = shape[axis]
     if channel_axis == 1:
         view = 1, 1, prod(shape[:axis]) * C, prod(shape[axis + 1 :])
@@ -92,7 +72,9 @@ def _instance(
 
 
 def _group(num_groups: int, channel_axis: int, num_channels: int | None, shape: Shape) -> View:
-    _checks.grouped("x", shape, num_groups, channel_axis, num_channels)
+    _check_axes(shape, 2)
+    _check_channels(shape, channel_axis % len(shape), num_channels)
+    check_group_count(num_groups, shape[channel_axis])
     N, C = shape[0], shape[channel_axis]
     each = C // num_groups
     if channel_axis == 1:
@@ -103,7 +85,11 @@ def _group(num_groups: int, channel_axis: int, num_channels: int | None, shape: 
 
 
 def _layer(normalized_shape: Shape, shape: Shape) -> View:
-    _checks.last_axes("x", shape, normalized_shape)
+    if shape[-len(normalized_shape) :] != normalized_shape:
+        raise ValueError(
+            f"x: expected the last axes to be {normalized_shape}, that is normalized_shape, "
+            f"got shape {shape}"
+        )
     rows = prod(shape[: len(shape) - len(normalized_shape)])
     length = prod(normalized_shape)
     return _of_samples(1, 1, rows, length, length, 1, normalized_shape)
@@ -112,8 +98,64 @@ def _layer(normalized_shape: Shape, shape: Shape) -> View:
 def _of_samples(
     B: int, N: int, C: int, S: int, parts: int, period: int, parameter_shape: Shape
 ) -> View:
-    values = N * S if B * C else 0  # no sample, no values
-    return View(B, N, C, S, parts, period, True, parameter_shape, values)
+    view: View = _dispatch.kernels.View(B, N, C, S, parts, period, True, parameter_shape)
+    return view
+
+
+# ---------------------------------------------------------------------------------- the checks
+
+
+def _check_axes(shape: Shape, least: int) -> None:
+    if len(shape) < least:
+        raise ValueError(f"x: expected at least {least} axes, got {len(shape)} in shape {shape}")
+
+
+def _check_channels(shape: Shape, axis: int, channels: int | None) -> None:
+    """Refuse another number of channels; where the other layout would fit, that is the remedy."""
+    if channels in (None, shape[axis]):
+        return
+    last, remedy = len(shape) - 1, ""
+    if axis != last and shape[last] == channels:
+        remedy = "; if the channels are last, make the layer with channel_axis=-1"
+    elif axis == last > 1 and shape[1] == channels:
+        remedy = "; if the channels are first, make the layer with channel_axis=1"
+    raise ValueError(
+        f"x: expected {channels} channels on axis {axis}, got {shape[axis]} in shape {shape}"
+        f"{remedy}"
+    )
+
+
+def _axis_of_channels(shape: Shape, axes: Axes, least_axes: int) -> int:
+    _check_axes(shape, least_axes)
+    rank = len(shape)
+    axis = axes.of_rank[rank] if rank < len(axes.of_rank) else -1
+    if axis < 0:
+        raise ValueError(f"x: expected {axes.expected}, got {rank} axes in shape {shape}")
+    _check_channels(shape, axis, axes.channels)
+    return axis
+
+
+def check_group_count(num_groups: int, num_channels: int) -> None:
+    if num_channels % num_groups:
+        raise ValueError(
+            f"num_groups: expected a divisor of the {num_channels} channels, got {num_groups}"
+        )
+
+
+def lengths_of(value: Any) -> Shape:
+    """The lengths of the last axes, also from an integer for one."""
+    several = isinstance(value, (Sequence, np.ndarray)) and getattr(value, "ndim", 1) > 0
+    if isinstance(value, (str, bytes)) or not several:
+        return (_scalars.positive_integer("normalized_shape", value),)
+    shape = tuple(_scalars.positive_integer("normalized_shape", length) for length in value)
+    if not shape:
+        raise ValueError("normalized_shape: expected at least one length, got none")
+    if len(shape) > MOST_AXES:
+        raise ValueError(
+            f"normalized_shape: expected at most {MOST_AXES} lengths, as many as NumPy's arrays "
+            f"have axes, got {len(shape)}"
+        )
+    return shape
 
 
 # ----------------------------------------------------------------------------------- the table
@@ -147,8 +189,8 @@ def layer(normalized_shape: Shape, centred: bool = True) -> Norm:
 
 # Of the functions, which take any number of axes and of channels.
 _AXES = {
-    1: Axes((-1, -1, *[1] * (_checks.MOST_AXES - 1)), None, "at least 2 axes"),
-    -1: Axes((-1, -1, *range(1, _checks.MOST_AXES)), None, "at least 2 axes"),
+    1: Axes((-1, -1, *[1] * (MOST_AXES - 1)), None, "at least 2 axes"),
+    -1: Axes((-1, -1, *range(1, MOST_AXES)), None, "at least 2 axes"),
 }
 _BATCH = {axis: batch(axes) for axis, axes in _AXES.items()}
 BATCH_VIEWS = {axis: norm.views for axis, norm in _BATCH.items()}
@@ -156,24 +198,24 @@ BATCH_VIEWS = {axis: norm.views for axis, norm in _BATCH.items()}
 
 def any_batch(channel_axis: int) -> Norm:
     """Batch norm of an array of at least two axes."""
-    return _BATCH[_checks.channel_axis(channel_axis)]
+    return _BATCH[_scalars.channel_axis(channel_axis)]
 
 
 def any_instance(channel_axis: int) -> tuple[Norm, Norm]:
     """Instance norm of an array of at least three axes, and the norm by given statistics of it."""
-    axis = _checks.channel_axis(channel_axis)
+    axis = _scalars.channel_axis(channel_axis)
     return instance(_AXES[axis], axis, None, 3), batch(_AXES[axis], 3)
 
 
 def any_group(num_groups: int, channel_axis: int) -> Norm:
     """Group norm of an array of at least two axes."""
-    groups = _checks.positive_integer("num_groups", num_groups)
-    return group(groups, _checks.channel_axis(channel_axis))
+    groups = _scalars.positive_integer("num_groups", num_groups)
+    return group(groups, _scalars.channel_axis(channel_axis))
 
 
 def any_layer(normalized_shape: int | Sequence[int], centred: bool = True) -> Norm:
     """Layer norm, or RMS norm, over the last axes."""
-    return layer(_checks.normalized_shape(normalized_shape), centred)
+    return layer(lengths_of(normalized_shape), centred)
 
 
 def default_eps(dtype: np.dtype[Any]) -> float:

@@ -6,25 +6,49 @@ import os
 import re
 from contextlib import ContextDecorator
 from contextvars import ContextVar
+from typing import Any
 
-from cbn import _checks, _cpus
+from cbn import _processors
 from cbn._dispatch import kernels
+from cbn._docstrings import documented_by
+from cbn._scalars import positive_integer
+
+# OpenMP ends the process when it cannot start a thread; no machine has more cores than this.
+MOST_THREADS = 4096
+
+
+def _thread_count(value: Any) -> int:
+    count = positive_integer("num_threads", value)
+    if count > MOST_THREADS:
+        raise ValueError(f"num_threads: expected at most {MOST_THREADS} threads, got {value!r}")
+    return count
+
+
+def _thread_variable(name: str, text: str) -> int:
+    # Python converts no more than some thousand digits.
+    count = int(text) if text.isascii() and text.isdigit() and len(text) < 100 else 0
+    if not 0 < count <= MOST_THREADS:
+        raise ValueError(
+            f"environment variable {name}: expected a positive integer up to {MOST_THREADS}, "
+            f"got {text!r}; correct it or unset it"
+        )
+    return count
 
 
 def _default() -> tuple[int, str]:
     """As many as this process may run at once, unless the environment says otherwise."""
     own = os.environ.get("CBN_NUM_THREADS")
     if own is not None:
-        return _checks.thread_variable("CBN_NUM_THREADS", own), f"CBN_NUM_THREADS={own}"
+        return _thread_variable("CBN_NUM_THREADS", own), f"CBN_NUM_THREADS={own}"
     by_openmp = int(kernels.max_threads())
     most = min(by_openmp, int(kernels.thread_limit()))
     general = os.environ.get("OMP_NUM_THREADS", "")
     # A number for each level of nesting. Anything else is ignored by OpenMP, and so here; of a
     # number that is too large it makes another, or takes it and could not start the threads.
     levels = re.fullmatch(r"\s*0*([1-9]\d*)\s*(,\s*0*[1-9]\d*\s*)*", general)
-    if levels and levels[1] == str(by_openmp) and by_openmp <= _checks.MOST_THREADS:
+    if levels and levels[1] == str(by_openmp) and by_openmp <= MOST_THREADS:
         return most, f"OMP_NUM_THREADS={general}"
-    cpus, why = _cpus.available()
+    cpus, why = _processors.available()
     return (cpus, why) if cpus <= most else (most, "OpenMP's maximum")
 
 
@@ -68,39 +92,6 @@ def threads_for(values: int) -> int:
     return 1 if values < SERIAL_BELOW else get_num_threads()
 
 
-def set_num_threads(num_threads: int) -> int:
-    """Set the number of threads of the whole process and return the old one.
-
-    Results do not depend on it: they are the same bit for bit.
-
-    Parameters
-    ----------
-    num_threads : int
-        At least 1.
-
-    Returns
-    -------
-    int
-        The number set before.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If it is not an integer of at least 1.
-
-    Examples
-    --------
-    >>> import cbn
-    >>> old = cbn.set_num_threads(1)
-    >>> cbn.set_num_threads(old)
-    1
-    """
-    global _process_wide, _origin
-    new = _checks.thread_count("num_threads", num_threads)
-    old, _process_wide, _origin = _process_wide, new, "set_num_threads"
-    return old
-
-
 class num_threads(ContextDecorator):
     """Use this number of threads within a ``with`` block, in this thread (or task) only.
 
@@ -125,7 +116,7 @@ class num_threads(ContextDecorator):
     """
 
     def __init__(self, num_threads: int) -> None:
-        self._num_threads = _checks.thread_count("num_threads", num_threads)
+        self._num_threads = _thread_count(num_threads)
 
     def __enter__(self) -> None:
         # What changes lies in the context, not in the object, which may be in use elsewhere.
@@ -133,3 +124,27 @@ class num_threads(ContextDecorator):
 
     def __exit__(self, *exception: object) -> None:
         _here.set(_here.get()[:-1])
+
+
+@documented_by(num_threads)
+def set_num_threads(num_threads: int) -> int:
+    """Set the number of threads of the whole process and return the old one.
+
+    Results do not depend on it: they are the same bit for bit.
+
+    Returns
+    -------
+    int
+        The number set before.
+
+    Examples
+    --------
+    >>> import cbn
+    >>> old = cbn.set_num_threads(1)
+    >>> cbn.set_num_threads(old)
+    1
+    """
+    global _process_wide, _origin
+    new = _thread_count(num_threads)
+    old, _process_wide, _origin = _process_wide, new, "set_num_threads"
+    return old

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import os
+from collections.abc import Mapping
+from typing import IO, Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
+# Of state files: where they lie, what they say of a layer or a model, and the arrays in them.
+Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Target = Path | IO[bytes]
+Config = dict[str, Any]
+Expected = Mapping[str, tuple[np.dtype[Any], Shape]]
 
 
 class Axes(NamedTuple):

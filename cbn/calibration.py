@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from threading import Lock
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cbn import _checks
-from cbn._engine import Saved
+from cbn import _scalars, _statistics
 from cbn._types import Array
 from cbn.layers import ChannelNorm, NormLayer
-from cbn.model import statistics_writable, unfrozen_layers
+from cbn.model import some_layers, statistics_writable, unfrozen_layers
+
+if TYPE_CHECKING:
+    from cbn._core import Saved
 
 __all__ = ["recalibrate", "reinitialize_norm_stats"]
 
@@ -111,12 +113,22 @@ def recalibrate(
     """
     found = unfrozen_layers(model)
     layers = {name: layer for name, layer in found.items() if layer.track_running_stats}
-    _checks.some_layers("with track_running_stats=True", len(layers), len(found), model)
-    _checks.iterable("batches", batches)
-    _checks.function("forward", forward)
-    if _checks.flag("progress", progress):
+    some_layers("with track_running_stats=True", len(layers), len(found), model)
+    # What "for" takes: by __iter__, or as a sequence of items. Not by a call of iter(), which may
+    # start the workers of a loader.
+    if not isinstance(batches, Iterable) and not hasattr(type(batches), "__getitem__"):
+        raise TypeError(f"batches: expected an iterable of batches, got {type(batches).__name__}")
+    if not callable(forward):
+        raise TypeError(f"forward: expected a function of one batch, got {type(forward).__name__}")
+    if _scalars.flag("progress", progress):
         batches = _with_progress(batches)
-    return _measure("batches", layers, batches, forward)
+    measured = _measure(layers, batches, forward)
+    if not measured:
+        raise ValueError(
+            "batches: expected data that reach a norm layer in training mode, got none; a "
+            "generator gives its batches only once, and forward must not switch to eval mode"
+        )
+    return measured
 
 
 def reinitialize_norm_stats(layer: ChannelNorm, batch: ArrayLike) -> None:
@@ -151,26 +163,38 @@ def reinitialize_norm_stats(layer: ChannelNorm, batch: ArrayLike) -> None:
     >>> bn.running_mean, bn.running_var
     (array([2.], dtype=float32), array([2.], dtype=float32))
     """
-    _checks.norm_layer(layer, NormLayer)
-    _checks.learning_layer(layer, layer.running_mean is not None, layer.frozen)
-    _measure("batch", {"": layer}, [batch], layer)
+    if not isinstance(layer, NormLayer):
+        raise TypeError(f"layer: expected a norm layer of cbn, got {type(layer).__name__}")
+    if layer.running_mean is None:
+        can = hasattr(layer, "track_running_stats")
+        raise ValueError(
+            f"layer: expected one with running statistics, got {layer!r}; "
+            + ("set layer.track_running_stats = True" if can else "this kind never has any")
+        )
+    if layer.frozen:
+        raise ValueError(
+            f"layer: expected one that is not frozen, got {layer!r}; call cbn.unfreeze(layer) first"
+        )
+    if not _measure({"": layer}, [batch], layer):
+        raise ValueError("batch: expected at least one value per channel, got an empty batch")
 
 
 def _measure(
-    source: str,
-    layers: dict[str, ChannelNorm],
-    batches: Iterable[Batch],
-    forward: Callable[[Batch], Any],
+    layers: dict[str, ChannelNorm], batches: Iterable[Batch], forward: Callable[[Batch], Any]
 ) -> list[str]:
-    """Give layers the statistics of a stream: all of them, or none and an error."""
+    """Give the layers that a stream reaches its statistics: all of them, or none and an error."""
     statistics_writable(layers)
     with _observed(layers) as populations:
         for batch in batches:
             forward(batch)
             for name, layer in layers.items():
-                _checks.still_measured(name, layer.training, layer.frozen)
+                if layer.frozen or not layer.training:
+                    raise ValueError(
+                        f"{name or 'layer'}: expected to stay in training mode and not frozen "
+                        f"until the last batch, got {'frozen' if layer.frozen else 'eval mode'} "
+                        f"after a call of forward; switch after recalibrate"
+                    )
     reached = {name: population for name, population in populations.items() if population.calls}
-    _checks.data_reach_layers(source, len(reached))
     statistics = {name: population.running_statistics(name) for name, population in reached.items()}
     statistics_writable(layers)  # still: forward may have changed that
     for name, (mean, var) in statistics.items():
@@ -237,7 +261,7 @@ class Collected:
         seen = self._count > 0
         finite = np.isfinite(mean) & np.isfinite(var)
         if layer.nonfinite == "raise":
-            _checks.finite_statistics(np.flatnonzero(~finite).tolist())
+            _statistics.finite_statistics(np.flatnonzero(~finite).tolist())
         keeps = ~seen | ~finite if layer.nonfinite == "skip" else ~seen
         return np.where(keeps, old_mean, mean), np.where(keeps, old_var, var)
 
@@ -251,7 +275,7 @@ class Instances(Collected):
         if values == 0:
             return
         mean, mean_low, var = saved.statistics.reshape(3, -1, self._layer.num_features)
-        _checks.enough_values(saved.shape, values, correction, of_samples=True)
+        _statistics.enough_values(saved.shape, values, correction, of_samples=True)
         with self._lock, np.errstate(all="ignore"):
             self.calls += 1
             means = (mean + mean_low).sum(axis=0)
@@ -296,7 +320,13 @@ class Population(Collected):
     def result(self, name: str) -> tuple[Array, Array]:
         """Those of the population."""
         correction = self._layer.correction
-        _checks.enough_in_all(name, self._count[self._count > 0], correction)
+        counts, needed = self._count[self._count > 0], max(1.0, correction)
+        if counts.size and counts.min() <= needed:
+            values = "values" if needed > 1 else "value"
+            raise ValueError(
+                f"{name or 'layer'}: expected more than {needed:g} {values} per channel in all, "
+                f"got {counts.min():g}; give more data"
+            )
         unbiased = self._count / (self._count - correction)
         return self._mean + self._mean_low, self._var * unbiased
 
@@ -312,6 +342,9 @@ def _with_progress(batches: Iterable[Batch]) -> Iterable[Batch]:
     try:
         tqdm = import_module("tqdm").tqdm
     except ImportError as error:
-        _checks.no_tqdm(error)
+        raise ImportError(
+            "progress: expected tqdm to be installed for progress=True, got none; "
+            "install it with: pip install tqdm"
+        ) from error
     bar: Iterable[Batch] = tqdm(batches, desc="recalibrate", unit="batch")
     return bar

@@ -1,4 +1,9 @@
-"""The errors and warnings of cbn that are no built-in ones."""
+"""The errors and warnings of cbn that are no built-in ones, and how it warns."""
+
+from __future__ import annotations
+
+import sys
+import warnings
 
 __all__ = ["SmallBatchWarning", "StateFileError"]
 
@@ -16,3 +21,11 @@ class SmallBatchWarning(UserWarning):
     own filter shows warnings with equal text from one line once, so that of several layers called
     by one line, as in a loop, one may speak for all.
     """
+
+
+def warn_caller(text: str, category: type[Warning]) -> None:
+    """Warn the line that called cbn, however many frames above it is."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, category, stacklevel=level)

@@ -1,11 +1,7 @@
 """Folding batch normalisation into the layer before it.
 
 In inference a BatchNorm scales and shifts each channel by constants. So does the layer before it,
-if its weight and bias take these constants in, and the BatchNorm can go::
-
-    scale = bn.weight / sqrt(bn.running_var + bn.eps)
-    new_weight = weight * scale                              (of the output channel)
-    new_bias = (bias - bn.running_mean) * scale + bn.bias
+if its weight and bias take these constants in, and the BatchNorm can go.
 """
 
 from __future__ import annotations
@@ -13,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cbn import _checks
-from cbn._types import Array
+from cbn import _arrays, _scalars, _statistics
+from cbn._docstrings import documented_by
+from cbn._types import Array, Shape
 from cbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 __all__ = ["fold_conv", "fold_linear"]
@@ -76,48 +73,33 @@ def fold_conv(
     >>> weight[:, 0, 0, 0], bias
     (array([0.5, 1. ]), array([-0.5, -2. ]))
     """
-    _checks.foldable(bn, _BATCH_NORMS)
-    array = _checks.data("weight", weight)
+    _check_foldable(bn)
+    array = _arrays.data("weight", weight)
     C, kernel = bn.num_features, (1,) * (array.ndim - 2)
-    if _checks.flag("transposed", transposed):
-        groups = _checks.transposed_conv_weight(array.shape, C)
+    if _scalars.flag("transposed", transposed):
+        groups = _groups_of(array.shape, C)
         # One row for each input, which is that of its group.
         rows = np.repeat(np.arange(C).reshape(groups, -1), array.shape[0] // groups, axis=0)
         channels = rows.reshape(*rows.shape, *kernel)
     else:
-        _checks.conv_weight(array.shape, C)
+        _check_conv_weight(array.shape, C)
         channels = np.arange(C).reshape(C, 1, *kernel)
     return _folded(array, channels, bias, bn)
 
 
+@documented_by(fold_conv)
 def fold_linear(weight: ArrayLike, bias: ArrayLike | None, bn: BatchNorm) -> tuple[Array, Array]:
     """Return the weight and the bias of a linear layer that does what it and its BatchNorm did.
 
-    With ``scale = bn.weight / sqrt(bn.running_var + bn.eps)``::
-
-        new_weight = weight * scale[:, None]
-        new_bias = (bias - bn.running_mean) * scale + bn.bias
+    As :func:`fold_conv`, with ``new_weight = weight * scale[:, None]``.
 
     Parameters
     ----------
     weight : array_like of shape (out, in)
         Weight of the linear layer ``x @ weight.T + bias``, float32 or float64. Never modified.
-    bias : array_like of shape (out,) or None
-        Its bias, float32 or float64.
     bn : BatchNorm1d, BatchNorm2d or BatchNorm3d
         The layer behind it, in eval mode and with running statistics. Its channels are the outputs
         of the linear layer: data (N, out), or channels last.
-
-    Returns
-    -------
-    new_weight : ndarray, shape and dtype of weight
-    new_bias : ndarray of shape (out,), dtype of weight
-        Also where there was no bias. Computed in float64 and rounded once.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for :func:`fold_conv`.
 
     References
     ----------
@@ -131,9 +113,9 @@ def fold_linear(weight: ArrayLike, bias: ArrayLike | None, bn: BatchNorm) -> tup
     >>> weight.tolist(), bias.tolist()
     ([[1.0, 2.0]], [1.0])
     """
-    _checks.foldable(bn, _BATCH_NORMS)
-    array = _checks.data("weight", weight)
-    _checks.linear_weight(array.shape, bn.num_features)
+    _check_foldable(bn)
+    array = _arrays.data("weight", weight)
+    _check_linear_weight(array.shape, bn.num_features)
     return _folded(array, np.arange(bn.num_features)[:, np.newaxis], bias, bn)
 
 
@@ -142,13 +124,13 @@ def _folded(
 ) -> tuple[Array, Array]:
     """The new weight and bias; channels, broadcast over weight, are the outputs it is part of."""
     C = bn.num_features
-    mean = _checks.statistic("running_mean", bn.running_mean, C).astype(np.float64)
-    var = _checks.statistic("running_var", bn.running_var, C).astype(np.float64)
-    eps = _checks.non_negative("eps", bn.eps)
-    _checks.usable_variance("bn.running_var", var, eps)
-    gamma = _checks.per_channel_or_none("bn.weight", bn.weight, C)
-    beta = _checks.per_channel_or_none("bn.bias", bn.bias, C)
-    old_bias = _checks.per_channel_or_none("bias", bias, C)
+    mean = _statistics.statistic("running_mean", bn.running_mean, C).astype(np.float64)
+    var = _statistics.statistic("running_var", bn.running_var, C).astype(np.float64)
+    eps = _scalars.non_negative("eps", bn.eps)
+    _statistics.usable_variance("bn.running_var", var, eps)
+    gamma = _arrays.per_channel_or_none("bn.weight", bn.weight, C)
+    beta = _arrays.per_channel_or_none("bn.bias", bn.bias, C)
+    old_bias = _arrays.per_channel_or_none("bias", bias, C)
 
     with np.errstate(all="ignore"):  # the check below has the channels
         scale = (1 if gamma is None else gamma) / np.sqrt(var + eps)
@@ -157,5 +139,76 @@ def _folded(
         new_weight = (weight * scale[channels]).astype(weight.dtype)
     finite = np.isfinite(scale) & np.isfinite(new_bias)
     finite[np.broadcast_to(channels, weight.shape)[~np.isfinite(new_weight)]] = False
-    _checks.finite_folding(np.flatnonzero(~finite).tolist())
+    if not finite.all():
+        which = _statistics.listed(np.flatnonzero(~finite).tolist())
+        raise ValueError(
+            f"bn: expected a finite weight and bias of every channel after folding, got NaN, "
+            f"infinity or more than the dtype of weight can hold in {which}; "
+            f"all arrays must be finite, and the scale and shift of bn within that dtype"
+        )
     return new_weight, new_bias
+
+
+# ---------------------------------------------------------------------------------- the checks
+
+
+def _check_foldable(bn: BatchNorm) -> None:
+    if not issubclass(type(bn), _BATCH_NORMS):
+        expected = ", ".join(kind.__name__ for kind in _BATCH_NORMS)
+        raise TypeError(f"bn: expected one of {expected}, got {type(bn).__name__}")
+    if bn.training:
+        raise ValueError(
+            "bn: expected a layer in eval mode, whose statistics are constants, got one in "
+            "training mode; call bn.eval() first"
+        )
+    if bn.running_mean is None or bn.running_var is None:
+        raise ValueError(
+            "bn: expected a layer with running statistics, got one that normalises by the "
+            "statistics of each batch, which no weight can take in"
+        )
+
+
+def _check_conv_weight(shape: Shape, num_features: int) -> None:
+    if len(shape) < 3:
+        raise ValueError(f"weight: expected shape (out, in / groups, *kernel), got {shape}")
+    remedies = []
+    if shape[-1] == num_features:
+        remedies.append(
+            "if it is (*kernel, in, out), as in Keras and Flax, give "
+            "numpy.moveaxis(weight, (-1, -2), (0, 1))"
+        )
+    _check_channels(shape, num_features, remedies)
+
+
+def _check_linear_weight(shape: Shape, num_features: int) -> None:
+    if len(shape) != 2:
+        raise ValueError(f"weight: expected shape (out, in), got {shape}")
+    remedies = []
+    if shape[1] == num_features:
+        remedies.append("if it is (in, out), as in Keras and Flax, transpose it: give weight.T")
+    if num_features == 1:
+        remedies.append(
+            f"if its one channel is meant for all outputs, repeat the norm: give one of {shape[0]} "
+            f"channels with the arrays of bn repeated"
+        )
+    _check_channels(shape, num_features, remedies)
+
+
+def _groups_of(shape: Shape, num_features: int) -> int:
+    """The number of groups, which must make all channels and divide the inputs."""
+    if len(shape) < 3:
+        raise ValueError(f"weight: expected shape (in, out / groups, *kernel), got {shape}")
+    groups, left = divmod(num_features, shape[1]) if shape[1] else (0, 0)
+    if left or not groups or shape[0] % groups:
+        raise ValueError(
+            f"weight: expected a number of groups that makes the {num_features} channels of bn of "
+            f"{shape[1]} outputs each and divides the {shape[0]} inputs, got none for shape {shape}"
+        )
+    return groups
+
+
+def _check_channels(shape: Shape, num_features: int, remedies: list[str]) -> None:
+    if shape[0] != num_features:
+        expected = f"{num_features} output channel{'s' if num_features > 1 else ''}, as bn has"
+        text = f"weight: expected {expected}, got {shape[0]} in shape {shape}"
+        raise ValueError("; ".join([text, *remedies]))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cbn import _checks, _dispatch, _engine, _norms, _threads
+from cbn import _arrays, _dispatch, _engine, _norms, _scalars, _threads
+from cbn._docstrings import documented_by
 from cbn._types import Array
 
 __all__ = [
@@ -111,28 +112,22 @@ def batch_norm(
     if done is not None:
         return done
     norm = _norms.any_batch(channel_axis)
-    if _checks.flag("training", training):
+    if _scalars.flag("training", training):
         learning = running_mean, running_var, None, momentum, correction
         return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning)[0]
-    _checks.unused(momentum, correction)
+    _scalars.unused(momentum, correction)
     given = running_mean, running_var, weight, bias, eps, out
     return _engine.forward_given(x, norm, None, *given)[0]
 
 
+@documented_by(batch_norm)
 def batch_norm_stats(
     x: ArrayLike, *, channel_axis: int = 1
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
     """Return the mean, the biased variance and the number of values of each channel.
 
     ``mean = sum(x) / count`` and ``var = sum((x - mean)**2) / count`` over all axes but that of
-    the channels. Two batches merge exactly from these three (Chan, Golub and LeVeque 1983).
-
-    Parameters
-    ----------
-    x : array_like
-        Float32 or float64 data of at least two axes, in any layout. Never modified.
-    channel_axis : {1, -1}
-        Channels first (N, C, ...) or last (N, ..., C).
+    the channels. Two batches merge exactly from these three.
 
     Returns
     -------
@@ -145,6 +140,10 @@ def batch_norm_stats(
     TypeError, ValueError
         If ``x`` or ``channel_axis`` is not as above.
 
+    References
+    ----------
+    Chan, Golub and LeVeque (1983) for merging.
+
     Examples
     --------
     >>> from cbn.functional import batch_norm_stats
@@ -156,6 +155,7 @@ def batch_norm_stats(
     return saved.statistics[0].copy(), saved.statistics[2].copy(), saved.view.values
 
 
+@documented_by(batch_norm)
 def batch_norm_backward(
     grad_output: ArrayLike,
     x: ArrayLike,
@@ -188,15 +188,11 @@ def batch_norm_backward(
         Input of the forward call. Never modified.
     mean, var : array_like of shape (C,)
         What it was normalised by: in training ``mean`` and ``var`` of :func:`batch_norm_stats`,
-        else the running statistics.
+        else the running statistics; ``var + eps`` must be above 0 in either mode.
     weight : array_like of shape (C,), optional
         Scale of the forward call; 1 where absent.
     training : bool
         Whether ``mean`` and ``var`` are the statistics of ``x``.
-    eps : float
-        Added to the variance, >= 0.
-    channel_axis : {1, -1}
-        Channels first (N, C, ...) or last (N, ..., C).
     out : ndarray, optional
         Array to write ``grad_input`` to: ``grad_output`` or ``x`` itself, or memory apart.
 
@@ -208,7 +204,7 @@ def batch_norm_backward(
     Raises
     ------
     TypeError, ValueError
-        As for :func:`batch_norm`; ``var + eps`` must be above 0 in either mode.
+        If an argument is not as above.
 
     References
     ----------
@@ -217,19 +213,19 @@ def batch_norm_backward(
 
     Examples
     --------
-    >>> import numpy as np
     >>> from cbn.functional import batch_norm_backward, batch_norm_stats
-    >>> x = np.array([[1.0], [2.0], [3.0]])
+    >>> x = [[1.0], [2.0], [3.0]]
     >>> mean, var, _ = batch_norm_stats(x)
-    >>> grads = batch_norm_backward(np.array([[1.0], [0.0], [0.0]]), x, mean, var, eps=0.0)
+    >>> grads = batch_norm_backward([[1.0], [0.0], [0.0]], x, mean, var, eps=0.0)
     >>> [grad.round(3).ravel().tolist() for grad in grads]
     [[0.204, -0.408, 0.204], [-1.225], [1.0]]
     """
-    norm, x = _norms.any_batch(channel_axis), _checks.array("x", x)
+    norm, x = _norms.any_batch(channel_axis), _arrays.array("x", x)
     saved = _engine.given_statistics(x, norm, mean, var, eps, training)
     return _engine.backward(saved, grad_output, weight, out, x)
 
 
+@documented_by(batch_norm)
 def group_norm(
     x: ArrayLike,
     num_groups: int,
@@ -257,19 +253,6 @@ def group_norm(
         modified.
     num_groups : int
         A divisor of C.
-    weight, bias : array_like of shape (C,), optional
-        Scale and shift of each channel; 1 and 0 where absent.
-    eps : float
-        Added to the variance, >= 0.
-    channel_axis : {1, -1}
-        Channels first (N, C, ...) or last (N, ..., C).
-    out : ndarray, optional
-        Array of the shape and dtype of ``x`` to write to: ``x`` itself or memory apart from it.
-
-    Returns
-    -------
-    ndarray
-        The normalised data, of the shape and dtype of ``x``; ``out`` if that was given.
 
     Raises
     ------
@@ -282,15 +265,15 @@ def group_norm(
 
     Examples
     --------
-    >>> import numpy as np
     >>> from cbn.functional import group_norm
-    >>> group_norm(np.array([[1.0, 3.0, 10.0, 30.0]]), num_groups=2, eps=0.0)
+    >>> group_norm([[1.0, 3.0, 10.0, 30.0]], num_groups=2, eps=0.0)
     array([[-1.,  1., -1.,  1.]])
     """
     norm = _norms.any_group(num_groups, channel_axis)
     return _engine.forward(x, norm, None, weight, bias, eps, out)[0]
 
 
+@documented_by(batch_norm_backward, group_norm)
 def group_norm_backward(
     grad_output: ArrayLike,
     x: ArrayLike,
@@ -312,24 +295,8 @@ def group_norm_backward(
 
     Parameters
     ----------
-    grad_output : array_like, shape and dtype of x
-        Gradient with respect to the output. Never modified.
     x : array_like
         Input of the forward call, whose statistics are computed once more; a layer keeps them.
-    num_groups, weight, eps, channel_axis
-        As for :func:`group_norm`.
-    out : ndarray, optional
-        Array to write ``grad_input`` to: ``grad_output`` or ``x`` itself, or memory apart.
-
-    Returns
-    -------
-    grad_input : ndarray, shape and dtype of x
-    grad_weight, grad_bias : ndarray of shape (C,), dtype of x
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
 
     References
     ----------
@@ -342,10 +309,11 @@ def group_norm_backward(
     >>> [gradient.round(3).tolist() for gradient in gradients]
     [[[0.204, -0.408, 0.204]], [-1.225, 0.0, 0.0], [1.0, 0.0, 0.0]]
     """
-    norm, x = _norms.any_group(num_groups, channel_axis), _checks.array("x", x)
+    norm, x = _norms.any_group(num_groups, channel_axis), _arrays.array("x", x)
     return _engine.backward(_engine.statistics(x, norm, eps), grad_output, weight, out, x)
 
 
+@documented_by(batch_norm)
 def instance_norm(
     x: ArrayLike,
     running_mean: ArrayLike | None = None,
@@ -378,25 +346,12 @@ def instance_norm(
         memory layout. Never modified.
     running_mean, running_var : array_like of shape (C,) or None
         Statistics to normalise by, or, with ``use_input_stats``, arrays to update.
-    weight, bias : array_like of shape (C,), optional
-        Scale and shift of each channel; 1 and 0 where absent.
     use_input_stats : bool
         Whether to use the statistics of ``x``.
     momentum : float
         Weight of the new statistics, as in PyTorch.
-    eps : float
-        Added to the variance, >= 0.
-    channel_axis : {1, -1}
-        Channels first (N, C, ...) or last (N, ..., C).
     correction : float
         The running variance is divided by n - correction.
-    out : ndarray, optional
-        Array of the shape and dtype of ``x`` to write to: ``x`` itself or memory apart from it.
-
-    Returns
-    -------
-    ndarray
-        The normalised data, of the shape and dtype of ``x``; ``out`` if that was given.
 
     Raises
     ------
@@ -411,21 +366,21 @@ def instance_norm(
 
     Examples
     --------
-    >>> import numpy as np
     >>> from cbn.functional import instance_norm
-    >>> instance_norm(np.array([[[1.0, 3.0], [10.0, 30.0]]]), eps=0.0)
+    >>> instance_norm([[[1.0, 3.0], [10.0, 30.0]]], eps=0.0)
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
     norm, given_norm = _norms.any_instance(channel_axis)
-    if _checks.flag("use_input_stats", use_input_stats):
+    if _scalars.flag("use_input_stats", use_input_stats):
         learning = running_mean, running_var, None, momentum, correction
         return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning)[0]
-    _checks.unused(momentum, correction)
+    _scalars.unused(momentum, correction)
     given = running_mean, running_var, weight, bias, eps, out
     return _engine.forward_given(x, given_norm, None, *given)[0]
 
 
+@documented_by(group_norm_backward)
 def instance_norm_backward(
     grad_output: ArrayLike,
     x: ArrayLike,
@@ -446,27 +401,6 @@ def instance_norm_backward(
         grad_input = weight / sqrt(var + eps)
                      * (grad_output - mean(grad_output) - x_hat * mean(grad_output * x_hat))
 
-    Parameters
-    ----------
-    grad_output : array_like, shape and dtype of x
-        Gradient with respect to the output. Never modified.
-    x : array_like
-        Input of the forward call, whose statistics are computed once more; a layer keeps them.
-    weight, eps, channel_axis
-        As for :func:`instance_norm`.
-    out : ndarray, optional
-        Array to write ``grad_input`` to: ``grad_output`` or ``x`` itself, or memory apart.
-
-    Returns
-    -------
-    grad_input : ndarray, shape and dtype of x
-    grad_weight, grad_bias : ndarray of shape (C,), dtype of x
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
-
     References
     ----------
     Ulyanov, Vedaldi and Lempitsky, "Instance Normalization" (2016), differentiated.
@@ -478,10 +412,11 @@ def instance_norm_backward(
     >>> [gradient.round(3).tolist() for gradient in gradients]
     [[[[0.204, -0.408, 0.204]]], [-1.225], [1.0]]
     """
-    (norm, _), x = _norms.any_instance(channel_axis), _checks.array("x", x)
+    (norm, _), x = _norms.any_instance(channel_axis), _arrays.array("x", x)
     return _engine.backward(_engine.statistics(x, norm, eps), grad_output, weight, out, x)
 
 
+@documented_by(group_norm)
 def layer_norm(
     x: ArrayLike,
     normalized_shape: int | Sequence[int],
@@ -505,20 +440,6 @@ def layer_norm(
         Lengths of the axes to normalise over.
     weight, bias : array_like of shape normalized_shape, optional
         Scale and shift of each value; 1 and 0 where absent.
-    eps : float
-        Added to the variance, >= 0.
-    out : ndarray, optional
-        Array of the shape and dtype of ``x`` to write to: ``x`` itself or memory apart from it.
-
-    Returns
-    -------
-    ndarray
-        The normalised data, of the shape and dtype of ``x``; ``out`` if that was given.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
 
     References
     ----------
@@ -527,9 +448,8 @@ def layer_norm(
 
     Examples
     --------
-    >>> import numpy as np
     >>> from cbn.functional import layer_norm
-    >>> layer_norm(np.array([[1.0, 3.0], [10.0, 30.0]]), 2, eps=0.0)
+    >>> layer_norm([[1.0, 3.0], [10.0, 30.0]], 2, eps=0.0)
     array([[-1.,  1.],
            [-1.,  1.]])
     """
@@ -537,6 +457,7 @@ def layer_norm(
     return _engine.forward(x, norm, None, weight, bias, eps, out)[0]
 
 
+@documented_by(group_norm_backward, layer_norm)
 def layer_norm_backward(
     grad_output: ArrayLike,
     x: ArrayLike,
@@ -557,24 +478,13 @@ def layer_norm_backward(
 
     Parameters
     ----------
-    grad_output : array_like, shape and dtype of x
-        Gradient with respect to the output. Never modified.
-    x : array_like
-        Input of the forward call, whose statistics are computed once more; a layer keeps them.
-    normalized_shape, weight, eps
-        As for :func:`layer_norm`.
-    out : ndarray, optional
-        Array to write ``grad_input`` to: ``grad_output`` or ``x`` itself, or memory apart.
+    weight : array_like of shape normalized_shape, optional
+        Scale of the forward call; 1 where absent.
 
     Returns
     -------
     grad_input : ndarray, shape and dtype of x
     grad_weight, grad_bias : ndarray of shape normalized_shape, dtype of x
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
 
     References
     ----------
@@ -582,16 +492,16 @@ def layer_norm_backward(
 
     Examples
     --------
-    >>> import numpy as np
     >>> from cbn.functional import layer_norm_backward
     >>> gradients = layer_norm_backward([[1.0, 0.0, 0.0]], [[1.0, 2.0, 3.0]], 3, eps=0.0)
     >>> [gradient.round(3).tolist() for gradient in gradients]
     [[[0.204, -0.408, 0.204]], [-1.225, 0.0, 0.0], [1.0, 0.0, 0.0]]
     """
-    norm, x = _norms.any_layer(normalized_shape), _checks.array("x", x)
+    norm, x = _norms.any_layer(normalized_shape), _arrays.array("x", x)
     return _engine.backward(_engine.statistics(x, norm, eps), grad_output, weight, out, x)
 
 
+@documented_by(layer_norm)
 def rms_norm(
     x: ArrayLike,
     normalized_shape: int | Sequence[int],
@@ -606,27 +516,10 @@ def rms_norm(
 
     Parameters
     ----------
-    x : array_like
-        Float32 or float64 data whose last axes are ``normalized_shape``, in any memory layout.
-        Never modified.
-    normalized_shape : int or sequence of int
-        Lengths of the axes to normalise over.
     weight : array_like of shape normalized_shape, optional
         Scale of each value; 1 where absent.
     eps : float or None
         Added to the mean square, >= 0. None: ``numpy.finfo(x.dtype).eps``.
-    out : ndarray, optional
-        Array of the shape and dtype of ``x`` to write to: ``x`` itself or memory apart from it.
-
-    Returns
-    -------
-    ndarray
-        The normalised data, of the shape and dtype of ``x``; ``out`` if that was given.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
 
     References
     ----------
@@ -639,11 +532,12 @@ def rms_norm(
     >>> rms_norm([[1.0, 7.0]], 2, eps=0.0)
     array([[0.2, 1.4]])
     """
-    norm, x = _norms.any_layer(normalized_shape, centred=False), _checks.array("x", x)
+    norm, x = _norms.any_layer(normalized_shape, centred=False), _arrays.array("x", x)
     eps = _norms.default_eps(x.dtype) if eps is None else eps
     return _engine.forward(x, norm, None, weight, None, eps, out)[0]
 
 
+@documented_by(layer_norm_backward, rms_norm)
 def rms_norm_backward(
     grad_output: ArrayLike,
     x: ArrayLike,
@@ -662,24 +556,15 @@ def rms_norm_backward(
 
     Parameters
     ----------
-    grad_output : array_like, shape and dtype of x
-        Gradient with respect to the output. Never modified.
     x : array_like
         Input of the forward call, whose mean squares are computed once more; a layer keeps them.
-    normalized_shape, weight, eps
-        As for :func:`rms_norm`.
-    out : ndarray, optional
-        Array to write ``grad_input`` to: ``grad_output`` or ``x`` itself, or memory apart.
+    eps : float or None
+        Added to the mean square, >= 0. None: ``numpy.finfo(x.dtype).eps``.
 
     Returns
     -------
     grad_input : ndarray, shape and dtype of x
     grad_weight : ndarray of shape normalized_shape, dtype of x
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
 
     References
     ----------
@@ -692,7 +577,7 @@ def rms_norm_backward(
     >>> [gradient.round(3).tolist() for gradient in gradients]
     [[[0.196, -0.028]], [0.2, 0.0]]
     """
-    norm, x = _norms.any_layer(normalized_shape, centred=False), _checks.array("x", x)
+    norm, x = _norms.any_layer(normalized_shape, centred=False), _arrays.array("x", x)
     eps = _norms.default_eps(x.dtype) if eps is None else eps
     saved = _engine.statistics(x, norm, eps)
     return _engine.backward(saved, grad_output, weight, out, x)[:2]

@@ -7,17 +7,17 @@ registered.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cbn import _checks, _walk
-from cbn._types import Array
-from cbn.layers import ChannelNorm, IncompatibleKeys, NormLayer, load_arrays
-
-if TYPE_CHECKING:
-    from cbn import _state
+from cbn import _model_state, _walk
+from cbn._arrays import writable
+from cbn._docstrings import documented_by
+from cbn._state_dict import IncompatibleKeys, load_arrays
+from cbn._types import Array, Target
+from cbn.layers import ChannelNorm, NormLayer
 
 __all__ = [
     "freeze",
@@ -31,9 +31,6 @@ __all__ = [
 ]
 
 Model = TypeVar("Model")
-
-# What a file tells of a layer and a program decides.
-MODES = ("training", "frozen")
 
 
 # ----------------------------------------------------------------------------------------- layers
@@ -74,7 +71,14 @@ def named_norm_layers(model: object) -> list[tuple[str, NormLayer]]:
     found: list[tuple[str, NormLayer]] = list(
         _walk.find(model, NormLayer)  # type: ignore[type-abstract]  # of any class derived from it
     )
-    _checks.distinct_names([name for name, _ in found])
+    names = [name for name, _ in found]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"model: expected a name of its own for every norm layer, got {twice!r} for two; "
+            f"rename a key (dots in keys, 1 beside '1', and a key beside an attribute of the same "
+            f"name make names that are the same)"
+        )
     return found
 
 
@@ -86,7 +90,7 @@ def layers_with_statistics(model: object) -> dict[str, ChannelNorm]:
         for name, layer in found
         if isinstance(layer, ChannelNorm) and layer.running_mean is not None
     }
-    _checks.some_layers("with running statistics", len(layers), len(found), model)
+    some_layers("with running statistics", len(layers), len(found), model)
     return layers
 
 
@@ -95,8 +99,22 @@ def unfrozen_layers(model: object) -> dict[str, ChannelNorm]:
     found = layers_with_statistics(model)
     layers = {name: layer for name, layer in found.items() if not layer.frozen}
     remedy = "call cbn.unfreeze(model) first"
-    _checks.some_layers("that is not frozen", len(layers), len(found), model, remedy)
+    some_layers("that is not frozen", len(layers), len(found), model, remedy)
     return layers
+
+
+def some_layers(
+    which: str,
+    count: int,
+    of: int,
+    model: object,
+    remedy: str = "layers are found in dicts, lists, tuples and attributes",
+) -> None:
+    if count == 0:
+        raise ValueError(
+            f"model: expected at least one norm layer {which}, got {type(model).__name__} with "
+            f"none among {of}; {remedy}"
+        )
 
 
 # ------------------------------------------------------------------------------------- statistics
@@ -134,7 +152,7 @@ def reset_norm_stats(model: object) -> None:
 def statistics_writable(layers: dict[str, ChannelNorm]) -> None:
     for name, layer in layers.items():
         for key in ("running_mean", "running_var", "num_batches_tracked"):
-            _checks.writable(_joined(name, key), getattr(layer, key))
+            writable(_model_state.joined(name, key), getattr(layer, key))
 
 
 def freeze(model: Model) -> Model:
@@ -179,23 +197,9 @@ def freeze(model: Model) -> Model:
     return model
 
 
+@documented_by(freeze)
 def unfreeze(model: Model) -> Model:
     """Let all norm layers learn running statistics again: undo :func:`freeze`.
-
-    Parameters
-    ----------
-    model : object
-        As for :func:`named_norm_layers`.
-
-    Returns
-    -------
-    object
-        The model.
-
-    Raises
-    ------
-    ValueError
-        If the model has no norm layer with running statistics.
 
     Examples
     --------
@@ -232,11 +236,11 @@ def state_dict(model: object) -> dict[str, Array]:
     >>> list(cbn.state_dict({"norm": cbn.BatchNorm1d(3, affine=False)}))
     ['norm.running_mean', 'norm.running_var', 'norm.num_batches_tracked']
     """
-    return {
-        name: np.array(array) for name, array in _arrays(dict(named_norm_layers(model))).items()
-    }
+    arrays = _model_state.arrays(dict(named_norm_layers(model)))
+    return {name: np.array(array) for name, array in arrays.items()}
 
 
+@documented_by(NormLayer.load_state_dict)
 def load_state_dict(
     model: object, state: Mapping[str, ArrayLike], strict: bool = True
 ) -> IncompatibleKeys:
@@ -253,18 +257,6 @@ def load_state_dict(
         Whether the keys must be exactly those of the norm layers. Otherwise what is missing keeps
         its value, and what is unexpected, such as a convolution in PyTorch's, is passed over.
 
-    Returns
-    -------
-    IncompatibleKeys
-        The tuple ``(missing_keys, unexpected_keys)``.
-
-    Raises
-    ------
-    TypeError
-        If ``state`` is not a mapping or a value is not of real numbers, or masked.
-    ValueError
-        If a shape differs or, when strict, a key, or a value is beyond the dtype of the layer.
-
     Examples
     --------
     >>> import cbn
@@ -275,10 +267,11 @@ def load_state_dict(
     >>> model[0].running_mean
     array([5.], dtype=float32)
     """
-    return load_arrays(_arrays(dict(named_norm_layers(model))), state, strict, "model")
+    return load_arrays(_model_state.arrays(dict(named_norm_layers(model))), state, strict, "model")
 
 
-def save(model: object, path: _state.Target) -> None:
+@documented_by(NormLayer.save)
+def save(model: object, path: Target) -> None:
     """Write all norm layers of a model to one .npz file, without pickle.
 
     The file is written whole or not at all, under the very name given. It holds the arrays of
@@ -288,8 +281,6 @@ def save(model: object, path: _state.Target) -> None:
     ----------
     model : object
         As for :func:`named_norm_layers`.
-    path : str, path or open binary file
-        The file; one that exists is replaced. An open file is written to where it is.
 
     Raises
     ------
@@ -311,22 +302,10 @@ def save(model: object, path: _state.Target) -> None:
     >>> model["norm"].running_mean
     array([5., 5., 5.], dtype=float32)
     """
-    from cbn import _state  # here, because zipfile and json are half of cbn's import time
-
-    layers = _norm_layers(model)
-    config = _config(layers)
-    for name, layer in layers.items():
-        cls = layer._class_of_cbn  # one derived from it may have another constructor
-        with _checks.of_layer(_joined(name, "")):
-            expected = cls._expected_state({**config["layers"][name], "class": cls.__name__})
-        _checks.savable(layer._state(), expected, _joined(name, ""))
-    arrays = _arrays(layers)
-    for name in arrays:
-        _checks.member_name(name)
-    _state.save(path, config, arrays)
+    _model_state.save(_norm_layers(model), path)
 
 
-def load(model: object, path: _state.Target) -> None:
+def load(model: object, path: Target) -> None:
     """Read a file that :func:`save` wrote into the norm layers of a model: all of it, or nothing.
 
     The program makes the model; the file must have the same layers, by name, with the same
@@ -352,54 +331,11 @@ def load(model: object, path: _state.Target) -> None:
         If the model has no norm layer, one of its arrays is read-only, or an attribute of a layer
         has been given a value that no layer can be made with.
     """
-    import json
-
-    from cbn import _state
-
-    layers = _norm_layers(model)
-    arrays = _arrays(layers)
-    for name, array in arrays.items():
-        _checks.writable(name, array)
-    text = json.dumps(_config(layers))
-    own = json.loads(text)  # which makes lists of tuples, as in the file
-
-    def expected(config: _state.Config) -> _state.Expected:
-        _checks.same_class(config.get("class"), _checks.MODEL)
-        _checks.config_keys(config, own)
-        later = {name: layer._later for name, layer in layers.items()}
-        _checks.same_layers(config["layers"], own["layers"], later, MODES)
-        return {name: (array.dtype, array.shape) for name, array in arrays.items()}
-
-    # Room for another model's, whose layers are then named in the error.
-    longest = _state.LONGEST_CONFIG + 10 * len(text)
-    _, state = _state.load(path, expected, longest)
-    with _state.damage_named(path):  # a counter below 0
-        load_arrays(arrays, state, True, "model")
+    _model_state.load(_norm_layers(model), path)
 
 
 def _norm_layers(model: object) -> dict[str, NormLayer]:
     """All of them; at least one, or an error."""
     layers = dict(named_norm_layers(model))
-    _checks.some_layers("in the model", len(layers), len(layers), model)
+    some_layers("in the model", len(layers), len(layers), model)
     return layers
-
-
-def _config(layers: Mapping[str, NormLayer]) -> _state.Config:
-    configs = {}
-    for name, layer in layers.items():
-        with _checks.of_layer(_joined(name, "")):
-            configs[name] = layer._config()
-    return {"class": _checks.MODEL, "layers": configs}
-
-
-def _arrays(layers: Mapping[str, NormLayer]) -> dict[str, Array]:
-    return {
-        _joined(name, key): array
-        for name, layer in layers.items()
-        for key, array in layer._state().items()
-    }
-
-
-def _joined(name: str, key: str) -> str:
-    """PyTorch's name of an array: that of the layer, then that of the array in it."""
-    return f"{name}.{key}" if name else key

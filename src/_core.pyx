@@ -7,7 +7,6 @@
 # variance of every channel: float64 of shape (3, channels).
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from cpython.tuple cimport PyTuple_GET_ITEM
 from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport INFINITY
 from libc.stdio cimport FILE, fclose, fopen, fscanf
@@ -80,7 +79,8 @@ def x86_64_level():
 
 def walk(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S):
     """How a pass that reduces an array walks it, for tests that mean one way of it."""
-    cdef Geometry g = cut(batch_view(N, C, S), True, False)
+    cdef View view = View(1, N, C, S, 1, C, False, (C,))
+    cdef Geometry g = view.reducing
     way = "by row" if not g.by_plane else "by plane" if g.lanes == LANES else "few values"
     return way, g.strips, g.pieces
 
@@ -120,7 +120,8 @@ cdef Pass new_pass(Kind kind, View view, ndarray weight, ndarray bias, ndarray m
                    double eps):
     cdef Pass p
     p.kind = kind
-    p.geometry = cut(view, kind != GIVEN, kind == GRADIENTS)
+    p.geometry = (view.writing if kind == GIVEN else view.gathering if kind == GRADIENTS
+                  else view.reducing)
     p.centred = True
     p.weight = per_channel(weight, 1)
     p.bias = per_channel(bias, 0)
@@ -139,7 +140,14 @@ cdef void use_statistics(Pass* p, ndarray statistics):
     p.var.double_ = p.mean.double_ + 2 * p.geometry.channels
 
 
-cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, int num_threads):
+cdef inline Py_ssize_t cost_of(Kind kind) noexcept nogil:
+    """How much more a pass has to do for a value than one that only writes."""
+    if kind == GRADIENTS or kind == FROZEN_GRADIENTS:
+        return 4
+    return 2 if kind == BATCH else 1
+
+
+cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for):
     cdef const Geometry* g = &p.geometry
     cdef bint gradients = p.kind == GRADIENTS or p.kind == FROZEN_GRADIENTS
     cdef size_t size = PyArray_NBYTES(x)
@@ -158,6 +166,7 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, int num_thre
     if gradients and shares_parameters(g):
         p.sharers = sharers_of(g)
         shares = p.sharers * 2 * g.parameters * sizeof(double)
+    cdef int num_threads = threads_for(cost_of(p.kind) * PyArray_SIZE(x))
     team.threads = begin_pass(<int>min(num_threads, g.strips * g.pieces), PyArray_SIZE(x))
     cdef size_t paces = 0 if team.threads == 1 else team.threads * ROUNDS * sizeof(Pace)
     cdef size_t coefficients = g.channels * COEFFICIENTS * sizeof(double)
@@ -223,24 +232,24 @@ cdef class Saved:
     cdef public object x             # None: overwritten, or not needed
     cdef readonly tuple shape        # of x, and its dtype: both may have been changed since
     cdef readonly object dtype
-    cdef readonly object view         # a View (cbn/_norms.py)
+    cdef readonly View view
     cdef readonly ndarray statistics   # float64 (3, B * C): mean, what float64 rounds off it, var
     cdef readonly object eps
     cdef readonly bint centred       # whether the mean is subtracted; if not, var is a mean square
     cdef readonly bint frozen        # whether the statistics do not depend on x
 
-    def __init__(self, x, tuple shape, dtype, object view, ndarray statistics, eps,
+    def __init__(self, x, tuple shape, dtype, View view, ndarray statistics, eps,
                  bint centred=True, bint frozen=False):
         fill(self, x, shape, dtype, view, statistics, eps, centred, frozen)
 
 
-cdef inline void fill(Saved saved, x, tuple shape, dtype, object view, ndarray statistics, eps,
+cdef inline void fill(Saved saved, x, tuple shape, dtype, View view, ndarray statistics, eps,
                       bint centred, bint frozen):
     saved.x, saved.shape, saved.dtype, saved.view = x, shape, dtype, view
     saved.statistics, saved.eps, saved.centred, saved.frozen = statistics, eps, centred, frozen
 
 
-cdef Saved new_saved(x, tuple shape, dtype, object view, ndarray statistics, eps, bint centred,
+cdef Saved new_saved(x, tuple shape, dtype, View view, ndarray statistics, eps, bint centred,
                      bint frozen):
     """A Saved, without the way through its arguments as objects."""
     cdef Saved saved = Saved.__new__(Saved)
@@ -248,74 +257,56 @@ cdef Saved new_saved(x, tuple shape, dtype, object view, ndarray statistics, eps
     return saved
 
 
-cdef enum:   # places in a View of cbn/_norms.py, a kind of tuple
-    OF_SAMPLES = 6
-    PARAMETER_SHAPE = 7
-    VALUES = 8
-
-
-cdef inline Py_ssize_t number_in(object view, Py_ssize_t place):
-    return <object>PyTuple_GET_ITEM(view, place)
-
-
-cdef View view_from(object view):
-    """A View of cbn/_norms.py as one of geometry.pxi."""
-    cdef Py_ssize_t N = number_in(view, 1), C = number_in(view, 2), S = number_in(view, 3)
-    if not number_in(view, OF_SAMPLES):
-        return batch_view(N, C, S)
-    return sample_view(number_in(view, 0), N, C, S, number_in(view, 4), number_in(view, 5))
-
-
-cpdef statistics_of(ndarray x, object view,
+cpdef statistics_of(ndarray x, View view,
                     double eps,           # that will be added to the variance
                     bint centred,
                     ndarray statistics,   # OUT
-                    int num_threads):
-    cdef Pass p = new_pass(STATISTICS, view_from(view), None, None, None, None, eps)
+                    threads_for):
+    cdef Pass p = new_pass(STATISTICS, view, None, None, None, None, eps)
     p.centred = centred
     p.statistics = <double*>data_of(statistics)
-    run_pass(&p, x, None, None, num_threads)
+    run_pass(&p, x, None, None, threads_for)
 
 
-cpdef normalise_own(ndarray x, object view, ndarray weight, ndarray bias, double eps, bint centred,
+cpdef normalise_own(ndarray x, View view, ndarray weight, ndarray bias, double eps, bint centred,
                     ndarray statistics, ndarray out,   # OUT
-                    int num_threads):
+                    threads_for):
     """Normalise every channel by its own statistics."""
-    cdef Pass p = new_pass(BATCH, view_from(view), weight, bias, None, None, eps)
+    cdef Pass p = new_pass(BATCH, view, weight, bias, None, None, eps)
     p.centred = centred
     use_statistics(&p, statistics)
     p.statistics = <double*>data_of(statistics)
-    run_pass(&p, x, None, out, num_threads)
+    run_pass(&p, x, None, out, threads_for)
 
 
-cpdef normalise_by(ndarray x, object view, ndarray statistics, ndarray weight, ndarray bias,
+cpdef normalise_by(ndarray x, View view, ndarray statistics, ndarray weight, ndarray bias,
                    double eps,
                    ndarray out,   # OUT
-                   int num_threads):
+                   threads_for):
     """Normalise by statistics of x: the same bits as normalise_own."""
-    cdef Pass p = new_pass(GIVEN, view_from(view), weight, bias, None, None, eps)
+    cdef Pass p = new_pass(GIVEN, view, weight, bias, None, None, eps)
     use_statistics(&p, statistics)
-    run_pass(&p, x, None, out, num_threads)
+    run_pass(&p, x, None, out, threads_for)
 
 
-cpdef normalise(ndarray x, object view, ndarray mean, ndarray var, ndarray weight, ndarray bias,
+cpdef normalise(ndarray x, View view, ndarray mean, ndarray var, ndarray weight, ndarray bias,
                 double eps,
                 ndarray out,   # OUT
-                int num_threads):
-    cdef Pass p = new_pass(GIVEN, view_from(view), weight, bias, mean, var, eps)
-    run_pass(&p, x, None, out, num_threads)
+                threads_for):
+    cdef Pass p = new_pass(GIVEN, view, weight, bias, mean, var, eps)
+    run_pass(&p, x, None, out, threads_for)
 
 
 cpdef gradients(ndarray grad_output, Saved saved, ndarray weight,
                 ndarray grad_input, ndarray grad_weight, ndarray grad_bias,   # OUT
-                int num_threads):
-    cdef Pass p = new_pass(FROZEN_GRADIENTS if saved.frozen else GRADIENTS, view_from(saved.view),
+                threads_for):
+    cdef Pass p = new_pass(FROZEN_GRADIENTS if saved.frozen else GRADIENTS, saved.view,
                            weight, None, None, None, saved.eps)
     p.centred = saved.centred
     use_statistics(&p, saved.statistics)
     p.grad_weight = data_of(grad_weight)
     p.grad_bias = data_of(grad_bias)
-    run_pass(&p, saved.x, grad_output, grad_input, num_threads)
+    run_pass(&p, saved.x, grad_output, grad_input, threads_for)
 
 
 include "running.pxi"

@@ -67,16 +67,12 @@ cdef ndarray new_parameter(tuple shape, int type_num):
     return PyArray_EMPTY(len(shape), lengths, type_num, 0)
 
 
-cdef object view_of(object x, tuple shape, object dtype, dict views):
+cdef View view_of(object x, tuple shape, object dtype, dict views):
     """The view of a plain, non-empty array of an accepted element type, if it has been seen."""
     if ((is_plain(x, NPY_FLOAT) or is_plain(x, NPY_DOUBLE)) and PyArray_SIZE(<ndarray>x) > 0
             and (dtype is None or dtype is <object>PyArray_DESCR(<ndarray>x))):
         return views.get(shape)
     return None
-
-
-cdef inline tuple parameter_shape_of(object view):
-    return <tuple>PyTuple_GET_ITEM(view, PARAMETER_SHAPE)
 
 
 cdef bint are_all_apart(object out, object a, object b, object c, object d):
@@ -114,7 +110,7 @@ def express_forward(x, dict views, dtype, weight, bias, eps, bint centred, Py_ss
     """Normalise by the statistics of x: return the output and a Saved, or None."""
     cdef tuple shape, parameter_shape
     cdef ndarray statistics, learnt
-    cdef View v
+    cdef View view
     cdef Py_ssize_t count
     if not PyArray_CheckExact(x) or type(nonfinite) is not str:
         return None
@@ -129,9 +125,8 @@ def express_forward(x, dict views, dtype, weight, bias, eps, bint centred, Py_ss
     view = view_of(x, shape, dtype, views)
     if view is None:
         return None
-    v = view_from(view)
-    count = number_in(view, VALUES)
-    parameter_shape = parameter_shape_of(view)
+    count = view.values
+    parameter_shape = view.parameter_shape
     if not (count >= least
             and (is_finite(momentum) or (momentum is None and num_batches_tracked is not None))
             and is_non_negative(eps) and is_non_negative(correction)
@@ -149,11 +144,11 @@ def express_forward(x, dict views, dtype, weight, bias, eps, bint centred, Py_ss
         return None
     if out is None:
         out = new_like(x)
-    statistics = learnt = new_statistics(v.B * v.C)
+    statistics = learnt = new_statistics(view.B * view.C)
     normalise_own(x, view, weight, bias, eps, centred, statistics, out,
-                  threads_for(2 * PyArray_SIZE(<ndarray>x)))
+                  threads_for)
     if running_mean is not None or num_batches_tracked is not None or raises:
-        if v.B * v.C != <Py_ssize_t>parameter_shape[0]:
+        if view.B * view.C != <Py_ssize_t>parameter_shape[0]:
             learnt = averages(statistics, parameter_shape[0])
         if raises and not_finite(learnt, running_mean, running_var, count, correction):
             return None
@@ -163,12 +158,12 @@ def express_forward(x, dict views, dtype, weight, bias, eps, bint centred, Py_ss
                           statistics, eps, centred, False)
 
 
-cdef ndarray infer(x, view, mean, var, weight, bias, eps, out, threads_for):
+cdef ndarray infer(x, View view, mean, var, weight, bias, eps, out, threads_for):
     """The output, or None."""
     cdef tuple parameter_shape
     if view is None:
         return None
-    parameter_shape = parameter_shape_of(view)
+    parameter_shape = view.parameter_shape
     if not (is_parameter(mean, parameter_shape) and is_variance(var, parameter_shape, eps)
             and is_parameter_or_none(weight, parameter_shape)
             and is_parameter_or_none(bias, parameter_shape)
@@ -177,7 +172,7 @@ cdef ndarray infer(x, view, mean, var, weight, bias, eps, out, threads_for):
         return None
     if out is None:
         out = new_like(x)
-    normalise(x, view, mean, var, weight, bias, eps, out, threads_for(PyArray_SIZE(<ndarray>x)))
+    normalise(x, view, mean, var, weight, bias, eps, out, threads_for)
     return out
 
 
@@ -222,8 +217,8 @@ def express_saved(x, dict views, mean, var, eps, training):
         return None
     shape = x.shape
     view = view_of(x, shape, None, views)
-    if not (view is not None and is_parameter(mean, parameter_shape_of(view))
-            and is_variance(var, parameter_shape_of(view), eps) and type(training) is bool):
+    if not (view is not None and is_parameter(mean, view.parameter_shape)
+            and is_variance(var, view.parameter_shape, eps) and type(training) is bool):
         return None
     return new_saved(x, shape, <object>PyArray_DESCR(<ndarray>x), view,
                      given_statistics(mean, var), eps, True, not training)
@@ -232,7 +227,7 @@ def express_saved(x, dict views, mean, var, eps, training):
 def express_backward(grad_output, Saved saved, weight, out, threads_for):
     """Return the gradients of input, weight and bias, or None."""
     cdef object x = saved.x
-    cdef tuple parameter_shape = parameter_shape_of(saved.view)
+    cdef tuple parameter_shape = saved.view.parameter_shape
     cdef int type_num
     if not PyArray_CheckExact(x):
         return None
@@ -250,5 +245,5 @@ def express_backward(grad_output, Saved saved, weight, out, threads_for):
     grad_weight = new_parameter(parameter_shape, type_num)
     grad_bias = new_parameter(parameter_shape, type_num)
     gradients(grad_output, saved, weight, out, grad_weight, grad_bias,
-              threads_for(4 * PyArray_SIZE(<ndarray>x)))
+              threads_for)
     return out, grad_weight, grad_bias

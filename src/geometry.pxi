@@ -69,16 +69,6 @@ cdef public enum:
     GATHERED_RUN = 4096
 
 
-cdef public struct View:
-    Py_ssize_t B
-    Py_ssize_t N
-    Py_ssize_t C
-    Py_ssize_t S
-    Py_ssize_t parts
-    Py_ssize_t period
-    Py_ssize_t most   # values in a piece
-
-
 cdef public struct Geometry:
     Py_ssize_t B
     Py_ssize_t N
@@ -125,37 +115,52 @@ cdef inline Py_ssize_t piece_of(Py_ssize_t values) noexcept nogil:
     return min(PIECE, max(SMALL_PIECE, values))
 
 
-cdef inline View batch_view(Py_ssize_t N, Py_ssize_t C, Py_ssize_t S) noexcept nogil:
-    """That of batch norm: one batch, one weight and bias for each channel."""
-    cdef View view
-    view.B, view.N, view.C, view.S, view.parts, view.period = 1, N, C, S, 1, C
-    view.most = piece_of(N * C * S // 8)
-    return view
+cdef class View:
+    """An array as a pass walks it, and what follows from that: the cuts of the passes that only
+    write, of those that reduce, and of those that find gradients of parameters too."""
 
+    cdef readonly Py_ssize_t B, N, C, S, parts, period
+    cdef readonly bint of_samples         # whether each channel is of one sample
+    cdef readonly tuple parameter_shape   # of weight, bias, and running statistics
+    cdef readonly Py_ssize_t values       # that a mean is of
+    cdef Geometry writing
+    cdef Geometry reducing
+    cdef Geometry gathering
 
-cdef inline View sample_view(Py_ssize_t B, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S,
-                             Py_ssize_t parts, Py_ssize_t period) noexcept nogil:
-    """That of the other norms, whose channels are each of one sample and know of no other."""
-    cdef View view
-    view.B, view.N, view.C, view.S, view.parts, view.period = B, N, C, S, parts, period
-    # Half of a channel, or, where channels are walked together, half of all of the sample: two
-    # pieces are enough for two threads, and more would cost large batches up to a tenth.
-    view.most = piece_of((S if N == 1 else N * C * S) // 2)
-    return view
+    def __init__(self, Py_ssize_t B, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t parts,
+                 Py_ssize_t period, bint of_samples, tuple parameter_shape):
+        self.B, self.N, self.C, self.S, self.parts, self.period = B, N, C, S, parts, period
+        self.of_samples, self.parameter_shape = of_samples, parameter_shape
+        # Of no sample there are no values, but of a batch without any each mean would be of some.
+        self.values = N * S if B * C > 0 or not of_samples else 0
+        if B * N * C * S > 0:
+            self.writing = cut(self, False, False)
+            self.reducing = cut(self, True, False)
+            self.gathering = cut(self, True, True)
+
+    cdef inline Py_ssize_t most(self):
+        """The values in a piece."""
+        if not self.of_samples:
+            return piece_of(self.N * self.C * self.S // 8)
+        # Half of a channel, or, where channels are walked together, half of all of the sample: two
+        # pieces are enough for two threads, and more would cost large batches up to a tenth.
+        return piece_of((self.S if self.N == 1 else self.N * self.C * self.S) // 2)
 
 
 cdef Geometry cut(View view,
                   bint reduces,    # False: with given statistics it only writes
                   bint gathers     # True: a pass that finds gradients of parameters
-                  ) noexcept nogil:
+                  ) noexcept:
     """The strips and pieces of a non-empty array."""
     cdef Geometry g
-    cdef Py_ssize_t N = view.N, C = view.C, S = view.S, B = view.B, most = view.most, sharing
+    cdef Py_ssize_t N = view.N, C = view.C, S = view.S, B = view.B
+    cdef Py_ssize_t most = view.most(), sharing
     if N == 1:   # nothing lies between the channels of one batch and those of the next
         B, C = 1, B * C
     g.B, g.N, g.C, g.S, g.parts, g.period = B, N, C, S, view.parts, view.period
     g.channels, g.parameters = B * C, view.period * view.parts
-    g.by_plane = S >= LONG_RUN or (N < FEW_ROWS and (S >= FEW_LANES or g.parts > 1))
+    g.by_plane = S >= LONG_RUN or (
+        (N < FEW_ROWS or not reduces) and (S >= FEW_LANES or g.parts > 1))
     g.by_value = g.by_plane and g.parts > 1 and g.parts == S
     gathers = gathers and g.by_value
     g.lanes = LANES if N * (S // LANES) >= FEW_LANES else FEW_LANES

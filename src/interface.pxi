@@ -1,5 +1,5 @@
-# What the micro-kernels (micro.h) are given, and what they are. Cython writes all that is public here
-# and in geometry.pxi to _core.h, which they include.
+# What the micro-kernels (micro.h) are given, and what they are. Cython writes all that is public
+# here and in geometry.pxi to _core.h, which they include.
 
 cdef public enum:
     AT_ONCE = 64   # channels, or parameters, that are finished side by side

@@ -86,16 +86,6 @@ INLINE doubles first_doubles(doubles value, ptrdiff_t n) {
     return (doubles)((longs)value & (lane < (int64_t)n - (longs){0}));
 }
 
-/* Stores of some lanes are slow by masks (18 cycles on Zen 2), and fast one by one. */
-INLINE void put_floats(float *at, floats value, ptrdiff_t n) {
-    for (int i = 0; i < FLOATS && i < n; i++)
-        at[i] = value[i];
-}
-INLINE void put_doubles(double *at, doubles value, ptrdiff_t n) {
-    for (int i = 0; i < DOUBLES && i < n; i++)
-        at[i] = value[i];
-}
-
 #ifdef __AVX2__
 
 INLINE __m256i first_8(ptrdiff_t n) {
@@ -111,6 +101,14 @@ INLINE doubles some_doubles(const double *at, ptrdiff_t n) {
     return (doubles)_mm256_maskload_pd(
         at, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)));
 }
+INLINE void put_floats(float *at, floats value, ptrdiff_t n) {
+    _mm256_maskstore_ps(at, first_8(n), (__m256)value);
+}
+INLINE void put_doubles(double *at, doubles value, ptrdiff_t n) {
+    _mm256_maskstore_pd(
+        at, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)),
+        (__m256d)value);
+}
 
 #else
 
@@ -125,6 +123,14 @@ INLINE few_floats some_few_floats(const float *at, ptrdiff_t n) {
 }
 INLINE doubles some_doubles(const double *at, ptrdiff_t n) {
     return (doubles){n > 0 ? at[0] : 0, n > 1 ? at[1] : 0};
+}
+INLINE void put_floats(float *at, floats value, ptrdiff_t n) {
+    for (int i = 0; i < FLOATS && i < n; i++)
+        at[i] = value[i];
+}
+INLINE void put_doubles(double *at, doubles value, ptrdiff_t n) {
+    for (int i = 0; i < DOUBLES && i < n; i++)
+        at[i] = value[i];
 }
 
 #endif

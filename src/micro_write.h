@@ -58,48 +58,89 @@ INLINE vector T(result)(vector x, vector grad, const struct T(Coefficients) *c, 
     return centred * c->scale + c->bias;
 }
 
+/* Vectors that are loaded together: `across` of them side by side in each of some rows, four in all,
+   or some lanes of one in each row. */
 struct T(Loaded) {
     vector x[4], grad[4];
 };
 
-/* Load some vectors, `step` values apart, or some lanes of one, from `k` values on. */
-INLINE struct T(Loaded) T(load_vectors)(const struct T(Place) *at, ptrdiff_t k, const int vectors,
-                                        ptrdiff_t step, ptrdiff_t lanes, const int way) {
+INLINE struct T(Loaded) T(load_vectors)(const struct T(Place) *at, ptrdiff_t k, const int rows,
+                                        ptrdiff_t row_stride, const int across, ptrdiff_t lanes,
+                                        const int way) {
     const int whole = lanes >= LANES_OF;
     struct T(Loaded) values;
-    EACH (v, vectors) {
-        values.x[v] = whole ? load(at->x + k + v * step) : load_some(at->x + k + v * step, lanes);
+    EACH (v, rows * across) {
+        const ptrdiff_t i = k + v / across * row_stride + v % across * LANES_OF;
+        values.x[v] = whole ? load(at->x + i) : load_some(at->x + i, lanes);
         if (way & BACKWARD)
-            values.grad[v] = whole ? load(at->grad_output + k + v * step)
-                                   : load_some(at->grad_output + k + v * step, lanes);
+            values.grad[v] =
+                whole ? load(at->grad_output + i) : load_some(at->grad_output + i, lanes);
     }
     return values;
 }
 
-/* Write what was loaded. */
-INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int vectors,
-                             ptrdiff_t step, ptrdiff_t lanes, const struct T(Loaded) *values,
-                             const struct T(Coefficients) *c, const int way) {
+/* Write what was loaded, with coefficients that are for all columns, or else for those from k on. */
+INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int rows,
+                             ptrdiff_t row_stride, const int across, ptrdiff_t lanes,
+                             const struct T(Loaded) *values, struct T(Coefficients) *c,
+                             const int way) {
     vector y[4];
-    EACH (v, vectors) {
-        struct T(Coefficients) own = *c;
-        if (way & BY_COLUMN && !(way & BELOW))
-            own = T(coefficients)(at, k + v * step, way);
+    EACH (v, across)
+        if (way & BY_COLUMN)
+            c[v] = T(coefficients)(at, k + v * LANES_OF, way);
+    EACH (v, rows * across) {
+        struct T(Coefficients) own = c[way & BY_COLUMN ? v % across : 0];
         if (way & BY_VALUE) {
-            own.weight = REALS(at->weights + k + v * step);
+            own.weight = REALS(at->weights + k + v * LANES_OF);
             if (!(way & BACKWARD))
-                own.bias = REALS(at->biases + k + v * step);
+                own.bias = REALS(at->biases + k + v * LANES_OF);
         }
         y[v] = T(result)(values->x[v], values->grad[v], &own, way);
     }
-    EACH (v, vectors) {
+    EACH (v, rows * across) {
+        stored *out = at->out + k + v / across * row_stride + v % across * LANES_OF;
         if (lanes < LANES_OF)
-            T(store_some)(at->out + k + v * step, y[v], lanes);
+            T(store_some)(out, y[v], lanes);
         else if (way & STREAM)
-            T(stream)(at->out + k + v * step, y[v]);
+            T(stream)(out, y[v]);
         else
-            T(store)(at->out + k + v * step, y[v]);
+            T(store)(out, y[v]);
     }
+}
+
+/* Write columns k to n of one row, or of some. The next vectors are loaded before these are stored: a
+   load that follows a store to the same place in another page waits for it, and arrays are often
+   about a whole number of pages apart. */
+INLINE void T(write_rows)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t n, const int rows,
+                          ptrdiff_t row_stride, const int across, const int way) {
+    const ptrdiff_t step = across * LANES_OF;
+    struct T(Coefficients) c[4];
+    struct T(Loaded) now, next;
+    if (!(way & BY_COLUMN))
+        c[0] = T(coefficients)(at, 0, way);
+#define LOAD(k, across, lanes) T(load_vectors)(at, k, rows, row_stride, across, lanes, way)
+#define WRITE(across, lanes, way)                                                                  \
+    T(write_vectors)(at, k, rows, row_stride, across, lanes, &now, c, way)
+    if (n - k >= step) {
+        now = LOAD(k, across, LANES_OF);
+        for (; n - k >= 2 * step; k += step) {
+            next = LOAD(k + step, across, LANES_OF);
+            WRITE(across, LANES_OF, way);
+            now = next;
+        }
+        WRITE(across, LANES_OF, way);
+        k += step;
+    }
+    for (; across > 1 && n - k >= LANES_OF; k += LANES_OF) {
+        now = LOAD(k, 1, LANES_OF);
+        WRITE(1, LANES_OF, way & ~STREAM);
+    }
+    if (k < n) {
+        now = LOAD(k, 1, n - k);
+        WRITE(1, n - k, way & ~STREAM);
+    }
+#undef LOAD
+#undef WRITE
 }
 
 /* How many of n values lie before the first that begins a cache line. */
@@ -107,65 +148,17 @@ INLINE ptrdiff_t T(values_to_line)(const stored *at, ptrdiff_t n) {
     return min_of(n, (ptrdiff_t)(-((uintptr_t)at / sizeof(stored)) % (LINE / sizeof(stored))));
 }
 
-/* Write columns k to n of one row. The next vectors are loaded before these are stored: a load that
-   follows a store to the same place in another page waits for it, and arrays are often about a whole
-   number of pages apart. */
-INLINE void T(write_row)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t n, const int way) {
-    enum { STEP = VECTORS * LANES_OF };
-    struct T(Coefficients) c;
-    struct T(Loaded) now, next;
-    if (!(way & BY_COLUMN))
-        c = T(coefficients)(at, 0, way);
-    if (n - k >= STEP) {
-        now = T(load_vectors)(at, k, VECTORS, LANES_OF, LANES_OF, way);
-        for (; n - k >= 2 * STEP; k += STEP) {
-            next = T(load_vectors)(at, k + STEP, VECTORS, LANES_OF, LANES_OF, way);
-            T(write_vectors)(at, k, VECTORS, LANES_OF, LANES_OF, &now, &c, way);
-            now = next;
-        }
-        T(write_vectors)(at, k, VECTORS, LANES_OF, LANES_OF, &now, &c, way);
-        k += STEP;
+/* Write n columns of some rows, or n values of a run, from the next cache line of out on by whole
+   vectors, if there are many. Arrays from one allocator are aligned alike, so the loads of x gain as
+   much as the stores. */
+INLINE void T(write_aligned)(const struct T(Place) *at, ptrdiff_t n, const int rows,
+                             ptrdiff_t row_stride, const int across, const int way) {
+    ptrdiff_t k = 0;
+    if (way & STREAM || n >= ALIGNED_RUN) {
+        k = T(values_to_line)(at->out, n);
+        T(write_rows)(at, 0, k, rows, row_stride, 1, way & ~STREAM);
     }
-    for (; n - k >= LANES_OF; k += LANES_OF) {
-        now = T(load_vectors)(at, k, 1, LANES_OF, LANES_OF, way);
-        T(write_vectors)(at, k, 1, LANES_OF, LANES_OF, &now, &c, way & ~STREAM);
-    }
-    if (k < n) {
-        now = T(load_vectors)(at, k, 1, LANES_OF, n - k, way);
-        T(write_vectors)(at, k, 1, LANES_OF, n - k, &now, &c, way & ~STREAM);
-    }
-}
-
-/* Where a run should begin to be written by whole vectors: at the next cache line of out, if it is
-   long. Arrays from one allocator are aligned alike, so the loads of x gain as much as the stores. */
-INLINE ptrdiff_t T(late)(const struct T(Place) *at, ptrdiff_t n, const int way) {
-    return way & STREAM || n >= ALIGNED_RUN ? T(values_to_line)(at->out, n) : 0;
-}
-
-/* Write n values of a run, or of a row with a coefficient for each column. */
-INLINE void T(write_run)(const struct T(Place) *at, ptrdiff_t n, const int way) {
-    const ptrdiff_t k = T(late)(at, n, way);
-    T(write_row)(at, 0, k, way & ~STREAM);
-    T(write_row)(at, k, n, way);
-}
-
-/* Write n columns of ROWS rows, whose coefficients are loaded once. */
-INLINE void T(write_rows)(const struct T(Place) *at, ptrdiff_t row_stride, ptrdiff_t n,
-                          const int way) {
-    struct T(Coefficients) c;
-    struct T(Loaded) now;
-    ptrdiff_t k = 0, end = T(late)(at, n, way), lanes;
-    for (; k < n; k += lanes) {
-        c = T(coefficients)(at, k, way);
-        lanes = min_of(LANES_OF, (k < end ? end : n) - k);
-        if (lanes == LANES_OF && k >= end) {
-            now = T(load_vectors)(at, k, ROWS, row_stride, LANES_OF, way);
-            T(write_vectors)(at, k, ROWS, row_stride, LANES_OF, &now, &c, way | BELOW);
-        } else {
-            now = T(load_vectors)(at, k, ROWS, row_stride, lanes, way);
-            T(write_vectors)(at, k, ROWS, row_stride, lanes, &now, &c, (way & ~STREAM) | BELOW);
-        }
-    }
+    T(write_rows)(at, k, n, rows, row_stride, across, way);
 }
 
 INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t first,
@@ -210,7 +203,7 @@ INLINE void T(write_parts)(struct T(Place) place, const struct Pass *p, const st
             own[SCALE] = scale * weight[q];
             own[BIAS] = bias[q];
         }
-        T(write_run)(&place, end - begin, way);
+        T(write_aligned)(&place, end - begin, 1, 0, ACROSS, way);
         T(move)(&place, end - begin, way);
     }
 }
@@ -228,7 +221,7 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
             if (way & BY_PART)
                 T(write_parts)(place, p, sheet, c, way & ~BY_PART);
             else
-                T(write_run)(&place, sheet->length, way);
+                T(write_aligned)(&place, sheet->length, 1, 0, ACROSS, way);
             place.coefficients++;
             T(move)(&place, p->geometry.S, way);
         }
@@ -237,31 +230,34 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
 
 /* Write by row, with a coefficient for each column. */
 INLINE void T(write_sheet)(struct T(Place) place, const struct Sheet *sheet, const int way) {
+    /* Some rows at a time, for which coefficients are loaded once; of streams whole lines. */
+    enum { LINE_OF = LINE / VECTOR_BYTES };
+    const int rows = way & STREAM ? 4 / LINE_OF : 4;
     ptrdiff_t rest = sheet->rows;
     /* Rows that do not all begin alike in their cache lines are streamed one by one. */
     if (!(way & STREAM && sheet->row_stride * sizeof(stored) % LINE))
-        for (; rest >= ROWS; rest -= ROWS) {
-            T(write_rows)(&place, sheet->row_stride, sheet->width, way);
-            T(move)(&place, ROWS * sheet->row_stride, way);
+        for (; rest >= rows; rest -= rows) {
+            T(write_aligned)(&place, sheet->width, rows, sheet->row_stride, 4 / rows, way);
+            T(move)(&place, rows * sheet->row_stride, way);
         }
     for (; rest > 0; rest--) {
-        T(write_run)(&place, sheet->width, way);
+        T(write_aligned)(&place, sheet->width, 1, 0, ACROSS, way);
         T(move)(&place, sheet->row_stride, way);
     }
     if (sheet->tail)
-        T(write_run)(&place, sheet->tail, way);
+        T(write_aligned)(&place, sheet->tail, 1, 0, ACROSS, way);
 }
 
 /* Write n values in the order of the memory, with a coefficient for each of `width` columns, again
    and again: what begins in a row goes on into the next by whole vectors, and so does the table. */
 INLINE void T(write_wrapped)(struct T(Place) place, ptrdiff_t n, ptrdiff_t width, const int way) {
-    enum { STEP = VECTORS * LANES_OF };
+    enum { STEP = ACROSS * LANES_OF };
     const real *table = place.coefficients;
     ptrdiff_t column = 0, length;
     for (; n > 0; n -= length) {
         length = min_of(n, (width - column + STEP - 1) / STEP * STEP);
         place.coefficients = table + column;
-        T(write_row)(&place, 0, length, way);
+        T(write_rows)(&place, 0, length, 1, 0, ACROSS, way);
         T(move)(&place, length, way);
         column += length - width;
     }
@@ -316,12 +312,12 @@ INLINE void T(write_table)(const struct Pass *p, struct Sheet sheet, ptrdiff_t f
     }
     for (int q = 0; q < rows; q++) {
         columns = table + q * TABLE_WIDTH;
-        for (ptrdiff_t k = 0; k < head + VECTORS * LANES_OF; k++)
+        for (ptrdiff_t k = 0; k < head + ACROSS * LANES_OF; k++)
             columns[sheet.width + k] = columns[k];
     }
     place.coefficients = table;
     place.stride = TABLE_WIDTH;
-    T(write_row)(&place, 0, head, way & ~STREAM);
+    T(write_rows)(&place, 0, head, 1, 0, 1, way & ~STREAM);
     T(move)(&place, head, way);
     place.coefficients += head;
     if (sheet.row_stride == sheet.width

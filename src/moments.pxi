@@ -36,8 +36,7 @@ cdef void column_moments(const Pass* p, const Sheet* sheet, double smallest,
                 block.rows = min(height, sheet.rows - b * height)
                 before.rest = i * sheet.rows + b * height
                 before.tail = before.rest + i
-                micro_of(p).add_block(p.x, &block, b == parts - 1, smallest, before,
-                                             columns)
+                micro_of(p).add_block(p.x, &block, b == parts - 1, smallest, before, columns)
 
 
 cdef inline void merge_repeats(const Sheet* sheet, Columns* columns) noexcept nogil:  # IN, OUT
@@ -82,8 +81,8 @@ cdef Moments merge(const Moments* part, Py_ssize_t parts, Py_ssize_t stride) noe
 
 
 cdef void reduce_moments(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noexcept nogil:
-    # Squares of float32 deviations whose sum is below 1e-30 may have underflowed. A larger eps makes
-    # it irrelevant, and then channels of zeros need no second look.
+    # Squares of float32 deviations whose sum is below 1e-30 may have underflowed. A larger eps
+    # makes it irrelevant, and then channels of zeros need no second look.
     cdef double smallest = 1e-30 if p.eps < 1e-20 else 0
     cdef const Geometry* g = &p.geometry
     cdef const Micro* micro = micro_of(p)

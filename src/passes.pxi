@@ -83,7 +83,7 @@ cdef inline Py_ssize_t parameter_chunks(const Pass* p) noexcept nogil:
 
 cdef inline void finish_chunk(const Pass* p, Py_ssize_t chunk) noexcept nogil:
     micro_of(p).finish_parameters(p, chunk * AT_ONCE,
-                                        min(AT_ONCE, p.geometry.parameters - chunk * AT_ONCE))
+                                  min(AT_ONCE, p.geometry.parameters - chunk * AT_ONCE))
 
 
 cdef void write_tile(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noexcept nogil:

@@ -5,7 +5,7 @@ import os
 import pytest
 from processes import run_python
 
-from cbn import _cpus
+from cbn import _processors
 
 V2 = "31 23 0:28 / {mount} rw,relatime shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = "32 31 0:29 {root} {mount} rw,relatime - cgroup cgroup rw,cpu,cpuacct\n"
@@ -42,7 +42,7 @@ def host(tmp_path):
     ],
 )
 def test_version_2(host, text, quota):
-    assert _cpus.quota(host("0::/\n", V2, cpu_DOT_max=text)) == quota
+    assert _processors.quota(host("0::/\n", V2, cpu_DOT_max=text)) == quota
 
 
 def test_the_least_of_a_group_and_those_it_is_in(host):
@@ -50,21 +50,23 @@ def test_the_least_of_a_group_and_those_it_is_in(host):
         "0::/a/b\n", V2, a__b__cpu_DOT_max="400000 100000", a__cpu_DOT_max="250000 100000",
         cpu_DOT_max="max 100000",
     )  # fmt: skip
-    assert _cpus.quota(proc) == 2.5
+    assert _processors.quota(proc) == 2.5
 
 
 @pytest.mark.parametrize("group", ["/docker/a", "/docker/a/b", "/elsewhere"])
 def test_version_1_in_a_container(host, group):
     files = {"cpu.cfs_quota_us": "300000\n", "cpu.cfs_period_us": "200000\n"}
     files = {name.replace(".", "_DOT_"): text for name, text in files.items()}
-    assert _cpus.quota(host(f"5:memory:/x\n4:cpu,cpuacct:{group}\n0::/\n", V1, **files)) == 1.5
+    assert (
+        _processors.quota(host(f"5:memory:/x\n4:cpu,cpuacct:{group}\n0::/\n", V1, **files)) == 1.5
+    )
 
 
 def test_another_group_that_is_mounted_sets_no_limit(host):
     """Of a container, seen from outside: only its own processes are bound by its quota."""
     other = "40 31 0:28 /docker/a {mount}/other rw - cgroup2 cgroup2 rw\n"
     proc = host("0::/me\n", V2 + other, other__cpu_DOT_max="50000 100000\n")
-    assert _cpus.quota(proc) is None
+    assert _processors.quota(proc) is None
 
 
 STRANGE_MOUNTS = {
@@ -83,7 +85,7 @@ def test_names_of_mounts_harm_nobody(host, name):
     mountinfo = proc / "mountinfo"
     line = b"22 1 0:20 / %s rw - vfat /dev/sdb1 rw\n" % name
     mountinfo.write_bytes(line + mountinfo.read_bytes() + line)
-    assert _cpus.quota(proc) == 1.5
+    assert _processors.quota(proc) == 1.5
 
 
 @pytest.mark.parametrize("name", [b"a b", b"a\tb", b"a\\b", b"a#b", b"a\xfcb"], ids=repr)
@@ -96,30 +98,30 @@ def test_groups_mounted_under_any_name(host, tmp_path, name):
     for escaped in b"\\ \t#":  # as the kernel does it, the backslash first
         mount = mount.replace(bytes([escaped]), b"\\%03o" % escaped)
     (proc / "mountinfo").write_bytes(b"31 23 0:28 / %s rw - cgroup2 cgroup2 rw\n" % mount)
-    assert _cpus.quota(proc) == 1.5
+    assert _processors.quota(proc) == 1.5
 
 
 @pytest.mark.parametrize("line", ["0:/", "", "nonsense"])
 def test_a_group_that_is_not_understood_sets_no_limit(host, line):
-    assert _cpus.quota(host(f"{line}\n", V2, cpu_DOT_max="150000 100000\n")) is None
+    assert _processors.quota(host(f"{line}\n", V2, cpu_DOT_max="150000 100000\n")) is None
 
 
 def test_version_1_without_a_limit(host):
     files = {"cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"}
     files = {name.replace(".", "_DOT_"): text for name, text in files.items()}
-    assert _cpus.quota(host("4:cpu,cpuacct:/docker/a\n", V1, **files)) is None
+    assert _processors.quota(host("4:cpu,cpuacct:/docker/a\n", V1, **files)) is None
 
 
 def test_no_control_groups(tmp_path):
-    assert _cpus.quota(tmp_path) is None
+    assert _processors.quota(tmp_path) is None
 
 
 def test_a_quota_is_rounded_up(monkeypatch):
-    monkeypatch.setattr(_cpus, "affinity", lambda: 8)
-    monkeypatch.setattr(_cpus, "quota", lambda: 1.5)
-    assert _cpus.available() == (2, "quota of 1.5 CPUs")
-    monkeypatch.setattr(_cpus, "quota", lambda: 7.5)
-    assert _cpus.available() == (8, "CPU affinity")
+    monkeypatch.setattr(_processors, "affinity", lambda: 8)
+    monkeypatch.setattr(_processors, "quota", lambda: 1.5)
+    assert _processors.available() == (2, "quota of 1.5 CPUs")
+    monkeypatch.setattr(_processors, "quota", lambda: 7.5)
+    assert _processors.available() == (8, "CPU affinity")
 
 
 def threads_of(variables, cpus=None):

@@ -87,12 +87,12 @@ def test_only_the_active_micro_kernels_are_imported():
 
 def test_what_this_cpu_lacks_is_refused():
     with pytest.raises(ValueError, match="CBN_ISA: expected an instruction set of this CPU"):
-        cbn._checks.instruction_set("CBN_ISA", "b", ["a", "b"], ["a", "b"], ["a"])
+        cbn._dispatch.check_isa("CBN_ISA", "b", ["a", "b"], ["a", "b"], ["a"])
 
 
 def test_what_was_not_built_is_refused():
     with pytest.raises(ValueError, match="expected an instruction set that this installation was"):
-        cbn._checks.instruction_set("CBN_ISA", "b", ["a", "b"], ["a"], ["a"])
+        cbn._dispatch.check_isa("CBN_ISA", "b", ["a", "b"], ["a"], ["a"])
 
 
 def test_show_config_prints(capsys):

@@ -8,7 +8,7 @@ import pytest
 from processes import run_python
 
 import cbn
-from cbn import _cpus, _dispatch, _pools, _self_test, functional
+from cbn import _dispatch, _pools, _processors, _self_test, functional
 from cbn.__main__ import troubles, troubles_of_pools
 
 
@@ -56,7 +56,7 @@ def test_the_self_test_leaves_the_active_instruction_set(monkeypatch):
 
 
 def test_a_quota_below_the_threads(monkeypatch):
-    monkeypatch.setattr(_cpus, "quota", lambda: 0.5)
+    monkeypatch.setattr(_processors, "quota", lambda: 0.5)
     old = cbn.set_num_threads(2)
     assert any("share a quota of 0.5 CPUs" in trouble for trouble in troubles())
     cbn.set_num_threads(1)

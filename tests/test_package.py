@@ -1,5 +1,6 @@
 """The package: what an import loads and offers, what is shipped, and how it is built."""
 
+import inspect
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 from processes import printed_by, run_python
 
 import cbn
+from cbn import functional, reference
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"asyncio", "concurrent", "doctest", "email", "http", "multiprocessing", "pdb", "pydoc"}
@@ -99,6 +101,22 @@ def test_public_names():
 @pytest.mark.parametrize("name", cbn.__all__)
 def test_public_names_are_documented(name):
     assert getattr(cbn, name).__doc__
+
+
+CALLABLES = [getattr(cbn, name) for name in cbn.__all__]
+CALLABLES += [
+    getattr(module, name) for module in (functional, reference) for name in module.__all__
+]
+CALLABLES = [each for each in CALLABLES if callable(each) and not hasattr(each, "with_traceback")]
+
+
+@pytest.mark.parametrize("public", CALLABLES, ids=lambda each: f"{each.__module__}.{each.__name__}")
+def test_help_tells_of_every_argument_in_the_order_of_the_signature(public):
+    """Also where the docstring takes it from another."""
+    section = re.search(r"\nParameters\n-+\n(.*?)(\n\n|\Z)", inspect.getdoc(public), re.DOTALL)
+    entries = re.findall(r"^(\S.*?)(?: : .*)?$", section[1], re.MULTILINE) if section else []
+    told = [name for entry in entries for name in entry.split(", ")]
+    assert told == list(inspect.signature(public).parameters)
 
 
 @pytest.mark.parametrize("name", cbn.__all__)

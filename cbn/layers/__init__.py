@@ -1,6 +1,7 @@
 """The layers: parameters, statistics, modes and state. No arithmetic on data."""
 
-from cbn.layers._base import IncompatibleKeys, NormLayer, load_arrays
+from cbn._state_dict import IncompatibleKeys
+from cbn.layers._base import NormLayer
 from cbn.layers._batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from cbn.layers._channel_norm import ChannelNorm
 from cbn.layers._group_norm import GroupNorm
@@ -20,5 +21,4 @@ __all__ = [
     "LayerNorm",
     "NormLayer",
     "RMSNorm",
-    "load_arrays",
 ]

@@ -4,49 +4,40 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
 from types import FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
-from cbn import _checks, _engine
+from cbn import _engine, _scalars, _schema
+from cbn._arrays import writable
+from cbn._docstrings import documented_by
 from cbn._norms import Norm
-from cbn._types import Array, Shape
+from cbn._state_dict import IncompatibleKeys, load_arrays
+from cbn._types import Array, Config, Expected, Shape, Target
 
 if TYPE_CHECKING:
-    from cbn import _state
+    from cbn._core import Saved
 
 # What a state holds, in PyTorch's order.
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-
-class IncompatibleKeys(NamedTuple):
-    """What ``load_state_dict(state, strict=False)`` passed over, as in PyTorch."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-def load_arrays(
-    current: Mapping[str, Array], state: Mapping[str, ArrayLike], strict: bool, whose: str
-) -> IncompatibleKeys:
-    """Copy a state into the arrays of a layer or a model: all of it, or none and an error."""
-    _checks.state_mapping(state)
-    keys = IncompatibleKeys(
-        [key for key in current if key not in state],
-        [key for key in state if key not in current],
-    )
-    if _checks.flag("strict", strict):
-        _checks.state_keys(*keys, whose)
-    new = {
-        key: _checks.state_value(key, state[key], array)
-        for key, array in current.items()
-        if key in state
-    }
-    for key, value in new.items():
-        current[key][...] = value
-    return keys
+# What a layer's attributes of these names must be; they may have been changed since it was made.
+OF_ATTRIBUTES: dict[str, Callable[[str, Any], Any]] = {
+    "eps": _scalars.non_negative,
+    "momentum": lambda name, value: _scalars.momentum_or_none(value),
+    "correction": _scalars.non_negative,
+    "nonfinite": lambda name, value: _scalars.nonfinite(value),
+}
+# Attributes that a repr shows where they are not as usual, and how.
+UNUSUAL: dict[str, tuple[Any, Callable[[Any], object]]] = {
+    "dtype": (np.float32, np.dtype),
+    "channel_axis": (1, str),
+    "correction": (1, "{:g}".format),
+    "frozen": (False, str),
+    "nonfinite": ("propagate", repr),
+}
 
 
 class _Forward:
@@ -74,7 +65,39 @@ GIVEN_FORWARD = "_given_forward"
 
 
 class NormLayer(ABC):
-    """A layer that normalises: the base of all of cbn, for those who look for them."""
+    """A layer that normalises: the base of all of cbn, for those who look for them.
+
+    Parameters
+    ----------
+    eps : float
+        Added to the variance, >= 0.
+    affine : bool
+        Whether to scale by ``weight`` and shift by ``bias``.
+    device : None or "cpu"
+        For code that comes from PyTorch.
+    dtype : dtype, optional
+        Float32 (None) or float64: of the layer's arrays and the data.
+    bias : bool
+        False keeps the scale and drops the shift.
+    channel_axis : {1, -1}
+        Channels first (N, C, ...) or last (N, ..., C).
+
+    Attributes
+    ----------
+    weight, bias : ndarray of shape (C,) or normalized_shape, or None
+        Parameters. Edits in place take effect at the next call.
+    weight_grad, bias_grad : ndarray of the same shape, or None
+        Gradients of the last ``backward``.
+    training : bool
+        The mode, which changes nothing without running statistics.
+    eps
+        As above.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as above.
+    """
 
     dtype: np.dtype[Any]
     eps: float
@@ -87,15 +110,22 @@ class NormLayer(ABC):
     num_batches_tracked: Array | None = None
     weight_grad: Array | None
     bias_grad: Array | None
-    _forward: _engine.Saved | None  # what the last call kept for backward; None: there was none
+    _forward: Saved | None  # what the last call kept for backward; None: there was none
     _norm: Norm  # its row of the table
 
-    def _make_parameters(self, shape: Shape, affine: bool, bias: bool) -> None:
-        shifts = _checks.flag("bias", bias) and affine
+    def _set_up(
+        self, shape: Shape, affine: bool, bias: bool, device: str | None, dtype: DTypeLike | None
+    ) -> None:
+        """What every constructor ends in; shape is that of the parameters."""
+        _scalars.device(device)
+        self.dtype = _scalars.dtype(dtype)
+        self.training = True
+        shifts = _scalars.flag("bias", bias) and affine
         self.weight = np.ones(shape, self.dtype) if affine else None
         self.bias = np.zeros(shape, self.dtype) if shifts else None
         self.weight_grad = self.bias_grad = None
         self._forward = None
+        self._set_norm()
 
     # ------------------------------------------------------------------------------------ passes
 
@@ -120,15 +150,21 @@ class NormLayer(ABC):
     if not TYPE_CHECKING:
         forward = _Forward(forward)
 
-    @abstractmethod
     def _normalise(self, x: ArrayLike, out: Array | None = None) -> Array:
-        """Normalise x: the ``__call__`` of the norm, also where ``forward`` is another."""
+        """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
+        # The __call__ of every norm without running statistics; the others have one of their own.
+        y, self._forward = _engine.forward(
+            x, self._norm, self.dtype, self.weight, self.bias, self.eps, out
+        )
+        return y
 
     def __init_subclass__(cls, of_cbn: bool = False, **arguments: Any) -> None:
         """Let calls reach a ``forward`` of its own; of_cbn is said by the classes of cbn alone."""
         super().__init_subclass__(**arguments)
         if of_cbn:
             cls._class_of_cbn = cls
+            assert cls.__base__ is not None
+            documented_by(cls.__base__)(cls)
         if cls.forward not in (NormLayer.forward, cls.__call__):
             cls._call_by_forward()
 
@@ -169,7 +205,9 @@ class NormLayer(ABC):
             If ``grad_output`` or ``out`` is of the wrong dtype or shape, or they overlap in part.
         """
         if self._forward is None:
-            _checks.no_forward()
+            raise RuntimeError(
+                "backward: expected a forward call before it, got none on this layer"
+            )
         grad_input, weight_grad, bias_grad = _engine.backward(
             self._forward, grad_output, self.weight, out
         )
@@ -187,7 +225,7 @@ class NormLayer(ABC):
         mode : bool
             True: training; False: eval.
         """
-        self.training = _checks.flag("mode", mode)
+        self.training = _scalars.flag("mode", mode)
         return self
 
     def eval(self) -> Self:
@@ -201,7 +239,7 @@ class NormLayer(ABC):
     def _reset(self, **values: int) -> None:
         state = {name: array for name, array in self._state().items() if name in values}
         for name, array in state.items():
-            _checks.writable(name, array)
+            writable(name, array)
         for name, array in state.items():
             array[...] = values[name]
 
@@ -254,7 +292,7 @@ class NormLayer(ABC):
         """
         return load_arrays(self._state(), state, strict, "layer")
 
-    def save(self, path: _state.Target) -> None:
+    def save(self, path: Target) -> None:
         """Write the layer to one .npz file, without pickle: configuration, mode and state.
 
         The file is written whole or not at all, under the very name given.
@@ -282,15 +320,15 @@ class NormLayer(ABC):
         >>> bn.eps, bn.training
         (0.001, False)
         """
-        from cbn import _state  # here, because zipfile and json are half of cbn's import time
+        from cbn import _state_files  # here, because zipfile and json are half of cbn's import time
 
-        _checks.restorable(type(self), self._class_of_cbn)
+        _check_restorable(type(self), self._class_of_cbn)
         config, state = self._config(), self.state_dict()
-        _checks.savable(state, self._expected_state(config))
-        _state.save(path, config, state)
+        _schema.savable(state, self._expected_state(config))
+        _state_files.save(path, config, state)
 
     @classmethod
-    def load(cls, path: _state.Target) -> Self:
+    def load(cls, path: Target) -> Self:
         """Return a layer from a file that ``save`` wrote, in the mode it was saved in.
 
         Parameters
@@ -313,12 +351,12 @@ class NormLayer(ABC):
         TypeError
             If this class has another constructor than that of cbn.
         """
-        from cbn import _state
+        from cbn import _state_files  # here, as in save()
 
-        _checks.restorable(cls, cls._class_of_cbn)
-        config, state = _state.load(path, cls._expected_state)
+        _check_restorable(cls, cls._class_of_cbn)
+        config, state = _state_files.load(path, cls._expected_state)
         layer = cls._from_config(config)
-        with _state.damage_named(path):  # a counter below 0
+        with _state_files.damage_named(path):  # a counter below 0
             layer.load_state_dict(state)
         return layer
 
@@ -327,10 +365,10 @@ class NormLayer(ABC):
     _smallest: ClassVar[dict[str, Any]]  # those that make the smallest layer
     _later: ClassVar[dict[str, Any]] = {}  # what older files do not tell, because nothing else was
 
-    def _config(self) -> _state.Config:
+    def _config(self) -> Config:
         """What a state file says of the layer, beside its arrays."""
         config = {name: getattr(self, name) for name in self._saved}
-        for name, check in _checks.OF_ATTRIBUTES.items():
+        for name, check in OF_ATTRIBUTES.items():
             if name in config:
                 config[name] = check(name, config[name])
         for name in ("affine", "elementwise_affine"):
@@ -338,33 +376,33 @@ class NormLayer(ABC):
                 config[name] = self.weight is not None
         if "bias" in config:
             config["bias"] = self.bias is not None
-        config["dtype"] = _checks.dtype(self.dtype).name
+        config["dtype"] = _scalars.dtype(self.dtype).name
         config["class"] = type(self).__name__
-        config["training"] = _checks.flag("training", self.training)
+        config["training"] = _scalars.flag("training", self.training)
         return config
 
     @classmethod
-    def _from_config(cls, config: _state.Config) -> Self:
+    def _from_config(cls, config: Config) -> Self:
         """A new layer with such a configuration, in its mode."""
         config = cls._later | config
         layer = cls(**{name: config[name] for name in cls._saved})
         return layer.train(config["training"])
 
     @classmethod
-    def _parameter_shape_of(cls, config: _state.Config) -> Shape:
+    def _parameter_shape_of(cls, config: Config) -> Shape:
         """That of the weight of a layer with such a configuration."""
-        return (_checks.positive_integer("num_features", config["num_features"]),)
+        return (_scalars.positive_integer("num_features", config["num_features"]),)
 
     @classmethod
-    def _expected_state(cls, config: _state.Config) -> _state.Expected:
+    def _expected_state(cls, config: Config) -> Expected:
         """The arrays in a file with this configuration, by way of the smallest such layer.
 
         No memory is taken for what a file only promises.
         """
-        _checks.same_class(config.get("class"), cls.__name__)
-        _checks.config_keys(cls._later | config, cls(**cls._smallest)._config())
+        _schema.same_class(config.get("class"), cls.__name__)
+        _schema.config_keys(cls._later | config, cls(**cls._smallest)._config())
         shape = cls._parameter_shape_of(config)
-        for name, check in _checks.OF_ATTRIBUTES.items():
+        for name, check in OF_ATTRIBUTES.items():
             if name in config:
                 check(name, config[name])
         small = cls._from_config(config | cls._smallest)
@@ -393,26 +431,42 @@ class NormLayer(ABC):
         if GIVEN_FORWARD in state:
             self._call_by_forward()
 
-    def _described_by(self, *required: Any, **optional: Any) -> str:
-        """For repr: the layer as a call with its arguments."""
-        arguments = [str(value) for value in required]
-        arguments += [f"{name}={value}" for name, value in optional.items()]
+    _required: ClassVar[tuple[str, ...]]  # arguments that a repr shows by value alone
+    _shown: ClassVar[tuple[str, ...]]  # those that it shows by name
+
+    def __repr__(self) -> str:
+        """The layer as a call with its arguments."""
+        shown = {name: getattr(self, name) for name in self._shown}
+        if "bias" in shown:
+            shown["bias"] = self.bias is not None
+        for name, (usual, text) in UNUSUAL.items():
+            if (value := getattr(self, name, usual)) != usual:
+                shown[name] = text(value)
+        arguments = [str(getattr(self, name)) for name in self._required]
+        arguments += [f"{name}={value}" for name, value in shown.items()]
         return f"{type(self).__name__}({', '.join(arguments)})"
 
 
 NormLayer._class_of_cbn = NormLayer  # type: ignore[type-abstract]
 
-Layer = TypeVar("Layer", bound=type[NormLayer])
 
-
-def documented_by(family: type[NormLayer]) -> Callable[[Layer], Layer]:
-    """Insert the sections that a family of layers shares before the example of a class."""
-
-    def document(cls: Layer) -> Layer:
-        if cls.__doc__ and family.__doc__:  # python -OO has neither
-            summary, heading, example = cls.__doc__.partition("    Examples\n")
-            shared = family.__doc__.partition("\n\n")[2]
-            cls.__doc__ = summary + shared.rstrip() + "\n\n" + heading + example
-        return cls
-
-    return document
+def _check_restorable(cls: type, norm: type) -> None:
+    """Whether a class derived from a norm is made with the arguments that its files keep."""
+    ours = signature(norm)
+    for base in cls.__mro__[: cls.__mro__.index(norm)]:
+        if "__init__" not in vars(base):
+            continue
+        theirs = signature(vars(base)["__init__"])
+        any_number = Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
+        named = [p.name for p in theirs.parameters.values() if p.kind not in any_number][1:]
+        try:
+            theirs.bind(None, **dict.fromkeys(ours.parameters))
+            fits = set(named) <= ours.parameters.keys()
+        except TypeError:
+            fits = False
+        if not fits:
+            raise TypeError(
+                f"class: expected one made with the arguments of {norm.__name__}, which a file "
+                f"keeps, got {base.__name__}{theirs}; use cbn.save(layer, path), and "
+                "cbn.load(layer, path) on a layer that the program has made"
+            )

@@ -5,11 +5,11 @@ A layer decides which statistics to use, and calls the engine.
 
 from __future__ import annotations
 
+import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from cbn import _checks, _engine, _norms
+from cbn import _arrays, _engine, _norms, _statistics
 from cbn._types import Array
-from cbn.layers._base import documented_by
 from cbn.layers._channel_norm import ChannelNorm
 
 
@@ -23,64 +23,17 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
 
     Parameters
     ----------
-    num_features : int
-        Number of channels C.
-    eps : float
-        Added to the variance, >= 0.
     momentum : float or None
         Weight of the NEW batch, as in PyTorch: ``running = (1 - momentum) * running + momentum *
         batch``. Keras and ONNX count the other way round, ``running = momentum * running +
         (1 - momentum) * batch``: their 0.9 is 0.1 here. None: the average over all batches.
-    affine : bool
-        Whether to scale by ``weight`` and shift by ``bias``.
     track_running_stats : bool
         Whether to keep running statistics; without them eval mode uses those of the batch. Can be
         switched on a live layer.
-    device : None or "cpu"
-        For code that comes from PyTorch.
-    dtype : dtype, optional
-        Float32 (None) or float64: of the parameters, the statistics and the data.
-    bias : bool
-        False keeps the scale and drops the shift.
-    channel_axis : {1, -1}
-        Channels first (N, C, ...) or last (N, ..., C).
     correction : float
         The running variance is divided by n - correction (1: PyTorch; 0: Keras, Flax, ONNX).
     running_mean, running_var : float or array_like of shape (C,), optional
         Statistics to start with instead of 0 and 1; ``running_var + eps`` must be above 0.
-    nonfinite : {"propagate", "raise", "skip"}
-        What training does with a batch that gives a channel a mean or a variance that is NaN,
-        infinite, or beyond the dtype of the running statistics: let it into them, as in PyTorch;
-        refuse it with a FloatingPointError that names the channels; or leave the running
-        statistics of these channels as they were and count the batch.
-
-    Attributes
-    ----------
-    weight, bias : ndarray of shape (C,) or None
-        Parameters. Edits in place take effect at the next call, as with the statistics.
-    running_mean, running_var : ndarray of shape (C,) or None
-        Running statistics.
-    num_batches_tracked : ndarray of int64, shape (), or None
-        Number of batches they have seen.
-    weight_grad, bias_grad : ndarray of shape (C,) or None
-        Gradients of the last ``backward``.
-    training : bool
-        The mode; set by ``train`` and ``eval``.
-    frozen : bool
-        Whether training, too, uses the running statistics and keeps them; set by
-        :func:`cbn.freeze` and :func:`cbn.unfreeze`.
-    eps, momentum, correction, track_running_stats, nonfinite
-        As above.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
-
-    Warns
-    -----
-    UserWarning
-        If ``momentum`` is outside 0 to 1.
 
     References
     ----------
@@ -106,25 +59,28 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
         nonfinite: str = "propagate",
     ) -> None:
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            bias,
-            channel_axis,
-            correction,
-            nonfinite,
-        )
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            bias=bias, channel_axis=channel_axis, correction=correction, nonfinite=nonfinite,
+        )  # fmt: skip
         for name, value in (("running_mean", running_mean), ("running_var", running_var)):
             if value is not None:
-                _checks.tracked(name, self.track_running_stats)
-                initial = _checks.initial_statistic(name, value, self.num_features, self.dtype)
-                if name == "running_var":
-                    _checks.usable_variance(name, initial, self.eps, nan=False)
-                setattr(self, name, initial)
+                setattr(self, name, self._initial(name, value))
+
+    def _initial(self, name: str, value: ArrayLike) -> Array:
+        """The statistic to start with, from a scalar or one value per channel."""
+        if not self.track_running_stats:
+            raise ValueError(
+                f"{name}: expected None with track_running_stats=False, got a value that nothing "
+                f"would use"
+            )
+        C = self.num_features
+        array = _arrays.floats(name, value, self.dtype)
+        if array.shape not in ((), (C,)):
+            raise ValueError(f"{name}: expected a scalar or shape ({C},), got shape {array.shape}")
+        initial = np.full(C, array, dtype=self.dtype)
+        if name == "running_var":
+            _statistics.usable_variance(name, initial, self.eps, nan=False)
+        return initial
 
     def _set_norm(self) -> None:
         self._norm = self._by_channel = _norms.batch(self._axes)
@@ -173,22 +129,14 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
         if by_batch or (self.running_mean is None and self.running_var is None):
             return self._normalise_by_own(x, out)
         y, self._forward = _engine.forward_given(
-            x,
-            self._by_channel,
-            self.dtype,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.eps,
-            out,
-        )
+            x, self._by_channel, self.dtype, self.running_mean, self.running_var, self.weight,
+            self.bias, self.eps, out,
+        )  # fmt: skip
         return y
 
     _normalise = __call__
 
 
-@documented_by(_BatchNorm)
 class BatchNorm1d(_BatchNorm, of_cbn=True):
     """Batch normalisation of (N, C) or (N, C, L) data; channels last (N, C) or (N, L, C).
 
@@ -208,7 +156,6 @@ class BatchNorm1d(_BatchNorm, of_cbn=True):
     _layouts = ("NC", "NCL")
 
 
-@documented_by(_BatchNorm)
 class BatchNorm2d(_BatchNorm, of_cbn=True):
     """Batch normalisation of (N, C, H, W) or (C, H, W) data; channels last (N, H, W, C), (H, W, C).
 
@@ -223,7 +170,6 @@ class BatchNorm2d(_BatchNorm, of_cbn=True):
     _layouts = ("NCHW", "CHW")
 
 
-@documented_by(_BatchNorm)
 class BatchNorm3d(_BatchNorm, of_cbn=True):
     """Batch normalisation of (N, C, D, H, W) or (C, D, H, W) data; channels last (N, D, H, W, C).
 

@@ -8,17 +8,53 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from cbn import _checks, _engine
+from cbn import _engine, _scalars, _statistics
 from cbn._norms import Norm
-from cbn._types import Array, Axes
+from cbn._types import Array, Axes, Config
+from cbn.exceptions import warn_caller
 from cbn.layers._base import NormLayer
 
 if TYPE_CHECKING:
-    from cbn import _state
+    from cbn._core import Saved
 
 
 class ChannelNorm(NormLayer, of_cbn=True):
-    """A layer with a weight, a bias and running statistics for each channel."""
+    """A layer with a weight, a bias and running statistics for each channel.
+
+    Parameters
+    ----------
+    num_features : int
+        Number of channels C.
+    nonfinite : {"propagate", "raise", "skip"}
+        What training does with a batch that gives a channel, in instance norm of any sample, a mean
+        or a variance that is NaN, infinite, or, when it is learnt, beyond the dtype of the running
+        statistics: let it into them, as in PyTorch; refuse it with a FloatingPointError that names
+        the channels; or leave the running statistics of these channels as they were and count the
+        batch.
+
+    Attributes
+    ----------
+    weight, bias : ndarray of shape (C,) or None
+        Parameters. Edits in place take effect at the next call, as with the statistics.
+    running_mean, running_var : ndarray of shape (C,) or None
+        Running statistics.
+    num_batches_tracked : ndarray of int64, shape (), or None
+        Number of batches they have seen.
+    weight_grad, bias_grad : ndarray of shape (C,) or None
+        Gradients of the last ``backward``.
+    training : bool
+        The mode; set by ``train`` and ``eval``.
+    frozen : bool
+        Whether training, too, uses the running statistics and keeps them; set by
+        :func:`cbn.freeze` and :func:`cbn.unfreeze`.
+    eps, momentum, correction, track_running_stats, nonfinite
+        As above.
+
+    Warns
+    -----
+    UserWarning
+        If ``momentum`` is outside 0 to 1.
+    """
 
     _layouts: ClassVar[tuple[str, ...]]  # the axes of what it accepts, channels first
     _saved: ClassVar[tuple[str, ...]] = (
@@ -34,43 +70,49 @@ class ChannelNorm(NormLayer, of_cbn=True):
         "nonfinite",
     )
     _smallest: ClassVar[dict[str, Any]] = {"num_features": 1, "momentum": None}
+    _required = ("num_features",)
+    _shown = ("eps", "momentum", "affine", "bias", "track_running_stats")
     nonfinite = "propagate"  # of pickles that are older than this attribute
     _warned = False  # of a small batch
     _averages_samples: ClassVar[bool] = False  # whether that is what the running statistics learn
     _by_channel: Norm  # that by given statistics
 
+    # The defaults are those of instance norm; batch norm has its own.
     def __init__(
         self,
         num_features: int,
-        eps: float,
-        momentum: float | None,
-        affine: bool,
-        track_running_stats: bool,
-        device: str | None,
-        dtype: DTypeLike | None,
-        bias: bool,
-        channel_axis: int,
-        correction: float,
-        nonfinite: str,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: str | None = None,
+        dtype: DTypeLike | None = None,
+        *,
+        bias: bool = True,
+        channel_axis: int = 1,
+        correction: float = 1,
+        nonfinite: str = "propagate",
     ) -> None:
-        self._num_features = _checks.positive_integer("num_features", num_features)
-        self.eps = _checks.non_negative("eps", eps)
-        self.momentum = _checks.momentum_or_none(momentum)
-        _checks.warn_of_momentum(self.momentum)
-        self.affine = _checks.flag("affine", affine)
-        _checks.device(device)
-        self.dtype = _checks.dtype(dtype)
-        self._channel_axis = _checks.channel_axis(channel_axis)
+        self._num_features = _scalars.positive_integer("num_features", num_features)
+        self.eps = _scalars.non_negative("eps", eps)
+        self.momentum = _scalars.momentum_or_none(momentum)
+        if self.momentum is not None and not 0 <= self.momentum <= 1:
+            # PyTorch takes any number without a word; the average leaves the range of the data.
+            warn_caller(
+                f"momentum: expected a number from 0 to 1, the weight of the new batch, got "
+                f"{self.momentum:g}; momentum=0.1 is what Keras and ONNX call 0.9",
+                UserWarning,
+            )
+        self.affine = _scalars.flag("affine", affine)
+        self._channel_axis = _scalars.channel_axis(channel_axis)
         self._axes = self._axes_of(self._num_features, self._channel_axis)
-        self.correction = _checks.non_negative("correction", correction)
-        self.nonfinite = _checks.nonfinite(nonfinite)
-        self.training = True
+        self.correction = _scalars.non_negative("correction", correction)
+        self.nonfinite = _scalars.nonfinite(nonfinite)
         self.frozen = False
-        self._make_parameters((self._num_features,), self.affine, bias)
-        self.track_running_stats = _checks.flag("track_running_stats", track_running_stats)
+        self._set_up((self._num_features,), self.affine, bias, device, dtype)
+        self.track_running_stats = _scalars.flag("track_running_stats", track_running_stats)
         # Who gets the statistics of each batch in training, in place of the running statistics.
-        self._observer: Callable[[_engine.Saved], None] | None = None
-        self._set_norm()
+        self._observer: Callable[[Saved], None] | None = None
 
     @property
     def num_features(self) -> int:
@@ -84,7 +126,7 @@ class ChannelNorm(NormLayer, of_cbn=True):
 
     @track_running_stats.setter
     def track_running_stats(self, value: bool) -> None:
-        self._track_running_stats = _checks.flag("track_running_stats", value)
+        self._track_running_stats = _scalars.flag("track_running_stats", value)
         if value and self.running_mean is None:
             self.running_mean = np.zeros(self.num_features, self.dtype)
             self.running_var = np.ones(self.num_features, self.dtype)
@@ -116,29 +158,22 @@ class ChannelNorm(NormLayer, of_cbn=True):
             self.training and not self.frozen and observer is None and self._track_running_stats
         )
         if updates and self.num_batches_tracked is None:
-            _checks.batch_to_count(None)
+            _statistics.batch_to_count(None)
         warns = self.training and observer is None and not self._warned
-        least = _checks.SMALL_BATCH if warns else 2
+        least = _statistics.SMALL_BATCH if warns else 2
         if observer is not None and not self._averages_samples:
             least = 1  # it merges the statistics of all batches
         y, saved = _engine.forward(
-            x,
-            self._norm,
-            self.dtype,
-            self.weight,
-            self.bias,
-            self.eps,
-            out,
-            least,
+            x, self._norm, self.dtype, self.weight, self.bias, self.eps, out, least,
             self.running_mean if updates else None,
             self.running_var if updates else None,
             self.num_batches_tracked if updates else None,
             self.momentum if updates else 0.0,
             self.correction,
             self.nonfinite if self.training else "propagate",
-        )
+        )  # fmt: skip
         self._forward = saved
-        if warns and 0 < saved.view.values < _checks.SMALL_BATCH:
+        if warns and 0 < saved.view.values < _statistics.SMALL_BATCH:
             self._warned = True
         if observer is not None:
             observer(saved)
@@ -148,20 +183,20 @@ class ChannelNorm(NormLayer, of_cbn=True):
         """Set the running statistics to mean 0 and variance 1, after no batch."""
         self._reset(running_mean=0, running_var=1, num_batches_tracked=0)
 
-    def _config(self) -> _state.Config:
+    def _config(self) -> Config:
         # Tracking may have been switched off on a layer that has statistics.
         return {
             **super()._config(),
             "has_running_stats": self.running_mean is not None,
-            "frozen": _checks.flag("frozen", self.frozen),
+            "frozen": _scalars.flag("frozen", self.frozen),
         }
 
     @classmethod
-    def _from_config(cls, config: _state.Config) -> Self:
+    def _from_config(cls, config: Config) -> Self:
         has, tracks = config["has_running_stats"], config["track_running_stats"]
         layer = super()._from_config(config | {"track_running_stats": has})
         layer.track_running_stats = tracks
-        layer.frozen = _checks.flag("frozen", config["frozen"])
+        layer.frozen = _scalars.flag("frozen", config["frozen"])
         return layer
 
     def __getstate__(self) -> dict[str, Any]:
@@ -169,23 +204,3 @@ class ChannelNorm(NormLayer, of_cbn=True):
         state = {**super().__getstate__(), "_observer": None}
         del state["_by_channel"]
         return state
-
-    def __repr__(self) -> str:
-        optional: dict[str, Any] = {
-            "eps": self.eps,
-            "momentum": self.momentum,
-            "affine": self.affine,
-            "bias": self.bias is not None,
-            "track_running_stats": self.track_running_stats,
-        }
-        if self.dtype != np.float32:
-            optional["dtype"] = np.dtype(self.dtype)
-        if self.channel_axis != 1:
-            optional["channel_axis"] = self.channel_axis
-        if self.correction != 1:
-            optional["correction"] = f"{self.correction:g}"
-        if self.frozen:
-            optional["frozen"] = True
-        if self.nonfinite != "propagate":
-            optional["nonfinite"] = repr(self.nonfinite)
-        return self._described_by(self.num_features, **optional)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import DTypeLike
 
-from cbn import _checks, _engine, _norms
-from cbn._types import Array, Shape
+from cbn import _norms, _scalars
+from cbn._types import Config, Shape
 from cbn.layers._base import NormLayer
-
-if TYPE_CHECKING:
-    from cbn import _state
 
 
 class GroupNorm(NormLayer, of_cbn=True):
@@ -21,9 +17,8 @@ class GroupNorm(NormLayer, of_cbn=True):
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with the mean and the biased variance of
     num_channels / num_groups channels at all positions of one sample, in training and in eval mode.
 
-    A group of one value, as of GroupNorm(C, C) on (N, C), has a variance of 0: with an eps
-    above 0 its output is the bias, whatever the value; PyTorch does the same. InstanceNorm, whose
-    channels are these groups, refuses it.
+    Of a group of one value, as of GroupNorm(C, C) on (N, C), the output is the bias:
+    :func:`cbn.functional.group_norm` tells why.
 
     Parameters
     ----------
@@ -31,34 +26,6 @@ class GroupNorm(NormLayer, of_cbn=True):
         A divisor of ``num_channels``.
     num_channels : int
         Number of channels C.
-    eps : float
-        Added to the variance, >= 0.
-    affine : bool
-        Whether to scale by ``weight`` and shift by ``bias``.
-    device : None or "cpu"
-        For code that comes from PyTorch.
-    dtype : dtype, optional
-        Float32 (None) or float64: of the parameters and the data.
-    bias : bool
-        False keeps the scale and drops the shift.
-    channel_axis : {1, -1}
-        Channels first (N, C, ...) or last (N, ..., C).
-
-    Attributes
-    ----------
-    weight, bias : ndarray of shape (C,) or None
-        Parameters. Edits in place take effect at the next call.
-    weight_grad, bias_grad : ndarray of shape (C,) or None
-        Gradients of the last ``backward``.
-    training : bool
-        The mode, which changes nothing here.
-    eps
-        As above.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
 
     References
     ----------
@@ -74,6 +41,8 @@ class GroupNorm(NormLayer, of_cbn=True):
 
     _saved = ("num_groups", "num_channels", "eps", "affine", "channel_axis", "dtype", "bias")
     _smallest: ClassVar[dict[str, Any]] = {"num_groups": 1, "num_channels": 1}
+    _required = ("num_groups", "num_channels")
+    _shown = ("eps", "affine", "bias")
 
     def __init__(
         self,
@@ -87,17 +56,13 @@ class GroupNorm(NormLayer, of_cbn=True):
         bias: bool = True,
         channel_axis: int = 1,
     ) -> None:
-        self._num_groups = _checks.positive_integer("num_groups", num_groups)
-        self._num_channels = _checks.positive_integer("num_channels", num_channels)
-        _checks.group_count(num_groups, num_channels)
-        self.eps = _checks.non_negative("eps", eps)
-        self.affine = _checks.flag("affine", affine)
-        _checks.device(device)
-        self.dtype = _checks.dtype(dtype)
-        self._channel_axis = _checks.channel_axis(channel_axis)
-        self.training = True
-        self._make_parameters((self._num_channels,), self.affine, bias)
-        self._set_norm()
+        self._num_groups = _scalars.positive_integer("num_groups", num_groups)
+        self._num_channels = _scalars.positive_integer("num_channels", num_channels)
+        _norms.check_group_count(num_groups, num_channels)
+        self.eps = _scalars.non_negative("eps", eps)
+        self.affine = _scalars.flag("affine", affine)
+        self._channel_axis = _scalars.channel_axis(channel_axis)
+        self._set_up((self._num_channels,), self.affine, bias, device, dtype)
 
     def _set_norm(self) -> None:
         self._norm = _norms.group(self._num_groups, self._channel_axis, self._num_channels)
@@ -117,30 +82,11 @@ class GroupNorm(NormLayer, of_cbn=True):
         """1: channels first; -1: channels last."""
         return self._channel_axis
 
-    def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
-        """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
-        y, self._forward = _engine.forward(
-            x, self._norm, self.dtype, self.weight, self.bias, self.eps, out
-        )
-        return y
-
-    _normalise = __call__
+    __call__ = _normalise = NormLayer._normalise
 
     @classmethod
-    def _parameter_shape_of(cls, config: _state.Config) -> Shape:
-        groups = _checks.positive_integer("num_groups", config["num_groups"])
-        channels = _checks.positive_integer("num_channels", config["num_channels"])
-        _checks.group_count(groups, channels)
+    def _parameter_shape_of(cls, config: Config) -> Shape:
+        groups = _scalars.positive_integer("num_groups", config["num_groups"])
+        channels = _scalars.positive_integer("num_channels", config["num_channels"])
+        _norms.check_group_count(groups, channels)
         return (channels,)
-
-    def __repr__(self) -> str:
-        optional: dict[str, Any] = {
-            "eps": self.eps,
-            "affine": self.affine,
-            "bias": self.bias is not None,
-        }
-        if self.dtype != np.float32:
-            optional["dtype"] = np.dtype(self.dtype)
-        if self.channel_axis != 1:
-            optional["channel_axis"] = self.channel_axis
-        return self._described_by(self.num_groups, self.num_channels, **optional)

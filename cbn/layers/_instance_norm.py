@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike
 
 from cbn import _engine, _norms
 from cbn._types import Array
-from cbn.layers._base import documented_by
 from cbn.layers._channel_norm import ChannelNorm
 
 
@@ -22,60 +21,13 @@ class _InstanceNorm(ChannelNorm, of_cbn=True):
 
     Parameters
     ----------
-    num_features : int
-        Number of channels C.
-    eps : float
-        Added to the variance, >= 0.
     momentum : float or None
-        Weight of the NEW batch in the running statistics. None: the average over all batches (in
-        PyTorch no batch counts then).
-    affine : bool
-        Whether to scale by ``weight`` and shift by ``bias``.
+        Weight of the NEW batch in the running statistics. None: the average over all batches
+        (PyTorch does not count them here, and learns nothing then).
     track_running_stats : bool
         Whether to keep running statistics for eval mode. Can be switched on a live layer.
-    device : None or "cpu"
-        For code that comes from PyTorch.
-    dtype : dtype, optional
-        Float32 (None) or float64: of the parameters, the statistics and the data.
-    bias : bool
-        False keeps the scale and drops the shift.
-    channel_axis : {1, -1}
-        Channels first (N, C, ...) or last (N, ..., C).
     correction : float
         The running variance is divided by n - correction, n the positions of a sample.
-    nonfinite : {"propagate", "raise", "skip"}
-        What training does with a batch that gives a channel of a sample a mean or a variance that
-        is NaN, infinite, or, averaged over the samples, beyond the dtype of the running statistics:
-        let it into them; refuse it with a FloatingPointError that names the channels; or leave the
-        running statistics of these channels as they were and count the batch.
-
-    Attributes
-    ----------
-    weight, bias : ndarray of shape (C,) or None
-        Parameters. Edits in place take effect at the next call, as with the statistics.
-    running_mean, running_var : ndarray of shape (C,) or None
-        Running statistics.
-    num_batches_tracked : ndarray of int64, shape (), or None
-        Number of batches they have seen (PyTorch does not count them here).
-    weight_grad, bias_grad : ndarray of shape (C,) or None
-        Gradients of the last ``backward``.
-    training : bool
-        The mode; set by ``train`` and ``eval``.
-    frozen : bool
-        Whether training, too, uses the running statistics and keeps them; set by
-        :func:`cbn.freeze` and :func:`cbn.unfreeze`.
-    eps, momentum, correction, track_running_stats, nonfinite
-        As above.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
-
-    Warns
-    -----
-    UserWarning
-        If ``momentum`` is outside 0 to 1.
 
     References
     ----------
@@ -85,35 +37,6 @@ class _InstanceNorm(ChannelNorm, of_cbn=True):
 
     _later: ClassVar = {"nonfinite": "propagate"}
     _averages_samples = True
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = False,
-        track_running_stats: bool = False,
-        device: str | None = None,
-        dtype: DTypeLike | None = None,
-        *,
-        bias: bool = True,
-        channel_axis: int = 1,
-        correction: float = 1,
-        nonfinite: str = "propagate",
-    ) -> None:
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            bias,
-            channel_axis,
-            correction,
-            nonfinite,
-        )
 
     def _set_norm(self) -> None:
         batch_rank = max(map(len, self._layouts))
@@ -125,22 +48,14 @@ class _InstanceNorm(ChannelNorm, of_cbn=True):
         if not self.frozen and (self.training or not self._track_running_stats):
             return self._normalise_by_own(x, out)
         y, self._forward = _engine.forward_given(
-            x,
-            self._by_channel,
-            self.dtype,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.eps,
-            out,
-        )
+            x, self._by_channel, self.dtype, self.running_mean, self.running_var, self.weight,
+            self.bias, self.eps, out,
+        )  # fmt: skip
         return y
 
     _normalise = __call__
 
 
-@documented_by(_InstanceNorm)
 class InstanceNorm1d(_InstanceNorm, of_cbn=True):
     """Instance normalisation of (N, C, L) or (C, L) data; channels last (N, L, C) or (L, C).
 
@@ -156,7 +71,6 @@ class InstanceNorm1d(_InstanceNorm, of_cbn=True):
     _layouts = ("NCL", "CL")
 
 
-@documented_by(_InstanceNorm)
 class InstanceNorm2d(_InstanceNorm, of_cbn=True):
     """Instance normalisation of (N, C, H, W) or (C, H, W); channels last (N, H, W, C), (H, W, C).
 
@@ -171,7 +85,6 @@ class InstanceNorm2d(_InstanceNorm, of_cbn=True):
     _layouts = ("NCHW", "CHW")
 
 
-@documented_by(_InstanceNorm)
 class InstanceNorm3d(_InstanceNorm, of_cbn=True):
     """Instance normalisation of (N, C, D, H, W) or (C, D, H, W); channels last (N, D, H, W, C).
 

@@ -3,43 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import DTypeLike
 
-from cbn import _checks, _engine, _norms
-from cbn._types import Array, Shape
+from cbn import _norms, _scalars
+from cbn._types import Config, Shape
 from cbn.layers._base import NormLayer
-
-if TYPE_CHECKING:
-    from cbn import _state
 
 
 class _RowNorm(NormLayer, of_cbn=True):
-    """A layer that normalises over the last axes."""
+    """A layer that normalises over the last axes.
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        Lengths of the last axes, over which to normalise.
+    """
 
     _smallest: ClassVar[dict[str, Any]] = {"normalized_shape": [1]}
+    _required = ("normalized_shape",)
+    _shown: ClassVar[tuple[str, ...]] = ("eps", "elementwise_affine", "bias")
     _centred: ClassVar[bool]
 
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
-        eps: float | None,
-        elementwise_affine: bool,
-        bias: bool,
-        device: str | None,
-        dtype: DTypeLike | None,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: str | None = None,
+        dtype: DTypeLike | None = None,
     ) -> None:
-        self._normalized_shape = _checks.normalized_shape(normalized_shape)
-        self.elementwise_affine = _checks.flag("elementwise_affine", elementwise_affine)
-        _checks.device(device)
-        self.dtype = _checks.dtype(dtype)
-        self.eps = _norms.default_eps(self.dtype) if eps is None else eps
-        self.eps = _checks.non_negative("eps", self.eps)
-        self.training = True
-        self._make_parameters(self._normalized_shape, self.elementwise_affine, bias)
-        self._set_norm()
+        self._normalized_shape = _norms.lengths_of(normalized_shape)
+        self.eps = _scalars.non_negative("eps", eps)
+        self.elementwise_affine = _scalars.flag("elementwise_affine", elementwise_affine)
+        self._set_up(self._normalized_shape, self.elementwise_affine, bias, device, dtype)
 
     def _set_norm(self) -> None:
         self._norm = _norms.layer(self._normalized_shape, self._centred)
@@ -49,32 +48,14 @@ class _RowNorm(NormLayer, of_cbn=True):
         """Lengths of the last axes, over which the layer normalises."""
         return self._normalized_shape
 
-    def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
-        """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
-        y, self._forward = _engine.forward(
-            x, self._norm, self.dtype, self.weight, self.bias, self.eps, out
-        )
-        return y
+    __call__ = _normalise = NormLayer._normalise
 
-    _normalise = __call__
-
-    def _config(self) -> _state.Config:
+    def _config(self) -> Config:
         return {**super()._config(), "normalized_shape": list(self.normalized_shape)}
 
     @classmethod
-    def _parameter_shape_of(cls, config: _state.Config) -> Shape:
-        return _checks.normalized_shape(config["normalized_shape"])
-
-    def __repr__(self) -> str:
-        optional: dict[str, Any] = {
-            "eps": self.eps,
-            "elementwise_affine": self.elementwise_affine,
-        }
-        if "bias" in self._saved:
-            optional["bias"] = self.bias is not None
-        if self.dtype != np.float32:
-            optional["dtype"] = np.dtype(self.dtype)
-        return self._described_by(self.normalized_shape, **optional)
+    def _parameter_shape_of(cls, config: Config) -> Shape:
+        return _norms.lengths_of(config["normalized_shape"])
 
 
 class LayerNorm(_RowNorm, of_cbn=True):
@@ -85,34 +66,8 @@ class LayerNorm(_RowNorm, of_cbn=True):
 
     Parameters
     ----------
-    normalized_shape : int or sequence of int
-        Lengths of the last axes, over which to normalise.
-    eps : float
-        Added to the variance, >= 0.
     elementwise_affine : bool
         Whether to scale by ``weight`` and shift by ``bias``.
-    bias : bool
-        False keeps the scale and drops the shift.
-    device : None or "cpu"
-        For code that comes from PyTorch.
-    dtype : dtype, optional
-        Float32 (None) or float64: of the parameters and the data.
-
-    Attributes
-    ----------
-    weight, bias : ndarray of shape normalized_shape, or None
-        Parameters. Edits in place take effect at the next call.
-    weight_grad, bias_grad : ndarray of shape normalized_shape, or None
-        Gradients of the last ``backward``.
-    training : bool
-        The mode, which changes nothing here.
-    eps
-        As above.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
 
     References
     ----------
@@ -131,18 +86,6 @@ class LayerNorm(_RowNorm, of_cbn=True):
     _saved = ("normalized_shape", "eps", "elementwise_affine", "dtype", "bias")
     _centred = True
 
-    def __init__(
-        self,
-        normalized_shape: int | Sequence[int],
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
-        device: str | None = None,
-        dtype: DTypeLike | None = None,
-    ) -> None:
-        eps = _checks.non_negative("eps", eps)
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
-
 
 class RMSNorm(_RowNorm, of_cbn=True):
     """Division by the root mean square of the last axes.
@@ -151,16 +94,10 @@ class RMSNorm(_RowNorm, of_cbn=True):
 
     Parameters
     ----------
-    normalized_shape : int or sequence of int
-        Lengths of the last axes, over which to normalise.
     eps : float or None
         Added to the mean square, >= 0. None: ``numpy.finfo(dtype).eps``.
     elementwise_affine : bool
         Whether to scale by ``weight``.
-    device : None or "cpu"
-        For code that comes from PyTorch.
-    dtype : dtype, optional
-        Float32 (None) or float64: of the parameters and the data.
 
     Attributes
     ----------
@@ -172,11 +109,6 @@ class RMSNorm(_RowNorm, of_cbn=True):
         The mode, which changes nothing here.
     eps
         As above, a number.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is not as above.
 
     References
     ----------
@@ -192,6 +124,7 @@ class RMSNorm(_RowNorm, of_cbn=True):
     """
 
     _saved = ("normalized_shape", "eps", "elementwise_affine", "dtype")
+    _shown = ("eps", "elementwise_affine")
     _centred = False
 
     def __init__(
@@ -202,4 +135,5 @@ class RMSNorm(_RowNorm, of_cbn=True):
         device: str | None = None,
         dtype: DTypeLike | None = None,
     ) -> None:
+        eps = _norms.default_eps(_scalars.dtype(dtype)) if eps is None else eps
         super().__init__(normalized_shape, eps, elementwise_affine, False, device, dtype)

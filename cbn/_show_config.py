@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from cbn import _checks, _dispatch, _pools, _threads
+from cbn import _dispatch, _pools, _threads
 from cbn._version import __version__
 
 Config = dict[str, dict[str, Any]]
@@ -48,7 +48,8 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> Config | None:
     >>> sorted(cbn.show_config(mode="dicts"))
     ['calls', 'instruction set', 'pools', 'threads', 'versions']
     """
-    _checks.config_mode(mode)
+    if mode not in ("stdout", "dicts"):
+        raise ValueError(f"mode: expected 'stdout' or 'dicts', got {mode!r}")
     config = _config()
     if mode == "dicts":
         return config
@@ -89,9 +90,7 @@ def _config() -> Config:
             ),
         },
         "threads": {
-            "openmp": "none: built without OpenMP"
-            if openmp is None
-            else f"{openmp[0]} ({openmp[1]})",
+            "openmp": "{} ({})".format(*openmp) if openmp else "none: built without OpenMP",
             "waiting": "none waits" if openmp is None else _pools.waiting(openmp[0]),
             "number": threads,
             "because": origin,
@@ -104,11 +103,7 @@ def _config() -> Config:
             "now": _now(calls),
         },
         "pools": {
-            file: {
-                "api": pool.user_api,
-                "library": pool.library,
-                "threads": pool.num_threads,
-            }
+            file: {"api": pool.user_api, "library": pool.library, "threads": pool.num_threads}
             for file, pool in _pools.loaded().items()
         },
     }

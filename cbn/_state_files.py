@@ -14,19 +14,16 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from io import BytesIO
+from io import BytesIO, TextIOBase
 from typing import IO, Any
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
 
-from cbn import _checks
-from cbn._types import Array, Shape
+from cbn._schema import OfAnotherClass, OfAnotherModel
+from cbn._types import Array, Config, Expected, Path, Shape, Target
+from cbn.exceptions import StateFileError
 
-Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-Target = Path | IO[bytes]
-Config = dict[str, Any]
-Expected = Mapping[str, tuple[np.dtype[Any], Shape]]
 # The dtype and the shape of a member, and where its data starts.
 Header = tuple[np.dtype[Any], Shape, int]
 
@@ -37,7 +34,7 @@ LONGEST_HEADER = 1_000  # characters; an array needs 118. Parsing takes 400 byte
 
 def save(path: Target, config: Config, arrays: Mapping[str, Array]) -> None:
     """Write a state file, or leave what was there; to an open file, write all of it at once."""
-    if _checks.is_path(path, "write"):
+    if _is_path(path, "write"):
         _replace(path, config, arrays)  # type: ignore[arg-type]
         return
     whole = BytesIO()
@@ -85,24 +82,11 @@ def _replace(path: Path, config: Config, arrays: Mapping[str, Array]) -> None:
 def load(
     path: Target, expected: Callable[[Config], Expected], longest_config: int = LONGEST_CONFIG
 ) -> tuple[Config, dict[str, Array]]:
-    """Read a state file.
+    """Read a state file; an open one from where it is to its end.
 
-    Parameters
-    ----------
-    path : path or open binary file
-        The file; an open one is read from where it is to its end.
-    expected : callable
-        Given the configuration, tells the dtype and the shape of each array, or raises TypeError
-        or ValueError.
-    longest_config : int
-        Characters that the configuration may have.
-
-    Raises
-    ------
-    FileNotFoundError, OSError
-        If the file cannot be opened.
-    StateFileError
-        If it is not what save() writes.
+    Given the configuration, of at most longest_config characters, expected tells the dtype and the
+    shape of each array, or raises TypeError or ValueError. A StateFileError says that the file is
+    not what save() writes, an OSError that it cannot be opened.
     """
     with _opened(path) as file, damage_named(path), ZipFile(file) as archive:
         size = file.seek(0, os.SEEK_END)
@@ -135,9 +119,24 @@ def load(
 
 
 def _opened(path: Target) -> IO[bytes]:
-    if _checks.is_path(path, "read"):
+    if _is_path(path, "read"):
         return open(path, "rb")  # type: ignore[arg-type]
-    return BytesIO(_checks.content(path.read()))  # type: ignore[union-attr]
+    content = path.read()  # type: ignore[union-attr]
+    if not isinstance(content, bytes):
+        raise TypeError(
+            f"path: expected a path or an open binary file, got one that reads "
+            f"{type(content).__name__}"
+        )
+    return BytesIO(content)
+
+
+def _is_path(value: Any, method: str) -> bool:
+    """Whether it is a path; else it is a file that has this method."""
+    if isinstance(value, (str, bytes, os.PathLike)):
+        return True
+    if isinstance(value, TextIOBase) or not callable(getattr(value, method, None)):
+        raise TypeError(f"path: expected a path or an open binary file, got {type(value).__name__}")
+    return False
 
 
 @contextmanager
@@ -153,7 +152,13 @@ def damage_named(path: Target) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         file = path if isinstance(path, (str, bytes, os.PathLike)) else type(path).__name__
-        _checks.unfit_file(os.fsdecode(file), error)
+        what = "expected a state file of cbn, got one that is damaged or foreign: "
+        if isinstance(error, OfAnotherModel):
+            what = "expected a state file of this model, got one of another: "
+        elif isinstance(error, OfAnotherClass):
+            what = ""  # the message is whole
+        what += str(error) or type(error).__name__
+        raise StateFileError(f"{os.fsdecode(file)}: {what}") from error
 
 
 def _header(archive: ZipFile, info: ZipInfo, size: int) -> Header:

@@ -1,0 +1,107 @@
+"""Numbers, flags and names given as arguments: each is returned in the form that cbn works with.
+
+What is of the wrong kind is a TypeError, what has the wrong value a ValueError.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+# Tuples, because a union is put together anew each time that it is looked at.
+BOOLS = (bool, np.bool)
+INTEGERS = (int, np.integer)
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+NONFINITE = ("propagate", "raise", "skip")
+
+
+def positive_integer(name: str, value: Any) -> int:
+    if isinstance(value, BOOLS):
+        raise TypeError(f"{name}: expected a positive integer, got {value!r}")
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a positive integer, got {value!r}") from None
+    if integer < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    return integer
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, BOOLS):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
+def _number(name: str, value: Any, expected: str) -> float:
+    # A string, a truth value or an array of one converts to float too, but hardly on purpose.
+    if isinstance(value, (str, bytes, *BOOLS)) or getattr(value, "ndim", 0) != 0:
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name}: expected {expected}, got an integer beyond floats") from None
+
+
+def non_negative(name: str, value: Any) -> float:
+    """Eps or correction."""
+    expected = "a finite number >= 0"
+    number = value if type(value) is float else _number(name, value, expected)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return number
+
+
+def momentum(value: Any, or_none: str = "") -> float:
+    expected = f"a finite number{or_none}"
+    number = value if type(value) is float else _number("momentum", value, expected)
+    if not math.isfinite(number):
+        raise ValueError(f"momentum: expected {expected}, got {value!r}")
+    return number
+
+
+def momentum_or_none(value: Any) -> float | None:
+    return None if value is None else momentum(value, ", or None for the cumulative average")
+
+
+def unused(momentum_of_call: Any, correction: Any) -> None:
+    """Of a function that learns nothing this time: they must be valid all the same."""
+    momentum(momentum_of_call)
+    non_negative("correction", correction)
+
+
+def nonfinite(value: Any) -> str:
+    if not isinstance(value, str) or value not in NONFINITE:
+        raise ValueError(f"nonfinite: expected one of {NONFINITE}, got {value!r}")
+    return str(value)
+
+
+def device(value: Any) -> None:
+    if value is not None and str(value) != "cpu":
+        raise ValueError(
+            f"device: expected None or 'cpu', got {str(value)!r}; cbn runs on the CPU only"
+        )
+
+
+def dtype(value: DTypeLike | None) -> np.dtype[Any]:
+    try:
+        result = np.dtype(np.float32 if value is None else value)
+    except TypeError:
+        raise TypeError(f"dtype: expected NumPy's float32 or float64, got {value!r}") from None
+    if result not in FLOATS:
+        raise TypeError(f"dtype: expected NumPy's float32 or float64, got {result}")
+    return result
+
+
+def channel_axis(value: Any) -> int:
+    if isinstance(value, BOOLS) or not isinstance(value, INTEGERS) or value not in (1, -1):
+        raise ValueError(
+            f"channel_axis: expected 1 (channels first) or -1 (channels last), got {value!r}"
+        )
+    return int(value)
