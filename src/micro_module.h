@@ -111,7 +111,7 @@ enum {
 #include "micro.h"
 #undef STORAGE
 
-static const struct Micro table[STORAGES] = {micro_f32, micro_f64};
+static struct Micro table[STORAGES];
 
 #define JOINED(a, b) a##b
 #define INIT(name) JOINED(PyInit_, name)
@@ -126,7 +126,9 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC INIT(MODULE)(void) {
     PyObject *module = PyModule_Create(&definition);
-    PyObject *capsule = PyCapsule_New((void *)table, "cbn.micro", NULL);
+    PyObject *capsule = PyCapsule_New(table, "cbn.micro", NULL);
+    table[FLOAT32] = micro_f32;
+    table[FLOAT64] = micro_f64;
     if (module && capsule && PyModule_AddObjectRef(module, "table", capsule) == 0) {
         Py_DECREF(capsule);
         return module;
