@@ -35,11 +35,13 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
         vector grad = whole ? load(at->grad_output + k) : load_some(at->grad_output + k, lanes - k);
         vector x = whole ? load(at->x + k) : load_some(at->x + k, lanes - k);
         if (way & BY_VALUE)
-            grad *= REALS(at->weight + k);
+            grad *= whole ? (vector)REALS(at->weight + k) : some_reals(at->weight + k, lanes - k);
         if (way & BY_ROW)
             x = ((x - at->normal->mean[j]) - at->normal->mean_low[j]) * at->normal->scale[j];
         else
             x = (x - mean[way & BY_COLUMN ? v : 0]) * unit[way & BY_COLUMN ? v : 0];
+        if (!whole) /* no product of 0 and what is not finite, such as a large mean in a small unit */
+            x = T(first)(x, lanes - k);
         total[v] += grad;
         product[v] += grad * x;
     }

@@ -36,14 +36,14 @@ def rng():
 
 @pytest.fixture(scope="session")
 def assert_close():
-    def assert_close(quantity, actual, expected, dtype):
-        """Compare at the tolerance of dtype, the element type of the data."""
+    def assert_close(quantity, actual, expected, dtype, more=0.0):
+        """Compare at the tolerance of dtype, the element type of the data, and a little more."""
         if expected is None:
             assert actual is None, f"{quantity}: expected None"
             return
         assert np.shape(actual) == np.shape(expected), f"{quantity}: shapes differ"
-        tolerance = CLOSE[np.dtype(dtype).name]
-        np.testing.assert_allclose(actual, expected, err_msg=quantity, **tolerance)
+        rtol, atol = CLOSE[np.dtype(dtype).name].values()
+        np.testing.assert_allclose(actual, expected, rtol, atol + more, err_msg=quantity)
 
     return assert_close
 

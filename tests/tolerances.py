@@ -14,3 +14,7 @@ LARGEST_ERROR = {"float32": 1e-6, "float64": 1e-14}
 # What a law makes equal may differ by a few units in the last place, for a few operations each,
 # beside the largest value or the sum of magnitudes that it is made of.
 SLACK = {"float32": 2e-6, "float64": 1e-14}
+
+# Gradients of parameters are sums whose terms may cancel: beside CLOSE, what docs/numerics.md
+# promises of them, in units of the sum of the magnitudes of the terms.
+LARGEST_SUM_ERROR = {"float32": 1e-7, "float64": 1e-15}
