@@ -68,6 +68,8 @@ static int are_usable(const struct PerChannel *var, ptrdiff_t n, double eps) {
 static void take_in_turn(const struct PerChannel *p, ptrdiff_t first, ptrdiff_t n, ptrdiff_t period,
                          double *values) {
     ptrdiff_t c = first % period, step;
+    if (!p->single && !p->double_)
+        period = n + c;
     for (ptrdiff_t done = 0; done < n; done += step, c = 0) {
         step = min_of(n - done, period - c);
         take_values(p, c, step, values + done);
@@ -98,7 +100,7 @@ static void fold(const struct Columns *columns, ptrdiff_t channels, ptrdiff_t sp
 }
 
 enum {
-    SUMMED = 16,     /* rows that are added up before they are in float64 */
+    SUMMED = 16,     /* rows, and a last one that is shorter, that are added up before float64 */
     BESIDE = 4,      /* rows that are added up at a time */
     SHORT_RUN = 512, /* values that are not worth rows of LANES */
 };

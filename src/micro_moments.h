@@ -283,9 +283,9 @@ static double T(unit_of)(const void *data, const struct Sheet *sheet) {
     return ldexp(1, max_of(-100, min_of(exponent, 100)));
 }
 
-/* The moments of channels too small for blocks, around their means. */
-static void T(few_moments)(const void *data, const struct Sheet *sheet, ptrdiff_t S, double smallest,
-                           struct Moments *into) {
+/* The moments of channels too small for blocks, around their means, or around 0. */
+static void T(few_moments)(const void *data, const struct Sheet *sheet, ptrdiff_t S, int centred,
+                           double smallest, struct Moments *into) {
     /* Pass by pass, because the second pass over a channel has to wait for its mean; meanwhile the
        CPU is at the next channel. */
     const stored *x = (const stored *)data + sheet->offset;
@@ -293,24 +293,25 @@ static void T(few_moments)(const void *data, const struct Sheet *sheet, ptrdiff_
     struct Sheet channel = *sheet;
     double total, square, unit;
     for (ptrdiff_t c = 0; c < sheet->channels; c++) {
-        T(sum_runs)(x + c * S, sheet->runs, sheet->run_stride, sheet->length, FEW_LANES, 0, 0, 0, 1,
-                    &total, &square);
+        total = 0;
+        if (centred)
+            T(sum_runs)(x + c * S, sheet->runs, sheet->run_stride, sheet->length, FEW_LANES, 0, 0, 0,
+                        1, &total, &square);
         into[c].shift = total / count;
     }
     for (ptrdiff_t c = 0; c < sheet->channels; c++) {
         T(sum_around)(x + c * S, sheet, sheet->length, FEW_LANES, 1, 0, 1, &into[c].shift, &total,
                       &square);
-        into[c].count = count;
-        into[c].mean = total / count;
-        into[c].m2 = square - total * into[c].mean;
+        unit = 1;
         if (T(is_outside)((real)square, (real)smallest)) {
             channel.offset = sheet->offset + c * S;
             unit = T(unit_of)(data, &channel);
-            T(sum_around)(x + c * S, sheet, sheet->length, FEW_LANES, 0, 1, (real)(1 / unit),
+            T(sum_around)(x + c * S, sheet, sheet->length, FEW_LANES, !centred, 1, (real)(1 / unit),
                           &into[c].shift, &total, &square);
-            into[c].shift *= unit;
-            into[c].mean = total / count * unit;
-            into[c].m2 = (square - total * (total / count)) * (unit * unit);
         }
+        into[c].count = count;
+        into[c].shift *= unit;
+        into[c].mean = centred ? total / count * unit : 0;
+        into[c].m2 = (centred ? square - total * (total / count) : square) * (unit * unit);
     }
 }

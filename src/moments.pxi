@@ -61,11 +61,11 @@ cdef bint add_blocks(const Pass* p, const Sheet* sheet, double smallest, double 
             if length - height >= LANES:   # or else the tail belongs to the block
                 length = height
             block.offset = sheet.offset + i * sheet.run_stride + first
-            micro_of(p).sum_plane(p.x, &block, length, into.count > 0, unit, &shift, &total,
-                                  &square)
+            micro_of(p).sum_plane(p.x, &block, length, into.count > 0 or not p.centred, unit,
+                                  &shift, &total, &square)
             inside = inside and smallest <= square < 1e38
             count = <double>block.runs * length
-            mean = total / count
+            mean = total / count if p.centred else 0   # or else all is around 0
             if into.count == 0:
                 into.shift = shift
             delta = (shift - into.shift) + (mean - into.mean)
@@ -146,7 +146,7 @@ cdef void reduce_moments(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noex
     cdef Py_ssize_t c
 
     if g.by_plane and sheet.width == FEW_LANES:
-        micro.few_moments(p.x, &sheet, g.S, smallest, into)
+        micro.few_moments(p.x, &sheet, g.S, p.centred, smallest, into)
         return
     if g.by_plane:
         for c in range(sheet.channels):
