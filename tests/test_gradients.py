@@ -5,7 +5,7 @@ import pytest
 from differences import central_differences
 from norm_kinds import kinds
 
-from cbn import functional
+from cbn import functional, reference
 
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 
@@ -60,3 +60,33 @@ def test_batch_norm_backward(rng, assert_close, kind, training):
     names = ("grad_input", "grad_weight", "grad_bias")
     for name, gradient, array in zip(names, gradients, (x, weight, bias), strict=True):
         assert_close(name, gradient, central_differences(loss, array), np.float64)
+
+
+# More channels than a kernel has room for at once: of one sample, and of few that share parameters.
+@pytest.mark.parametrize(
+    ("shape", "num_groups"), [((28, 579), 193), ((3000, 16), 8), ((40, 900), 300)], ids=str
+)
+def test_many_small_groups(rng, assert_close, shape, num_groups):
+    x, grad_output = rng.standard_normal((2, *shape))
+    weight = rng.uniform(0.5, 2, shape[1])
+    arguments = grad_output, x, num_groups, weight
+    gradients = functional.group_norm_backward(*arguments)
+    expected = reference.group_norm_backward(*arguments)
+    for name, gradient, exact in zip(
+        ("grad_input", "grad_weight", "grad_bias"), gradients, expected, strict=True
+    ):
+        assert_close(name, gradient, exact, np.float64)
+
+
+# What lies beyond the weights may be anything, and must not reach a gradient.
+@pytest.mark.parametrize("shape", [(37, 4), (35, 5), (40, 11), (9, 30), (20, 67)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_nothing_beyond_the_weights_matters(rng, shape, dtype):
+    x, grad_output = rng.standard_normal((2, *shape)).astype(dtype)
+    weight = rng.uniform(0.5, 2, shape[1:]).astype(dtype)
+    for _ in range(20):
+        # Memory that is free again, and that the next call may get.
+        freed = [np.full(n, np.nan) for n in (10, 20, 50, 100, 200, 500, 1000) for _ in range(6)]
+        del freed
+        for gradient in functional.layer_norm_backward(grad_output, x, shape[1], weight):
+            assert np.isfinite(gradient).all()
