@@ -70,7 +70,6 @@ cdef enum:
     # But not where planes, or parts of them, are shorter: they are written one by one, and their
     # first and last lines not whole. Those of 49 took a third longer, of 98 as long, of 196 less.
     SHORTEST_STREAMED = 128
-    MARGIN = 64   # bytes after a table, which may be read a vector too far
 
 
 def x86_64_level():
@@ -172,7 +171,7 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for)
     cdef size_t paces = 0 if team.threads == 1 else team.threads * ROUNDS * sizeof(Pace)
     cdef size_t coefficients = g.channels * COEFFICIENTS * sizeof(double)
     cdef size_t parameters = 0 if g.parts == 1 else 2 * g.parameters * sizeof(double)
-    cdef char* memory = <char*>malloc(found + shares + paces + coefficients + parameters + MARGIN)
+    cdef char* memory = <char*>malloc(found + shares + paces + coefficients + parameters)
     if memory == NULL:
         end_call()
         raise MemoryError

@@ -20,8 +20,7 @@
 # The array is cut into strips of whole channels of a batch and each strip into pieces; (strip,
 # piece) is a tile, the unit of parallel work. The reductions read a tile
 # as a sheet: rows of `width` contiguous values, with one accumulator per column. Columns never mix
-# inside a loop, which is why the compiler may vectorise it at any width without changing a bit of
-# the result.
+# inside a loop, which is why vectors of any width give the same bits.
 #
 #   by plane (S long):   each run of S values of a channel is folded into rows of `lanes` values;
 #                        the last one may be shorter. A strip is one channel, or several that have
@@ -52,6 +51,7 @@ cdef public enum:
     # ends costs more than its rows do there: 8 made statistics of planes a tenth slower.
     BAND = 8
     SLIM_BAND = 32
+    SUMMED = 16          # rows whose sums for gradients are added up before they are in float64
     PIECE = 65536        # most values in a piece: far more work than to hand it to a thread, ...
     SMALL_PIECE = 16384  # ... and where an array has few of them
     SMALL_STRIP = 8192   # values that channels of few values are gathered to

@@ -76,10 +76,10 @@ cdef public struct Pass:
     PerChannel var
     double eps
     double* statistics      # OUT (3, channels): mean, mean_low and var
-    void* grad_weight       # OUT (parameters,) of the element type of x, or NULL
+    void* grad_weight       # OUT (parameters,) of the type that is computed in, or NULL
     void* grad_bias
     void* partial           # (pieces, channels) Moments, or (pieces, channels, parts_kept) Sums
-    # The next two are of the type that is computed in, and may be read a vector too far.
+    # The next two are of the type that is computed in.
     void* coefficients      # (COEFFICIENTS, channels)
     void* parameters        # (2, parameters): weights and biases of parts of channels
     # The gradients of parameters that several channels share: OUT (sharers, 2, parameters), of the

@@ -1,6 +1,11 @@
 /* The coefficients of channels and the gradients of parameters, from statistics and sums in float64;
    side by side, because a root and a division have a long way. */
 
+/* A vector of reals, of which so many lanes are there. */
+INLINE vector T(reals)(const real *at, ptrdiff_t lanes) {
+    return lanes >= LANES_OF ? (vector)REALS(at) : some_reals(at, lanes);
+}
+
 /* What is left of a mean in two parts beside its first digits. */
 INLINE real T(low_part)(real high, double mean, double mean_low) {
     const real low = (real)((mean - (double)high) + mean_low);

@@ -35,7 +35,7 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
         vector grad = whole ? load(at->grad_output + k) : load_some(at->grad_output + k, lanes - k);
         vector x = whole ? load(at->x + k) : load_some(at->x + k, lanes - k);
         if (way & BY_VALUE)
-            grad *= whole ? (vector)REALS(at->weight + k) : some_reals(at->weight + k, lanes - k);
+            grad *= T(reals)(at->weight + k, lanes - k);
         if (way & BY_ROW)
             x = ((x - at->normal->mean[j]) - at->normal->mean_low[j]) * at->normal->scale[j];
         else
@@ -55,8 +55,10 @@ INLINE void T(multiply_rows)(struct T(Pair) at, ptrdiff_t j, ptrdiff_t end, ptrd
     EACH (v, vectors) {
         totals[v] = REALS(total + v * LANES_OF);
         products[v] = REALS(product + v * LANES_OF);
-        if (way & BY_COLUMN)
-            mean[v] = REALS(at.mean + v * LANES_OF), unit[v] = REALS(at.unit + v * LANES_OF);
+        if (way & BY_COLUMN) {
+            mean[v] = T(reals)(at.mean + v * LANES_OF, lanes - v * LANES_OF);
+            unit[v] = T(reals)(at.unit + v * LANES_OF, lanes - v * LANES_OF);
+        }
     }
     for (; j < end; j++) {
         T(multiply_row)(&at, j, vectors, lanes, mean, unit, way, totals, products);
@@ -76,7 +78,7 @@ INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row
     struct T(Pair) row;
     for (ptrdiff_t j = 0, end, k; j < rows; j = end) {
         if (j % SUMMED == 0)
-            for (k = 0; k < width; k++)
+            for (k = 0; k < width + LANES_OF; k++)
                 few_total[k] = few_product[k] = 0;
         end = min_of(rows, j + BESIDE);
         row = at;
@@ -190,7 +192,7 @@ INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const stru
 static void T(sums_by_row)(struct T(Pair) at, const struct Sheet *sheet, ptrdiff_t parts,
                            struct Sums *into) {
     const ptrdiff_t period = sheet->channels * sheet->span, span = sheet->span / parts;
-    real means[WIDTH + LANES_OF], units[WIDTH + LANES_OF]; /* of each column */
+    real means[WIDTH], units[WIDTH]; /* of each column */
     double total[WIDTH], product[WIDTH];
     T(spread)(at.mean, sheet->channels, sheet->span, sheet->repeat, means);
     T(spread)(at.unit, sheet->channels, sheet->span, sheet->repeat, units);

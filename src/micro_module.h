@@ -100,7 +100,6 @@ static void fold(const struct Columns *columns, ptrdiff_t channels, ptrdiff_t sp
 }
 
 enum {
-    SUMMED = 16,     /* rows, and a last one that is shorter, that are added up before float64 */
     BESIDE = 4,      /* rows that are added up at a time */
     SHORT_RUN = 512, /* values that are not worth rows of LANES */
 };

@@ -12,10 +12,9 @@ INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, c
     EACH (v, vectors) {
         totals[v] = squares[v] = all(0);
         if (shift)
-            shifts[v] = lanes < LANES_OF ? some_reals(shift, lanes)
-                                         : (vector)REALS(shift + v * LANES_OF);
+            shifts[v] = T(reals)(shift + v * LANES_OF, lanes);
         if (factor)
-            factors[v] = REALS(factor + v * LANES_OF);
+            factors[v] = T(reals)(factor + v * LANES_OF, lanes);
     }
     for (ptrdiff_t j = 0; j < rows; j++, x += row_stride)
         EACH (v, vectors) {
@@ -165,7 +164,7 @@ static void T(add_block)(const void *x, const struct Sheet *block, int ends, dou
     struct T(Block) sums;
     struct Sheet summed = *block;
     struct Rows rows;
-    real factor[WIDTH + LANES_OF];
+    real factor[WIDTH];
     double unit[WIDTH];
     if (!ends)
         summed.tail = 0;

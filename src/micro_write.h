@@ -28,11 +28,11 @@ struct T(Coefficients) {
 };
 
 INLINE struct T(Coefficients) T(coefficients)(const struct T(Place) *at, ptrdiff_t k,
-                                              const int way) {
+                                              ptrdiff_t lanes, const int way) {
     struct T(Coefficients) c;
     const real *table = at->coefficients + (way & BY_COLUMN ? k : 0);
 #define COEFFICIENT(row)                                                                           \
-    way & BY_COLUMN ? (vector)REALS(table + row * at->stride) : all(table[row * at->stride])
+    way & BY_COLUMN ? T(reals)(table + row * at->stride, lanes) : all(table[row * at->stride])
     c.mean = COEFFICIENT(MEAN);
     c.mean_low = COEFFICIENT(MEAN_LOW);
     c.scale = COEFFICIENT(SCALE);
@@ -45,7 +45,8 @@ INLINE struct T(Coefficients) T(coefficients)(const struct T(Place) *at, ptrdiff
     return c;
 }
 
-/* Here an epilogue belongs: what becomes of a value before it is stored. */
+/* Here an epilogue belongs: what becomes of a value before it is stored. What it makes of
+   grad_output, multiply_row (micro_gradients.h) has to make of it too. */
 INLINE vector T(result)(vector x, vector grad, const struct T(Coefficients) *c, const int way) {
     const vector centred = (x - c->mean) - c->mean_low;
     if (way & BACKWARD) {
@@ -87,13 +88,13 @@ INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int r
     vector y[4];
     EACH (v, across)
         if (way & BY_COLUMN)
-            c[v] = T(coefficients)(at, k + v * LANES_OF, way);
+            c[v] = T(coefficients)(at, k + v * LANES_OF, lanes, way);
     EACH (v, rows * across) {
         struct T(Coefficients) own = c[way & BY_COLUMN ? v % across : 0];
         if (way & BY_VALUE) {
-            own.weight = REALS(at->weights + k + v * LANES_OF);
+            own.weight = T(reals)(at->weights + k + v * LANES_OF, lanes);
             if (!(way & BACKWARD))
-                own.bias = REALS(at->biases + k + v * LANES_OF);
+                own.bias = T(reals)(at->biases + k + v * LANES_OF, lanes);
         }
         y[v] = T(result)(values->x[v], values->grad[v], &own, way);
     }
@@ -117,7 +118,7 @@ INLINE void T(write_rows)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t n, c
     struct T(Coefficients) c[4];
     struct T(Loaded) now, next;
     if (!(way & BY_COLUMN))
-        c[0] = T(coefficients)(at, 0, way);
+        c[0] = T(coefficients)(at, 0, LANES_OF, way);
 #define LOAD(k, across, lanes) T(load_vectors)(at, k, rows, row_stride, across, lanes, way)
 #define WRITE(across, lanes, way)                                                                  \
     T(write_vectors)(at, k, rows, row_stride, across, lanes, &now, c, way)
@@ -255,11 +256,13 @@ INLINE void T(write_wrapped)(struct T(Place) place, ptrdiff_t n, ptrdiff_t width
     const real *table = place.coefficients;
     ptrdiff_t column = 0, length;
     for (; n > 0; n -= length) {
+        while (column >= width)
+            column -= width;
         length = min_of(n, (width - column + STEP - 1) / STEP * STEP);
         place.coefficients = table + column;
         T(write_rows)(&place, 0, length, 1, 0, ACROSS, way);
         T(move)(&place, length, way);
-        column += length - width;
+        column += length;
     }
 }
 
@@ -295,7 +298,7 @@ INLINE void T(write_table)(const struct Pass *p, struct Sheet sheet, ptrdiff_t f
         /* From one cache line to the next: the table goes on for as long as the first row is late. */
         head = T(values_to_line)(place.out, sheet.rows * sheet.width);
         sheet = T(unbroken)(sheet, head);
-        table += (LINE / sizeof(real) - head) % (LINE / sizeof(real));
+        table += -head & (LINE / sizeof(real) - 1);
     }
     for (int q = 0; q < min_of(rows, COEFFICIENTS); q++)
         T(spread)(coefficients + q * C, sheet.channels, sheet.span, sheet.repeat,

@@ -2,8 +2,7 @@
 
 cdef enum:
     ROUNDS = 2         # of tiles: those that are reduced, and those that are written
-    SPAN = 4096
-    SUMMED = 16
+    SPAN = 4096        # values of some channels that are still in the L1 cache after
     CACHED = 1 << 17   # values of a strip of rows that are still in the L2 cache (1 MiB) after
 
 
@@ -105,7 +104,8 @@ cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:
     cdef Sheet sheet = sheet_of(g, strip, 0)
     cdef Py_ssize_t first = first_channel(g, strip), end = first + sheet.channels
     cdef Py_ssize_t rows = SPAN // (g.parameters * SUMMED) * SUMMED   # sums are of so many
-    cdef Py_ssize_t span = g.period * max(SUMMED, min(rows, WIDTH))
+    cdef Py_ssize_t most = WIDTH // (g.period * SUMMED) * SUMMED
+    cdef Py_ssize_t span = g.period * max(SUMMED, min(rows, most))
     clear_share(p, &sheet, share)
     while first < end:
         sheet.channels = min(span, end - first)
@@ -119,7 +119,8 @@ cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:
 
 cdef void run_strip(const Pass* p, Py_ssize_t strip) noexcept nogil:
     cdef Py_ssize_t piece
-    if p.kind == GRADIENTS and p.geometry.by_value and p.geometry.pieces == 1:
+    if (p.kind == GRADIENTS and p.geometry.by_value and p.geometry.pieces == 1
+            and p.geometry.period * SUMMED <= WIDTH):
         run_spans(p, strip)
         return
     if p.kind == GIVEN:
