@@ -87,7 +87,7 @@ def forward(
                 array, view, statistics, weight, bias, eps, buffer, _threads.threads_for
             )
         else:
-            kernels.normalise_own(
+            kernels.normalise(
                 array,
                 view,
                 weight,
@@ -138,7 +138,9 @@ def forward_given(
     buffer, y = _allocate(out, array.shape, array.dtype)
 
     if array.size:
-        kernels.normalise(array, view, mean, var, weight, bias, eps, buffer, _threads.threads_for)
+        kernels.normalise_given(
+            array, view, mean, var, weight, bias, eps, buffer, _threads.threads_for
+        )
     if y is not buffer:
         y[...] = buffer
     kept = None if overwrites_x or weight is None else array
@@ -223,7 +225,7 @@ def backward(
     grad_weight, grad_bias = (np.zeros(view.parameter_shape, dtype) for _ in range(2))
     if grad.size and x is None:
         var = saved.statistics[2]
-        kernels.normalise(
+        kernels.normalise_given(
             grad, view, None, var, None, None, saved.eps, buffer, _threads.threads_for
         )
     elif grad.size:

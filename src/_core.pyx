@@ -144,7 +144,7 @@ cdef inline Py_ssize_t cost_of(Kind kind) noexcept nogil:
     """How much more a pass has to do for a value than one that only writes."""
     if kind == GRADIENTS or kind == FROZEN_GRADIENTS:
         return 4
-    return 2 if kind == BATCH else 1
+    return 2 if kind == NORMALISE else 1
 
 
 cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for):
@@ -268,11 +268,11 @@ cpdef statistics_of(ndarray x, View view,
     run_pass(&p, x, None, None, threads_for)
 
 
-cpdef normalise_own(ndarray x, View view, ndarray weight, ndarray bias, double eps, bint centred,
-                    ndarray statistics, ndarray out,   # OUT
-                    threads_for):
+cpdef normalise(ndarray x, View view, ndarray weight, ndarray bias, double eps, bint centred,
+                ndarray statistics, ndarray out,   # OUT
+                threads_for):
     """Normalise every channel by its own statistics."""
-    cdef Pass p = new_pass(BATCH, view, weight, bias, None, None, eps)
+    cdef Pass p = new_pass(NORMALISE, view, weight, bias, None, None, eps)
     p.centred = centred
     use_statistics(&p, statistics)
     p.statistics = <double*>data_of(statistics)
@@ -283,16 +283,16 @@ cpdef normalise_by(ndarray x, View view, ndarray statistics, ndarray weight, nda
                    double eps,
                    ndarray out,   # OUT
                    threads_for):
-    """Normalise by statistics of x: the same bits as normalise_own."""
+    """Normalise by statistics of x: the same bits as normalise."""
     cdef Pass p = new_pass(GIVEN, view, weight, bias, None, None, eps)
     use_statistics(&p, statistics)
     run_pass(&p, x, None, out, threads_for)
 
 
-cpdef normalise(ndarray x, View view, ndarray mean, ndarray var, ndarray weight, ndarray bias,
-                double eps,
-                ndarray out,   # OUT
-                threads_for):
+cpdef normalise_given(ndarray x, View view, ndarray mean, ndarray var, ndarray weight, ndarray bias,
+                      double eps,
+                      ndarray out,   # OUT
+                      threads_for):
     cdef Pass p = new_pass(GIVEN, view, weight, bias, mean, var, eps)
     run_pass(&p, x, None, out, threads_for)
 

@@ -145,8 +145,7 @@ def express_forward(x, dict views, dtype, weight, bias, eps, bint centred, Py_ss
     if out is None:
         out = new_like(x)
     statistics = learnt = new_statistics(view.B * view.C)
-    normalise_own(x, view, weight, bias, eps, centred, statistics, out,
-                  threads_for)
+    normalise(x, view, weight, bias, eps, centred, statistics, out, threads_for)
     if running_mean is not None or num_batches_tracked is not None or raises:
         if view.B * view.C != <Py_ssize_t>parameter_shape[0]:
             learnt = averages(statistics, parameter_shape[0])
@@ -172,7 +171,7 @@ cdef ndarray infer(x, View view, mean, var, weight, bias, eps, out, threads_for)
         return None
     if out is None:
         out = new_like(x)
-    normalise(x, view, mean, var, weight, bias, eps, out, threads_for)
+    normalise_given(x, view, mean, var, weight, bias, eps, out, threads_for)
     return out
 
 
@@ -244,6 +243,5 @@ def express_backward(grad_output, Saved saved, weight, out, threads_for):
         out = new_like(grad_output)
     grad_weight = new_parameter(parameter_shape, type_num)
     grad_bias = new_parameter(parameter_shape, type_num)
-    gradients(grad_output, saved, weight, out, grad_weight, grad_bias,
-              threads_for)
+    gradients(grad_output, saved, weight, out, grad_weight, grad_bias, threads_for)
     return out, grad_weight, grad_bias

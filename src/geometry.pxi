@@ -87,8 +87,8 @@ cdef public struct Geometry:
     Py_ssize_t batch_strips    # of one batch
     Py_ssize_t strips          # of all
     Py_ssize_t repeat          # rows of the array in one row of a sheet
-    Py_ssize_t outer_pieces    # parts that N is cut into
-    Py_ssize_t inner_pieces    # parts that S is cut into
+    Py_ssize_t outer_pieces    # pieces that N is cut into
+    Py_ssize_t inner_pieces    # pieces that S is cut into
     Py_ssize_t pieces          # of a strip: the product of the two
 
 
@@ -225,17 +225,17 @@ cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece
     cdef Py_ssize_t b = batch_of(g, strip)
     cdef Py_ssize_t channels = channels_of(g, strip)
     cdef Py_ssize_t line = g.C * g.S
-    cdef Py_ssize_t n = 0, s = 0, outer = g.N, inner = g.S, part
+    cdef Py_ssize_t n = 0, s = 0, outer = g.N, inner = g.S, place
 
     # Divisions cost as much as ten values: none where there is one piece.
     if g.outer_pieces > 1:
-        part = piece // g.inner_pieces
-        n = part * g.N // g.outer_pieces
-        outer = (part + 1) * g.N // g.outer_pieces - n
+        place = piece // g.inner_pieces
+        n = place * g.N // g.outer_pieces
+        outer = (place + 1) * g.N // g.outer_pieces - n
     if g.inner_pieces > 1:
-        part = piece % g.inner_pieces
+        place = piece % g.inner_pieces
         s = start_of(g, piece)
-        inner = (part + 1) * g.S // g.inner_pieces - s
+        inner = (place + 1) * g.S // g.inner_pieces - s
     sheet.offset = (b * (g.N - 1) * g.C + first_channel(g, strip)) * g.S + n * line + s
     sheet.start = s
     sheet.channels = channels

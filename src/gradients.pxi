@@ -77,13 +77,13 @@ cdef void reduce_gradients(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) no
         sheet.offset += sheet.channels * g.S
 
 
-cdef Sums merge_sums(const Sums* part, Py_ssize_t parts, Py_ssize_t stride) noexcept nogil:
+cdef Sums merge_sums(const Sums* found, Py_ssize_t pieces, Py_ssize_t stride) noexcept nogil:
     cdef Sums total
     cdef Py_ssize_t i
     total.grad_output = total.grad_output_centred = 0
-    for i in range(parts):
-        total.grad_output += part[i * stride].grad_output
-        total.grad_output_centred += part[i * stride].grad_output_centred
+    for i in range(pieces):
+        total.grad_output += found[i * stride].grad_output
+        total.grad_output_centred += found[i * stride].grad_output_centred
     return total
 
 

@@ -13,7 +13,7 @@ cdef public enum Storage:   # what the data are kept in
 
 cdef public enum Kind:
     STATISTICS        # reduce, finish
-    BATCH             # reduce, finish, write: normalise by the statistics of the batch
+    NORMALISE         # reduce, finish, write: normalise by the statistics of the batch
     GIVEN             # finish, write: normalise by given statistics
     GRADIENTS         # reduce, finish, write: through the statistics of the batch
     FROZEN_GRADIENTS  # reduce, finish, write: the statistics do not depend on x
@@ -106,8 +106,8 @@ cdef public struct Micro:
                       double unit, double* shift, double* total, double* square) noexcept nogil
     double (*unit_of)(const void* x, const Sheet* sheet) noexcept nogil
     # The moments of channels too small for blocks.
-    void (*few_moments)(const void* x, const Sheet* sheet, Py_ssize_t S, bint centred,
-                        double smallest, Moments* into) noexcept nogil
+    void (*short_moments)(const void* x, const Sheet* sheet, Py_ssize_t S, bint centred,
+                          double smallest, Moments* into) noexcept nogil
     # The sums of channels for gradients, each in so many parts.
     void (*sum_products)(const Pass* p, const Sheet* sheet, Py_ssize_t first, Py_ssize_t parts,
                          Sums* into) noexcept nogil

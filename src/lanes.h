@@ -33,7 +33,7 @@ enum {
 };
 
 typedef float floats __attribute__((vector_size(VECTOR_BYTES)));
-typedef float few_floats __attribute__((vector_size(VECTOR_BYTES / 2))); /* DOUBLES of them */
+typedef float half_floats __attribute__((vector_size(VECTOR_BYTES / 2))); /* DOUBLES of them */
 typedef double doubles __attribute__((vector_size(VECTOR_BYTES)));
 /* The same at any address, as lvalues. */
 typedef floats any_floats __attribute__((aligned(4), may_alias));
@@ -139,7 +139,7 @@ INLINE void put_doubles(double *at, doubles value, ptrdiff_t n) {
 #endif
 
 /* To float64, of which every float32 is one. gcc 12 would take __builtin_convertvector apart. */
-INLINE doubles widen(few_floats value) {
+INLINE doubles widen(half_floats value) {
 #if defined(__AVX512F__)
     return (doubles)_mm512_cvtps_pd((__m256)value);
 #elif defined(__AVX2__)
@@ -152,11 +152,11 @@ INLINE doubles widen(few_floats value) {
 /* Lanes in float64, in two vectors. */
 INLINE void widen_floats(floats value, doubles *halves) {
 #if defined(__AVX512F__)
-    halves[0] = widen((few_floats)_mm512_castps512_ps256((__m512)value));
-    halves[1] = widen((few_floats)_mm512_extractf32x8_ps((__m512)value, 1));
+    halves[0] = widen((half_floats)_mm512_castps512_ps256((__m512)value));
+    halves[1] = widen((half_floats)_mm512_extractf32x8_ps((__m512)value, 1));
 #elif defined(__AVX2__)
-    halves[0] = widen((few_floats)_mm256_castps256_ps128((__m256)value));
-    halves[1] = widen((few_floats)_mm256_extractf128_ps((__m256)value, 1));
+    halves[0] = widen((half_floats)_mm256_castps256_ps128((__m256)value));
+    halves[1] = widen((half_floats)_mm256_extractf128_ps((__m256)value, 1));
 #else
     halves[0] = (doubles){value[0], value[1]};
     halves[1] = (doubles){value[2], value[3]};

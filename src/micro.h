@@ -33,7 +33,7 @@ static const struct Micro T(micro) = {
     fold,
     T(sum_plane),
     T(unit_of),
-    T(few_moments),
+    T(short_moments),
     T(sum_products),
     T(share_products),
     T(take_parameters),

@@ -74,33 +74,33 @@ INLINE void T(multiply_rows)(struct T(Pair) at, ptrdiff_t j, ptrdiff_t end, ptrd
    the L1 cache, where rows are a power of two apart. */
 INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row_stride,
                                 ptrdiff_t width, const int way, double *total, double *product) {
-    real few_total[WIDTH + LANES_OF], few_product[WIDTH + LANES_OF];
+    real band_total[WIDTH + LANES_OF], band_product[WIDTH + LANES_OF];
     struct T(Pair) row;
     for (ptrdiff_t j = 0, end, k; j < rows; j = end) {
         if (j % SUMMED == 0)
             for (k = 0; k < width + LANES_OF; k++)
-                few_total[k] = few_product[k] = 0;
+                band_total[k] = band_product[k] = 0;
         end = min_of(rows, j + BESIDE);
         row = at;
         for (k = 0; width - k >= 4 * LANES_OF; k += 4 * LANES_OF) {
-            T(multiply_rows)(row, j, end, row_stride, 4, 4 * LANES_OF, way, few_total + k,
-                             few_product + k);
+            T(multiply_rows)(row, j, end, row_stride, 4, 4 * LANES_OF, way, band_total + k,
+                             band_product + k);
             T(move_pair)(&row, 4 * LANES_OF, way | MEANS);
         }
         for (; k < width; k += LANES_OF) {
             if (width - k >= LANES_OF)
-                T(multiply_rows)(row, j, end, row_stride, 1, LANES_OF, way, few_total + k,
-                                 few_product + k);
+                T(multiply_rows)(row, j, end, row_stride, 1, LANES_OF, way, band_total + k,
+                                 band_product + k);
             else
-                T(multiply_rows)(row, j, end, row_stride, 1, width - k, way, few_total + k,
-                                 few_product + k);
+                T(multiply_rows)(row, j, end, row_stride, 1, width - k, way, band_total + k,
+                                 band_product + k);
             T(move_pair)(&row, LANES_OF, way | MEANS);
         }
         T(move_pair)(&at, (end - j) * row_stride, way);
         if (end == rows || end % SUMMED == 0)
             for (k = 0; k < width; k++) {
-                total[k] += few_total[k];
-                product[k] += few_product[k];
+                total[k] += band_total[k];
+                product[k] += band_product[k];
             }
     }
 }
@@ -114,7 +114,7 @@ INLINE struct Sums T(sums_of_rows)(const struct T(Pair) *at, ptrdiff_t runs, ptr
     const vector mean = all(at->mean[0]), unit = all(at->unit[0]);
     double total[LANES], product[LANES];
     doubles totals[8], products[8];
-    vector few_total[4], few_product[4];
+    vector band_total[4], band_product[4];
     ptrdiff_t end;
     for (int k = 0; k < width; k += columns) {
         EACH (v, columns / DOUBLES)
@@ -126,20 +126,20 @@ INLINE struct Sums T(sums_of_rows)(const struct T(Pair) *at, ptrdiff_t runs, ptr
             row.x += i * run_stride;
             for (ptrdiff_t j = 0; j < rows + (tail > 0);) {
                 EACH (v, vectors)
-                    few_total[v] = few_product[v] = all(0);
+                    band_total[v] = band_product[v] = all(0);
                 for (end = min_of(j + SUMMED, rows); j < end; j++) {
-                    T(multiply_row)(&row, 0, vectors, columns, &mean, &unit, way, few_total,
-                                    few_product);
+                    T(multiply_row)(&row, 0, vectors, columns, &mean, &unit, way, band_total,
+                                    band_product);
                     T(move_pair)(&row, width, way);
                 }
                 if (j == rows && tail) {
-                    T(multiply_row)(&row, 0, vectors, tail - k, &mean, &unit, way, few_total,
-                                    few_product);
+                    T(multiply_row)(&row, 0, vectors, tail - k, &mean, &unit, way, band_total,
+                                    band_product);
                     j++;
                 }
                 EACH (v, vectors) {
-                    T(add_lanes)(totals + v * HALVES, few_total[v]);
-                    T(add_lanes)(products + v * HALVES, few_product[v]);
+                    T(add_lanes)(totals + v * HALVES, band_total[v]);
+                    T(add_lanes)(products + v * HALVES, band_product[v]);
                 }
             }
         }

@@ -191,7 +191,7 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t runs, ptrdiff_t run_stride, p
     const ptrdiff_t rows = length / width, tail = length % width;
     double totals[LANES], squares[LANES];
     doubles sum[8], sum_of_squares[8];
-    vector few_sum[4], few_squares[4], value;
+    vector band_sum[4], band_squares[4], value;
     const stored *row;
     for (int k = 0; k < width; k += columns) {
         EACH (v, columns / DOUBLES)
@@ -200,7 +200,7 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t runs, ptrdiff_t run_stride, p
             row = x + i * run_stride + k;
             for (ptrdiff_t j = 0, end; j < rows + (tail > 0);) {
                 EACH (v, vectors)
-                    few_sum[v] = few_squares[v] = all(0);
+                    band_sum[v] = band_squares[v] = all(0);
                 for (end = min_of(j + SUMMED, rows); j < end; j++, row += width)
                     EACH (v, vectors) {
                         value = load(row + v * LANES_OF);
@@ -208,9 +208,9 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t runs, ptrdiff_t run_stride, p
                             value *= factor;
                         if (centred) {
                             value -= all(shift);
-                            few_squares[v] += value * value;
+                            band_squares[v] += value * value;
                         }
-                        few_sum[v] += value;
+                        band_sum[v] += value;
                     }
                 if (j == rows && tail) {
                     EACH (v, vectors) {
@@ -220,16 +220,16 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t runs, ptrdiff_t run_stride, p
                             value *= factor;
                         if (centred) {
                             value = T(first)(value - all(shift), lanes);
-                            few_squares[v] += value * value;
+                            band_squares[v] += value * value;
                         }
-                        few_sum[v] += value;
+                        band_sum[v] += value;
                     }
                     j++;
                 }
                 EACH (v, vectors) {
-                    T(add_lanes)(sum + v * HALVES, few_sum[v]);
+                    T(add_lanes)(sum + v * HALVES, band_sum[v]);
                     if (centred)
-                        T(add_lanes)(sum_of_squares + v * HALVES, few_squares[v]);
+                        T(add_lanes)(sum_of_squares + v * HALVES, band_squares[v]);
                 }
             }
         }
@@ -283,7 +283,7 @@ static double T(unit_of)(const void *data, const struct Sheet *sheet) {
 }
 
 /* The moments of channels too small for blocks, around their means, or around 0. */
-static void T(few_moments)(const void *data, const struct Sheet *sheet, ptrdiff_t S, int centred,
+static void T(short_moments)(const void *data, const struct Sheet *sheet, ptrdiff_t S, int centred,
                            double smallest, struct Moments *into) {
     /* Pass by pass, because the second pass over a channel has to wait for its mean; meanwhile the
        CPU is at the next channel. */

@@ -90,13 +90,13 @@ INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int r
         if (way & BY_COLUMN)
             c[v] = T(coefficients)(at, k + v * LANES_OF, lanes, way);
     EACH (v, rows * across) {
-        struct T(Coefficients) own = c[way & BY_COLUMN ? v % across : 0];
+        struct T(Coefficients) used = c[way & BY_COLUMN ? v % across : 0];
         if (way & BY_VALUE) {
-            own.weight = T(reals)(at->weights + k + v * LANES_OF, lanes);
+            used.weight = T(reals)(at->weights + k + v * LANES_OF, lanes);
             if (!(way & BACKWARD))
-                own.bias = T(reals)(at->biases + k + v * LANES_OF, lanes);
+                used.bias = T(reals)(at->biases + k + v * LANES_OF, lanes);
         }
-        y[v] = T(result)(values->x[v], values->grad[v], &own, way);
+        y[v] = T(result)(values->x[v], values->grad[v], &used, way);
     }
     EACH (v, rows * across) {
         stored *out = at->out + k + v / across * row_stride + v % across * LANES_OF;
@@ -188,21 +188,21 @@ INLINE void T(write_parts)(struct T(Place) place, const struct Pass *p, const st
     const ptrdiff_t length = p->geometry.S / p->geometry.parts;
     const ptrdiff_t start = sheet->start, stop = start + sheet->length;
     const real *weight = T(weights_of)(p, c), *bias = weight + p->geometry.parameters;
-    real own[ALL_COEFFICIENTS];
+    real of_part[ALL_COEFFICIENTS];
     ptrdiff_t begin, end;
     for (int k = 0; k < COEFFICIENTS; k++)
-        own[k] = place.coefficients[k * place.stride];
-    const real scale = own[SCALE];
-    place.coefficients = own;
+        of_part[k] = place.coefficients[k * place.stride];
+    const real scale = of_part[SCALE];
+    place.coefficients = of_part;
     place.stride = 1;
     for (ptrdiff_t q = start / length; q * length < stop; q++) {
         begin = max_of(start, q * length);
         end = min_of(stop, (q + 1) * length);
         if (way & BACKWARD)
-            own[WEIGHT] = weight[q];
+            of_part[WEIGHT] = weight[q];
         else {
-            own[SCALE] = scale * weight[q];
-            own[BIAS] = bias[q];
+            of_part[SCALE] = scale * weight[q];
+            of_part[BIAS] = bias[q];
         }
         T(write_aligned)(&place, end - begin, 1, 0, ACROSS, way);
         T(move)(&place, end - begin, way);

@@ -9,7 +9,7 @@ cdef void column_moments(const Pass* p, const Sheet* sheet, double smallest,
                          Columns* columns) noexcept nogil:  # OUT
     """The moments of each column, block by block."""
     cdef Sheet block = sheet[0]
-    cdef Py_ssize_t height, parts, i, b
+    cdef Py_ssize_t height, blocks, i, b
     cdef Rows before
 
     before.tail = before.rest = 0
@@ -28,15 +28,15 @@ cdef void column_moments(const Pass* p, const Sheet* sheet, double smallest,
     else:
         # Several blocks in a run.
         height = ceil_div(sheet.rows, ceil_div(sheet.rows, TALLEST))
-        parts = ceil_div(sheet.rows, height)
+        blocks = ceil_div(sheet.rows, height)
         block.runs = 1
         for i in range(sheet.runs):
-            for b in range(parts):
+            for b in range(blocks):
                 block.offset = sheet.offset + i * sheet.run_stride + b * height * sheet.row_stride
                 block.rows = min(height, sheet.rows - b * height)
                 before.rest = i * sheet.rows + b * height
                 before.tail = before.rest + i
-                micro_of(p).add_block(p.x, &block, b == parts - 1, smallest, before, columns)
+                micro_of(p).add_block(p.x, &block, b == blocks - 1, smallest, before, columns)
 
 
 cdef bint add_blocks(const Pass* p, const Sheet* sheet, double smallest, double unit,
@@ -110,23 +110,23 @@ cdef inline void merge_repeats(const Sheet* sheet, Columns* columns) noexcept no
             columns.m2[k] += columns.m2[other] + delta * delta * cross
 
 
-cdef Moments merge(const Moments* part, Py_ssize_t parts, Py_ssize_t stride) noexcept nogil:
-    """The moments of a channel, from those of its parts."""
-    cdef Moments m = part[0]
+cdef Moments merge(const Moments* found, Py_ssize_t pieces, Py_ssize_t stride) noexcept nogil:
+    """The moments of a channel, from those of its pieces."""
+    cdef Moments m = found[0]
     cdef const Moments* p
     cdef double deviation
     cdef Py_ssize_t i
 
-    if parts == 1:
+    if pieces == 1:
         return m
     m.count = m.mean = m.m2 = 0
-    for i in range(parts):
-        p = part + i * stride
+    for i in range(pieces):
+        p = found + i * stride
         m.count += p.count
         m.mean += p.count * ((p.shift - m.shift) + p.mean)
     m.mean /= m.count
-    for i in range(parts):
-        p = part + i * stride
+    for i in range(pieces):
+        p = found + i * stride
         deviation = ((p.shift - m.shift) + p.mean) - m.mean
         m.m2 += p.m2 + p.count * (deviation * deviation)
     return m
@@ -146,7 +146,7 @@ cdef void reduce_moments(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noex
     cdef Py_ssize_t c
 
     if g.by_plane and sheet.width == FEW_LANES:
-        micro.few_moments(p.x, &sheet, g.S, p.centred, smallest, into)
+        micro.short_moments(p.x, &sheet, g.S, p.centred, smallest, into)
         return
     if g.by_plane:
         for c in range(sheet.channels):

@@ -14,12 +14,12 @@ cdef struct Team:
     double on_one_thread
 
 
-cdef inline bint has_batch_statistics(const Pass* p) noexcept nogil:
-    return p.kind == STATISTICS or p.kind == BATCH
+cdef inline bint finds_statistics(const Pass* p) noexcept nogil:
+    return p.kind == STATISTICS or p.kind == NORMALISE
 
 
 cdef void reduce_tile(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noexcept nogil:
-    if has_batch_statistics(p):
+    if finds_statistics(p):
         reduce_moments(p, strip, piece)
     elif p.kind != GIVEN:
         reduce_gradients(p, strip, piece)
@@ -53,7 +53,7 @@ cdef void finish_channels(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcep
     cdef double[AT_ONCE] product
     cdef Sums sums
     cdef Py_ssize_t c
-    if has_batch_statistics(p):
+    if finds_statistics(p):
         for c in range(first, first + n):
             finish_moments(p, c)
         if p.kind == STATISTICS:
@@ -146,7 +146,7 @@ cdef void run(Pass* p, Team* team) noexcept nogil:
     # A thread computes in the modes of the caller: another library may have switched subnormal
     # numbers off, in the calling thread or in those of the pool. It gets its own back.
     cdef floating_point_modes modes = current_modes()
-    cdef floating_point_modes own = modes   # set, because private variables begin as copies
+    cdef floating_point_modes before = modes   # set, because private variables begin as copies
     cdef Pace* pace = team.paces
     cdef int thread
 
@@ -169,7 +169,7 @@ cdef void run(Pass* p, Team* team) noexcept nogil:
         at_a_time = max(1, min(strips // num_threads, PIECE // strip_values))
         team.seconds = seconds(CLOCK_MONOTONIC)
         with parallel(num_threads=num_threads):
-            own = change_modes(modes)
+            before = change_modes(modes)
             pace = team.paces + threadid()
             begin_round(pace, team.clock)
             for strip in prange(strips, schedule="dynamic", chunksize=at_a_time):
@@ -180,7 +180,7 @@ cdef void run(Pass* p, Team* team) noexcept nogil:
                 wait_for_team()   # Cython's loops in a parallel block do not
                 for chunk in prange(chunks):
                     finish_chunk(p, chunk)
-            change_modes(own)
+            change_modes(before)
         team.seconds = seconds(CLOCK_MONOTONIC) - team.seconds
         team.on_one_thread = alone_seconds(team.paces, num_threads)
     else:
@@ -188,7 +188,7 @@ cdef void run(Pass* p, Team* team) noexcept nogil:
         # fetched a second time anyway: tile by tile in the order of the memory, in three rounds.
         team.seconds = seconds(CLOCK_MONOTONIC)
         with parallel(num_threads=num_threads):
-            own = change_modes(modes)
+            before = change_modes(modes)
             pace = team.paces + threadid()
             if p.kind != GIVEN:
                 begin_round(pace, team.clock)
@@ -209,7 +209,7 @@ cdef void run(Pass* p, Team* team) noexcept nogil:
                     write_tile(p, tile % strips, (tiles - 1 - tile) // strips)
                     pace.channels += channels_of(&p.geometry, tile % strips)
                 end_round(pace, team.clock)
-            change_modes(own)
+            change_modes(before)
         team.seconds = seconds(CLOCK_MONOTONIC) - team.seconds
         if p.kind != GIVEN:
             team.on_one_thread += alone_seconds(team.paces, num_threads)
