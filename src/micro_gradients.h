@@ -61,6 +61,11 @@ INLINE void T(multiply_rows)(struct T(Pair) at, ptrdiff_t j, ptrdiff_t end, ptrd
         }
     }
     for (; j < end; j++) {
+        if (way & STREAM) /* the next rows come from memory */
+            EACH (v, vectors) {
+                __builtin_prefetch(at.grad_output + BESIDE * row_stride + v * LANES_OF);
+                __builtin_prefetch(at.x + BESIDE * row_stride + v * LANES_OF);
+            }
         T(multiply_row)(&at, j, vectors, lanes, mean, unit, way, totals, products);
         T(move_pair)(&at, row_stride, way);
     }
@@ -190,7 +195,7 @@ INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const stru
 }
 
 static void T(sums_by_row)(struct T(Pair) at, const struct Sheet *sheet, ptrdiff_t parts,
-                           struct Sums *into) {
+                           int stream, struct Sums *into) {
     const ptrdiff_t period = sheet->channels * sheet->span, span = sheet->span / parts;
     real means[WIDTH], units[WIDTH]; /* of each column */
     double total[WIDTH], product[WIDTH];
@@ -200,7 +205,12 @@ static void T(sums_by_row)(struct T(Pair) at, const struct Sheet *sheet, ptrdiff
     at.unit = units;
     for (ptrdiff_t k = 0; k < sheet->width; k++)
         total[k] = product[k] = 0;
-    T(multiply_columns)(at, sheet->rows, sheet->row_stride, sheet->width, BY_COLUMN, total, product);
+    if (stream)
+        T(multiply_columns)(at, sheet->rows, sheet->row_stride, sheet->width, BY_COLUMN | STREAM,
+                            total, product);
+    else
+        T(multiply_columns)(at, sheet->rows, sheet->row_stride, sheet->width, BY_COLUMN, total,
+                            product);
     T(move_pair)(&at, sheet->rows * sheet->row_stride, 0);
     T(multiply_columns)(at, 1, 0, sheet->tail, BY_COLUMN, total, product);
     for (ptrdiff_t r = 1; r < sheet->repeat; r++)
@@ -243,7 +253,7 @@ static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptr
     if (p->geometry.by_plane)
         T(sums_by_plane)(at, p, sheet, first, parts, into);
     else
-        T(sums_by_row)(at, sheet, parts, into);
+        T(sums_by_row)(at, sheet, parts, p->stream, into);
     for (ptrdiff_t c = 0; c < sheet->channels; c++) {
         low = (mean[c] - (double)high[c]) + mean_low[c];
         for (ptrdiff_t q = c * parts; q < (c + 1) * parts; q++)

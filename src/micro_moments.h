@@ -18,6 +18,8 @@ INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, c
     }
     for (ptrdiff_t j = 0; j < rows; j++, x += row_stride)
         EACH (v, vectors) {
+            if (!shift && vectors > 1)
+                __builtin_prefetch(x + BAND * row_stride + v * LANES_OF);
             value = lanes < LANES_OF ? load_some(x, lanes) : load(x + v * LANES_OF);
             if (factor)
                 value *= factors[v];
