@@ -68,8 +68,9 @@ cdef enum:
     # less, gradients of 6 MiB an eighth less; forward passes of 6 MiB differed either way.
     STREAM_BYTES = 1 << 24
     # But not where planes, or parts of them, are shorter: they are written one by one, and their
-    # first and last lines not whole. Those of 49 took a third longer, of 98 as long, of 196 less.
-    SHORTEST_STREAMED = 128
+    # first and last lines not whole. Those of 196 and 289 took up to a third less without it, those
+    # of 784 a tenth to a third more (inference by benchmarks/compare.py, AVX-512).
+    SHORTEST_STREAMED = 512
 
 
 def x86_64_level():
