@@ -170,8 +170,9 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for)
     cdef int num_threads = threads_for(cost_of(p.kind) * PyArray_SIZE(x))
     team.threads = begin_pass(<int>min(num_threads, g.strips * g.pieces), PyArray_SIZE(x))
     cdef size_t paces = 0 if team.threads == 1 else team.threads * ROUNDS * sizeof(Pace)
-    cdef size_t coefficients = g.channels * COEFFICIENTS * sizeof(double)
-    cdef size_t parameters = 0 if g.parts == 1 else 2 * g.parameters * sizeof(double)
+    cdef size_t real_size = sizeof(float) if p.storage == FLOAT32 else sizeof(double)
+    cdef size_t coefficients = g.channels * COEFFICIENTS * real_size
+    cdef size_t parameters = 0 if g.parts == 1 else 2 * g.parameters * real_size
     cdef char* memory = <char*>malloc(found + shares + paces + coefficients + parameters)
     if memory == NULL:
         end_call()
