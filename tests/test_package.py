@@ -153,6 +153,11 @@ def test_no_flag_may_change_a_result_or_tie_it_to_this_machine(flag):
     assert flag not in (ROOT / "setup.py").read_text()
 
 
+def test_no_multiplication_and_addition_become_one():
+    needs_sources()
+    assert '"-ffp-contract=off"' in (ROOT / "setup.py").read_text()
+
+
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """A function that builds a copy of the sources with a compiler that has no OpenMP."""

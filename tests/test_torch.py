@@ -1,6 +1,5 @@
 """Every layer, mode and function against PyTorch itself, and states exchanged with it."""
 
-import inspect
 from itertools import product
 
 import numpy as np
@@ -294,15 +293,6 @@ def test_state_of_a_fresh_layer_is_that_of_a_fresh_torch_layer(
     assert list(state) == list(expected)
     for key, tensor in expected.items():
         np.testing.assert_array_equal(state[key], tensor.numpy(), err_msg=key, strict=True)
-
-
-@pytest.mark.parametrize("name", NORMS)
-def test_arguments_are_those_of_torch(torch, name):
-    ours = inspect.signature(getattr(cbn, name)).parameters
-    theirs = inspect.signature(getattr(torch.nn, name)).parameters
-    assert [name for name in ours if name in theirs] == list(theirs)
-    for key, parameter in theirs.items():
-        assert (ours[key].kind, ours[key].default) == (parameter.kind, parameter.default), key
 
 
 @STATES
