@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cbn._scalars import FLOATS
+from cbn._dispatch import kernels
 from cbn._types import Array, Shape
 
 # All but the last of the ways in which NumPy reads an array, which is the buffer protocol.
@@ -59,7 +59,7 @@ def floats(name: str, value: Any, like: np.dtype[Any] | None) -> Array:
     array = read(name, value)
     if array.dtype.kind in "fiu" and not _has_element_type(value):
         array = array.astype(like or np.float64)
-    if array.dtype.newbyteorder("=") not in FLOATS:
+    if not kernels.is_float(array.dtype.newbyteorder("=")):
         raise TypeError(
             f"{name}: expected float32 or float64, got {array.dtype}; "
             f"convert it first, for example with {_conversion(name, value, 'float32')}"
@@ -120,9 +120,10 @@ def _conversion(name: str, value: Any, dtype: str) -> str:
 
 def readable(array: Array) -> Array:
     """Array itself if it is C-contiguous, aligned and in native byte order, else a copy."""
-    flags = array.flags
-    if flags.c_contiguous and flags.aligned and array.dtype.isnative:
-        return array.view(np.ndarray) if type(array) is not np.ndarray else array
+    if type(array) is not np.ndarray:
+        array = array.view(np.ndarray)
+    if kernels.is_plain(array):
+        return array
     # Not numpy.ascontiguousarray, which would keep a misaligned array as it is.
     return np.array(array, dtype=array.dtype.newbyteorder("="), order="C", subok=False)
 
@@ -130,7 +131,7 @@ def readable(array: Array) -> Array:
 def parameter(name: str, value: ArrayLike, shape: Shape, of_channels: bool = False) -> Array:
     """A weight, a bias or a statistic of this shape, for reading."""
     array = floats(name, value, None)
-    if array.shape != shape:
+    if not kernels.has_shape(array, shape):
         each = ", one value per channel" if of_channels else ""
         raise ValueError(f"{name}: expected shape {shape}{each}, got {array.shape}")
     return readable(array)
@@ -151,24 +152,6 @@ def writable(name: str, value: Any) -> None:
     if not isinstance(value, np.ndarray) or not value.flags.writeable:
         seen = "a read-only one" if isinstance(value, np.ndarray) else type(value).__name__
         raise ValueError(f"{name}: expected a writable array, got {seen}")
-
-
-def output(out: Any, shape: Shape, element: np.dtype[Any]) -> Array:
-    """An array to write to, in any layout in which no two elements share memory."""
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
-        raise TypeError(f"out: expected an array, got {type(out).__name__}")
-    if out.shape != shape:
-        raise ValueError(f"out: expected shape {shape}, got {out.shape}")
-    if out.dtype != element:
-        raise TypeError(f"out: expected {element}, got {out.dtype} in an array of shape {shape}")
-    if not out.flags.writeable:
-        raise ValueError(f"out: expected a writable array, got a read-only one of shape {shape}")
-    if not out.flags.c_contiguous and _may_overlap_itself(out):
-        raise ValueError(
-            f"out: expected an array that does not overlap itself, "
-            f"got shape {shape} with strides {out.strides}"
-        )
-    return out
 
 
 def overlaps(out: Array, name: str, array: Any) -> bool:
@@ -193,23 +176,13 @@ def overlaps(out: Array, name: str, array: Any) -> bool:
     return False
 
 
-def apart(out: Array, **arrays: Array | None) -> None:
-    """Refuse an output that lies over a parameter or a statistic."""
-    for name, array in arrays.items():
-        if array is not None and np.may_share_memory(out, array):
-            raise ValueError(
-                f"out: expected memory apart from {name}, got an overlap in an array of shape "
-                f"{out.shape}"
-            )
-
-
 def _steps(array: Array) -> list[int]:
     """The strides that matter: an axis of length 1 may have any."""
     pairs = zip(array.strides, array.shape, strict=True)
     return [stride for stride, length in pairs if length > 1]
 
 
-def _may_overlap_itself(array: Array) -> bool:
+def may_overlap_itself(array: Array) -> bool:
     """Whether a stride is too short for what the smaller strides reach over.
 
     Exact for everything that slicing, transposing and broadcasting make.

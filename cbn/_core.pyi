@@ -17,6 +17,15 @@ class View:
     parameter_shape: Shape
     values: int
 
+class Norm:
+    """A row of the table of norms (cbn/_norms.py), for one choice of its arguments."""
+
+    centred: bool
+    views: dict[Shape, View]
+
+    def view(self, shape: Shape) -> View:
+        """Return the view of an array of this shape, or refuse it."""
+
 class Saved:
     """What a backward pass needs of its forward pass."""
 

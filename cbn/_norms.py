@@ -15,36 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cbn import _dispatch, _scalars
+from cbn import _scalars
+from cbn._dispatch import kernels
 from cbn._types import Axes, Shape
 
 if TYPE_CHECKING:
-    from cbn._core import View
+    from cbn._core import Norm, View
 
-# Shapes whose views a norm remembers. Serving text, a layer may see one for every length.
-MOST_VIEWS = 1024
 MOST_AXES = 64  # of NumPy's arrays
-
-
-class Norm:
-    """A row of the table, for one choice of its arguments."""
-
-    __slots__ = ("_view_of", "centred", "views")
-
-    def __init__(self, view_of: Callable[[Shape], View], centred: bool = True) -> None:
-        self._view_of = view_of
-        self.centred = centred  # whether the mean is subtracted
-        self.views: dict[Shape, View] = {}
-
-    def view(self, shape: Shape) -> View:
-        """Return the view of an array of this shape, or refuse it."""
-        view = self.views.get(shape)
-        if view is None:
-            view = self._view_of(shape)
-            if len(self.views) >= MOST_VIEWS:
-                self.views.clear()
-            self.views[shape] = view
-        return view
 
 
 # ----------------------------------------------------------------------------------- the rows
@@ -53,7 +31,7 @@ class Norm:
 def _batch(axes: Axes, least_axes: int, shape: Shape) -> View:
     axis = _axis_of_channels(shape, axes, least_axes)
     N, C, S = prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
-    view: View = _dispatch.kernels.View(1, N, C, S, 1, C, False, (C,))
+    view: View = kernels.View(1, N, C, S, 1, C, False, (C,))
     return view
 
 
@@ -98,7 +76,7 @@ def _layer(normalized_shape: Shape, shape: Shape) -> View:
 def _of_samples(
     B: int, N: int, C: int, S: int, parts: int, period: int, parameter_shape: Shape
 ) -> View:
-    view: View = _dispatch.kernels.View(B, N, C, S, parts, period, True, parameter_shape)
+    view: View = kernels.View(B, N, C, S, parts, period, True, parameter_shape)
     return view
 
 
@@ -161,10 +139,15 @@ def lengths_of(value: Any) -> Shape:
 # ----------------------------------------------------------------------------------- the table
 
 
+def _norm(make_view: Callable[[Shape], View], centred: bool = True) -> Norm:
+    norm: Norm = kernels.Norm(make_view, centred)
+    return norm
+
+
 @lru_cache
 def batch(axes: Axes, least_axes: int = 0) -> Norm:
     """Batch norm, and any norm by given statistics of the channels."""
-    return Norm(partial(_batch, axes, least_axes))
+    return _norm(partial(_batch, axes, least_axes))
 
 
 @lru_cache
@@ -172,19 +155,19 @@ def instance(
     axes: Axes, channel_axis: int, batch_rank: int | None = None, least_axes: int = 0
 ) -> Norm:
     """Instance norm; where a batch has batch_rank axes, an array of fewer is one sample."""
-    return Norm(partial(_instance, axes, least_axes, channel_axis, batch_rank))
+    return _norm(partial(_instance, axes, least_axes, channel_axis, batch_rank))
 
 
 @lru_cache
 def group(num_groups: int, channel_axis: int, num_channels: int | None = None) -> Norm:
     """Group norm; of any number of channels where none is given."""
-    return Norm(partial(_group, num_groups, channel_axis, num_channels))
+    return _norm(partial(_group, num_groups, channel_axis, num_channels))
 
 
 @lru_cache
 def layer(normalized_shape: Shape, centred: bool = True) -> Norm:
     """Layer norm, or, where not centred, RMS norm."""
-    return Norm(partial(_layer, normalized_shape), centred)
+    return _norm(partial(_layer, normalized_shape), centred)
 
 
 # Of the functions, which take any number of axes and of channels.
@@ -192,13 +175,12 @@ _AXES = {
     1: Axes((-1, -1, *[1] * (MOST_AXES - 1)), None, "at least 2 axes"),
     -1: Axes((-1, -1, *range(1, MOST_AXES)), None, "at least 2 axes"),
 }
-_BATCH = {axis: batch(axes) for axis, axes in _AXES.items()}
-BATCH_VIEWS = {axis: norm.views for axis, norm in _BATCH.items()}
+BATCH = {axis: batch(axes) for axis, axes in _AXES.items()}
 
 
 def any_batch(channel_axis: int) -> Norm:
     """Batch norm of an array of at least two axes."""
-    return _BATCH[_scalars.channel_axis(channel_axis)]
+    return BATCH[_scalars.channel_axis(channel_axis)]
 
 
 def any_instance(channel_axis: int) -> tuple[Norm, Norm]:

@@ -5,18 +5,17 @@ What is of the wrong kind is a TypeError, what has the wrong value a ValueError.
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from cbn._dispatch import kernels
+
 # Tuples, because a union is put together anew each time that it is looked at.
 BOOLS = (bool, np.bool)
 INTEGERS = (int, np.integer)
-FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
-NONFINITE = ("propagate", "raise", "skip")
 
 
 def positive_integer(name: str, value: Any) -> int:
@@ -53,7 +52,7 @@ def non_negative(name: str, value: Any) -> float:
     """Eps or correction."""
     expected = "a finite number >= 0"
     number = value if type(value) is float else _number(name, value, expected)
-    if not 0 <= number < math.inf:
+    if not kernels.is_non_negative(number):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return number
 
@@ -61,7 +60,7 @@ def non_negative(name: str, value: Any) -> float:
 def momentum(value: Any, or_none: str = "") -> float:
     expected = f"a finite number{or_none}"
     number = value if type(value) is float else _number("momentum", value, expected)
-    if not math.isfinite(number):
+    if not kernels.is_finite(number):
         raise ValueError(f"momentum: expected {expected}, got {value!r}")
     return number
 
@@ -77,8 +76,8 @@ def unused(momentum_of_call: Any, correction: Any) -> None:
 
 
 def nonfinite(value: Any) -> str:
-    if not isinstance(value, str) or value not in NONFINITE:
-        raise ValueError(f"nonfinite: expected one of {NONFINITE}, got {value!r}")
+    if not isinstance(value, str) or value not in kernels.NONFINITE:
+        raise ValueError(f"nonfinite: expected one of {kernels.NONFINITE}, got {value!r}")
     return str(value)
 
 
@@ -94,7 +93,7 @@ def dtype(value: DTypeLike | None) -> np.dtype[Any]:
         result = np.dtype(np.float32 if value is None else value)
     except TypeError:
         raise TypeError(f"dtype: expected NumPy's float32 or float64, got {value!r}") from None
-    if result not in FLOATS:
+    if not kernels.is_float(result):
         raise TypeError(f"dtype: expected NumPy's float32 or float64, got {result}")
     return result
 

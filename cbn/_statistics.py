@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cbn._arrays import per_channel
+from cbn._dispatch import kernels
 from cbn._types import Array, Shape
 from cbn.exceptions import SmallBatchWarning, warn_caller
 
@@ -25,8 +26,8 @@ READ_ONLY_REMEDY = "train a copy (copy.deepcopy), or use eval mode"
 
 def enough_values(shape: Shape, count: int, correction: float, of_samples: bool) -> None:
     """An empty batch passes; a mean must be of so many that they give an unbiased variance."""
-    needed = max(1.0, correction)
-    if 0 < count <= needed:
+    if not kernels.are_enough(count, correction):
+        needed = max(1.0, correction)
         where, remedy = "when training", "a larger batch, or eval mode with running statistics"
         if of_samples:
             where, remedy = "of a sample", "larger samples, or BatchNorm or LayerNorm"
@@ -71,71 +72,21 @@ def listed(channels: list[int]) -> str:
 # --------------------------------------------------------------------------------------- running
 
 
-def both_or_none(running_mean: Any, running_var: Any) -> None:
-    if (running_mean is None) != (running_var is None):
-        given, missing = "running_mean", "running_var"
-        if running_mean is None:
-            given, missing = missing, given
-        raise ValueError(
-            f"running_mean and running_var: expected both or neither, got {given} without {missing}"
-        )
-
-
-def running_or_none(name: str, value: Any, num_features: int) -> Array | None:
+def running_statistic(name: str, value: Any, num_features: int) -> Array:
     """One value per channel, to be updated in place."""
-    if value is None:
-        return None
     if not isinstance(value, np.ndarray):
         raise TypeError(
             f"{name}: expected an array, which training updates in place, "
             f"got {type(value).__name__}"
         )
-    array = per_channel(name, value, num_features)
-    if not value.flags.writeable:
-        raise ValueError(
-            f"{name}: expected a writable array, which training updates in place, "
-            f"got a read-only one of shape {value.shape}; {READ_ONLY_REMEDY}"
-        )
-    if array.size and not np.may_share_memory(array, value):
-        raise ValueError(
-            f"{name}: expected a contiguous, aligned array in native byte order, which training "
-            f"updates in place, got strides {value.strides} and dtype {value.dtype.str}"
-        )
-    return array
-
-
-def learnt_apart(running_mean: Array | None, running_var: Array | None, x: Array) -> None:
-    """Refuse running statistics whose update would change the input, or each other."""
-    if running_mean is None or running_var is None:
-        return
-    for name, one, other in (
-        ("running_mean and running_var", running_mean, running_var),
-        ("running_mean and x", running_mean, x),
-        ("running_var and x", running_var, x),
-    ):
-        if np.may_share_memory(one, other):
-            raise ValueError(f"{name}: expected memory of their own, got an overlap")
-
-
-def batch_to_count(num_batches_tracked: Any) -> None:
-    """Refuse a counter that cannot count another batch."""
-    batch_count(num_batches_tracked)
-    if not num_batches_tracked.flags.writeable:
-        raise ValueError(
-            "num_batches_tracked: expected a writable array, which training updates in place, "
-            f"got a read-only one of shape (); {READ_ONLY_REMEDY}"
-        )
+    per_channel(name, value, num_features)
+    return value.view(np.ndarray)
 
 
 def batch_count(num_batches_tracked: Any, prefix: str = "") -> int:
     """How many batches the running statistics have seen."""
     count = num_batches_tracked
-    if (
-        not isinstance(count, np.ndarray)
-        or count.shape != ()
-        or count.dtype.kind not in "iu"
-        or count < 0
-    ):
+    if not kernels.is_count(count):
         raise ValueError(
             f"{prefix}num_batches_tracked: expected a writable array of shape () with an integer "
             f">= 0, got {count!r}"
@@ -160,12 +111,13 @@ def usable_variance(name: str, var: Array, eps: float, nan: bool = True) -> None
 
     nan: whether a NaN passes, and makes its channel NaN.
     """
+    if kernels.are_usable(var, eps) and (nan or not np.isnan(var).any()):
+        return
     total = var.astype(np.float64) + eps
     unusable = np.flatnonzero(total <= 0 if nan else ~(total > 0))
-    if len(unusable):
-        first, more = unusable[0], len(unusable) - 1
-        raise ValueError(
-            f"{name}: expected {name} + eps above 0 in every channel, got {var[first]:g} with "
-            f"eps={eps:g} in channel {first}{f' and {more} more' if more else ''}; a variance is "
-            f"at least 0, and one of 0 needs an eps above 0"
-        )
+    first, more = unusable[0], len(unusable) - 1
+    raise ValueError(
+        f"{name}: expected {name} + eps above 0 in every channel, got {var[first]:g} with "
+        f"eps={eps:g} in channel {first}{f' and {more} more' if more else ''}; a variance is "
+        f"at least 0, and one of 0 needs an eps above 0"
+    )

@@ -105,8 +105,8 @@ def batch_norm(
     (array([0.2, 0.2]), array([1.1, 1.7]))
     """
     # One step for the ordinary call: a small one pays more for each of Python's than for its data.
-    done: Array | None = _dispatch.kernels.express_batch_norm(
-        x, running_mean, running_var, weight, bias, training, momentum, eps, _norms.BATCH_VIEWS,
+    done: Array | None = _dispatch.kernels.batch_norm(
+        x, running_mean, running_var, weight, bias, training, momentum, eps, _norms.BATCH,
         channel_axis, correction, out, _threads.threads_for,
     )  # fmt: skip
     if done is not None:

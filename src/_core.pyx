@@ -1,10 +1,11 @@
 """The passes over arrays, compiled once; loops over lanes are those of a module cbn._micro_*."""
 
-# The functions at the end are what cbn/_engine.py calls. They check nothing: arrays are
-# C-contiguous, aligned, in native byte order and of the right sizes; x, grad_output, out,
-# grad_weight and grad_bias share one element type, float32 or float64; weight, bias, mean and var
-# may each be float32, float64 or None; statistics are the mean, what float64 rounds off it, and the
-# variance of every channel: float64 of shape (3, channels).
+# cbn/_engine.py makes the calls (calls.pxi), which hold their arguments against the rules
+# (rules.pxi). The passes below check nothing: arrays are C-contiguous, aligned, in native byte
+# order and of the right sizes; x, grad_output, out, grad_weight and grad_bias share one element
+# type, float32 or float64; weight, bias, mean and var may each be float32, float64 or None;
+# statistics are the mean, what float64 rounds off it, and the variance of every channel: float64 of
+# shape (3, channels).
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython.parallel cimport parallel, prange, threadid
@@ -16,10 +17,11 @@ from posix.time cimport (
     CLOCK_MONOTONIC, CLOCK_THREAD_CPUTIME_ID, clock_gettime, clockid_t, timespec,
 )
 from numpy cimport (
-    NPY_DOUBLE, NPY_FLOAT, NPY_INT64, PyArray_CheckExact, PyArray_DATA, PyArray_DESCR,
-    PyArray_DIM, PyArray_DIMS, PyArray_EMPTY, PyArray_ISCARRAY_RO, PyArray_ISWRITEABLE,
-    PyArray_NBYTES, PyArray_NDIM, PyArray_SAMESHAPE, PyArray_SIZE, PyArray_TYPE, import_array,
-    ndarray, npy_int64, npy_intp,
+    NPY_DOUBLE, NPY_FLOAT, NPY_INT64, PyArray_CheckExact, PyArray_CopyInto, PyArray_DATA,
+    PyArray_DESCR, PyArray_DIM, PyArray_DIMS, PyArray_EMPTY, PyArray_IS_C_CONTIGUOUS,
+    PyArray_ISCARRAY_RO, PyArray_ISINTEGER, PyArray_ISNOTSWAPPED, PyArray_ISWRITEABLE,
+    PyArray_ITEMSIZE, PyArray_NBYTES, PyArray_NDIM, PyArray_SAMESHAPE, PyArray_SIZE,
+    PyArray_STRIDE, PyArray_TYPE, dtype, import_array, ndarray, npy_int64, npy_intp,
 )
 
 cdef extern from "cpu.h":
@@ -51,14 +53,16 @@ ctypedef fused real:    # the element type of statistics
     float
     double
 
+import_array()
+
 include "geometry.pxi"
 include "interface.pxi"
+include "rules.pxi"
 include "contention.pxi"
 include "moments.pxi"
 include "gradients.pxi"
 include "passes.pxi"
 
-import_array()
 if watch_forks_and_threads() != 0:   # a child would hang
     raise MemoryError("pthread_atfork: expected memory to watch forks, got none")
 
@@ -153,7 +157,7 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for)
     cdef bint gradients = p.kind == GRADIENTS or p.kind == FROZEN_GRADIENTS
     cdef size_t size = PyArray_NBYTES(x)
     cdef Team team
-    p.storage = FLOAT32 if PyArray_TYPE(x) == NPY_FLOAT else FLOAT64
+    p.storage = <Storage>storage_of(x)
     p.x, p.grad_output, p.out = data_of(x), data_of(grad_output), data_of(out)
     # An output that is also an input is in the cache already, line by line.
     p.stream = (size * (3 if p.kind == GRADIENTS else 2) >= STREAM_BYTES
@@ -240,22 +244,12 @@ cdef class Saved:
     cdef readonly bint centred       # whether the mean is subtracted; if not, var is a mean square
     cdef readonly bint frozen        # whether the statistics do not depend on x
 
-    def __init__(self, x, tuple shape, dtype, View view, ndarray statistics, eps,
-                 bint centred=True, bint frozen=False):
-        fill(self, x, shape, dtype, view, statistics, eps, centred, frozen)
-
-
-cdef inline void fill(Saved saved, x, tuple shape, dtype, View view, ndarray statistics, eps,
-                      bint centred, bint frozen):
-    saved.x, saved.shape, saved.dtype, saved.view = x, shape, dtype, view
-    saved.statistics, saved.eps, saved.centred, saved.frozen = statistics, eps, centred, frozen
-
 
 cdef Saved new_saved(x, tuple shape, dtype, View view, ndarray statistics, eps, bint centred,
                      bint frozen):
-    """A Saved, without the way through its arguments as objects."""
     cdef Saved saved = Saved.__new__(Saved)
-    fill(saved, x, shape, dtype, view, statistics, eps, centred, frozen)
+    saved.x, saved.shape, saved.dtype, saved.view = x, shape, dtype, view
+    saved.statistics, saved.eps, saved.centred, saved.frozen = statistics, eps, centred, frozen
     return saved
 
 
@@ -312,4 +306,4 @@ cpdef gradients(ndarray grad_output, Saved saved, ndarray weight,
 
 
 include "running.pxi"
-include "express.pxi"
+include "calls.pxi"

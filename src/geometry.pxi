@@ -37,6 +37,9 @@
 # sample, what its values are added up by (lanes, rows, blocks, pieces) depends on the shape of that
 # sample alone, so that it has the same bits in any batch; how many samples make a strip is free.
 
+cdef enum:
+    MOST_VIEWS = 1024    # that a norm remembers. Serving text, a layer may see one for every length
+
 cdef public enum:
     LANES = 64           # values in a row of a plane: 4 vectors of 512 bits of float, ...
     FEW_LANES = 16       # ... or fewer, where a channel is too small to be worth folding so many
@@ -145,6 +148,31 @@ cdef class View:
         # Half of a channel, or, where channels are walked together, half of all of the sample: two
         # pieces are enough for two threads, and more would cost large batches up to a tenth.
         return piece_of((self.S if self.N == 1 else self.N * self.C * self.S) // 2)
+
+
+cdef class Norm:
+    """A row of the table of norms (cbn/_norms.py), for one choice of its arguments."""
+
+    cdef readonly bint centred   # whether the mean is subtracted
+    cdef readonly dict views     # of shapes that it has seen
+    cdef object make_view        # a function that returns the view of a shape, or refuses it
+
+    def __init__(self, make_view, bint centred=True):
+        self.make_view, self.centred, self.views = make_view, centred, {}
+
+    def view(self, tuple shape):
+        return view_of(self, shape)
+
+
+cdef View view_of(Norm norm, tuple shape):
+    """The view of an array of this shape, or an error."""
+    cdef View view = norm.views.get(shape)
+    if view is None:
+        view = norm.make_view(shape)
+        if len(norm.views) >= MOST_VIEWS:
+            norm.views.clear()
+        norm.views[shape] = view
+    return view
 
 
 cdef Geometry cut(View view,

@@ -148,10 +148,19 @@ cdef inline PerChannel per_channel_absent(double value) noexcept nogil:
     return p
 
 
+cdef inline int storage_of_type(int type_num):
+    """The Storage of an element type of NumPy, or -1."""
+    return FLOAT32 if type_num == NPY_FLOAT else FLOAT64 if type_num == NPY_DOUBLE else -1
+
+
+cdef inline int storage_of(ndarray array):
+    return storage_of_type(PyArray_TYPE(array))
+
+
 cdef PerChannel per_channel(ndarray array, double absent):
     cdef PerChannel p = per_channel_absent(absent)
     if array is not None:
-        if PyArray_TYPE(array) == NPY_FLOAT:
+        if storage_of(array) == FLOAT32:
             p.single = <const float*>PyArray_DATA(array)
         else:
             p.double_ = <const double*>PyArray_DATA(array)

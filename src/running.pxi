@@ -15,7 +15,7 @@ cdef inline bint fits(double value, bint single) noexcept nogil:
 
 
 cdef inline bint is_single(ndarray array):
-    return array is not None and PyArray_TYPE(array) == NPY_FLOAT
+    return array is not None and storage_of(array) == FLOAT32
 
 
 cpdef ndarray averages(ndarray statistics, Py_ssize_t C):
@@ -50,7 +50,7 @@ cpdef learn(ndarray running_mean, ndarray running_var, num_batches_tracked,   # 
         blend_both(running_mean, running_var, statistics, momentum, count / (count - correction),
                    skips)
     if num_batches_tracked is not None:
-        if is_counter(num_batches_tracked):   # a microsecond less than the addition of arrays
+        if is_int64(num_batches_tracked):   # a microsecond less than the addition of arrays
             (<npy_int64*>PyArray_DATA(<ndarray>num_batches_tracked))[0] += 1
         else:
             num_batches_tracked += 1

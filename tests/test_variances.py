@@ -77,7 +77,7 @@ DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
 def slow(x):
-    """The same values where no express call takes them."""
+    """The same values in a layout that has to be copied."""
     return np.asfortranarray(x)
 
 

@@ -14,12 +14,11 @@ from numpy.typing import ArrayLike, DTypeLike
 from cbn import _engine, _scalars, _schema
 from cbn._arrays import writable
 from cbn._docstrings import documented_by
-from cbn._norms import Norm
 from cbn._state_dict import IncompatibleKeys, load_arrays
 from cbn._types import Array, Config, Expected, Shape, Target
 
 if TYPE_CHECKING:
-    from cbn._core import Saved
+    from cbn._core import Norm, Saved
 
 # What a state holds, in PyTorch's order.
 STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

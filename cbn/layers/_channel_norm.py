@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from cbn import _engine, _scalars, _statistics
-from cbn._norms import Norm
 from cbn._types import Array, Axes, Config
 from cbn.exceptions import warn_caller
 from cbn.layers._base import NormLayer
 
 if TYPE_CHECKING:
-    from cbn._core import Saved
+    from cbn._core import Norm, Saved
 
 
 class ChannelNorm(NormLayer, of_cbn=True):
@@ -158,7 +157,7 @@ class ChannelNorm(NormLayer, of_cbn=True):
             self.training and not self.frozen and observer is None and self._track_running_stats
         )
         if updates and self.num_batches_tracked is None:
-            _statistics.batch_to_count(None)
+            _statistics.batch_count(None)
         warns = self.training and observer is None and not self._warned
         least = _statistics.SMALL_BATCH if warns else 2
         if observer is not None and not self._averages_samples:

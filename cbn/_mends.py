@@ -1,0 +1,209 @@
+"""What a call does about an argument that breaks a rule: convert it, or refuse it in words.
+
+The rules stand in src/rules.pxi, and src/calls.pxi holds every argument against its rule. It names
+the first that is broken; a method of this name either replaces the argument by one that keeps the
+rule or raises. So nothing here decides what is accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import numpy as np
+
+from cbn import _arrays, _scalars, _statistics
+from cbn._types import Array
+
+
+def mended(function: Callable[..., Any], given: tuple[Any, ...], amiss: str | list[int]) -> Any:
+    """Make a call of cbn._core once more, as often as it takes, and return what was asked for."""
+    return _Call(function, given).complete(amiss)
+
+
+class _Call:
+    """A call that is not ordinary: its function, and its arguments by name."""
+
+    def __init__(self, function: Callable[..., Any], given: tuple[Any, ...]) -> None:
+        self._function = function
+        names = signature(function).parameters
+        self._given = SimpleNamespace(**dict(zip(names, given, strict=False)))
+        self._returned: Array | None = None  # an out of a class of its own
+
+    def complete(self, amiss: str | list[int]) -> Any:
+        """Mend what is amiss, and what comes to light then."""
+        result: Any = amiss
+        while isinstance(result, (str, list)):
+            if isinstance(result, list):
+                _statistics.finite_statistics(result)
+            else:
+                rule, _, name = result.partition(":")
+                getattr(self, rule)(name)
+            result = self._function(**vars(self._given))
+        return result if self._returned is None else (self._returned, *result[1:])
+
+    # ------------------------------------------------------------------------------------ input
+
+    def data(self, name: str) -> None:
+        given = self._given
+        dtype = given.saved.dtype if name == "grad_output" else getattr(given, "dtype", None)
+        array = _arrays.array(name, getattr(given, name), dtype)
+        given.data = _arrays.data(name, array, dtype)
+        setattr(given, name, array)
+
+    def enough_values(self, _: str) -> None:
+        given, view = self._given, self._view()
+        correction = 0.0 if given.running_mean is None else given.correction
+        _statistics.enough_values(self._data().shape, view.values, correction, view.of_samples)
+
+    def few_values(self, _: str) -> None:
+        view = self._view()
+        _statistics.warn_of_few_values(view.values, self._data().shape, view.of_samples)
+        self._given.least = 1  # it has been said
+
+    def _data(self) -> Array:
+        """The input as a kernel can read it."""
+        given = self._given
+        data = getattr(given, "data", None)
+        if data is None:
+            data = given.x if hasattr(given, "x") else given.grad_output
+        array: Array = data
+        return array
+
+    def _view(self) -> Any:
+        given = self._given
+        return given.saved.view if hasattr(given, "saved") else given.norm.view(self._data().shape)
+
+    # ------------------------------------------------------------------- parameters, statistics
+
+    def parameter(self, name: str) -> None:
+        given, view = self._given, self._view()
+        value = getattr(given, name)
+        array = _arrays.parameter(name, value, view.parameter_shape, not view.of_samples)
+        setattr(given, name, array)
+
+    def statistic(self, name: str) -> None:
+        given = self._given
+        setattr(given, name, _statistics.statistic(name, getattr(given, name), self._view().C))
+
+    def running_statistic(self, name: str) -> None:
+        given = self._given
+        value, C = getattr(given, name), self._view().parameter_shape[0]
+        setattr(given, name, _statistics.running_statistic(name, value, C))
+
+    def usable(self, name: str) -> None:
+        _statistics.usable_variance(name, getattr(self._given, name), self._given.eps)
+
+    def both_or_none(self, _: str) -> NoReturn:
+        given, missing = "running_mean", "running_var"
+        if self._given.running_mean is None:
+            given, missing = missing, given
+        raise ValueError(
+            f"running_mean and running_var: expected both or neither, got {given} without {missing}"
+        )
+
+    def apart(self, names: str) -> NoReturn:
+        raise ValueError(f"{names}: expected memory of their own, got an overlap")
+
+    def count(self, _: str) -> None:
+        _statistics.batch_count(self._given.num_batches_tracked)
+
+    def read_only(self, name: str) -> NoReturn:
+        shape = getattr(self._given, name).shape
+        raise ValueError(
+            f"{name}: expected a writable array, which training updates in place, "
+            f"got a read-only one of shape {shape}; {_statistics.READ_ONLY_REMEDY}"
+        )
+
+    def layout(self, name: str) -> NoReturn:
+        value = getattr(self._given, name)
+        raise ValueError(
+            f"{name}: expected a contiguous, aligned array in native byte order, which training "
+            f"updates in place, got strides {value.strides} and dtype {value.dtype.str}"
+        )
+
+    # ---------------------------------------------------------------------------------- scalars
+
+    def momentum(self, _: str) -> None:
+        self._given.momentum = _scalars.momentum(self._given.momentum)
+
+    def non_negative(self, name: str) -> None:
+        setattr(self._given, name, _scalars.non_negative(name, getattr(self._given, name)))
+
+    def nonfinite(self, _: str) -> None:
+        self._given.nonfinite = _scalars.nonfinite(self._given.nonfinite)
+
+    def flag(self, name: str) -> None:
+        setattr(self._given, name, _scalars.flag(name, getattr(self._given, name)))
+
+    # ---------------------------------------------------------------------------------- backward
+
+    def grad_shape(self, _: str) -> NoReturn:
+        given = self._given
+        raise ValueError(
+            f"grad_output: expected shape {given.saved.shape}, that of the input of the forward "
+            f"call, got {given.grad_output.shape}"
+        )
+
+    def input_gone(self, _: str) -> NoReturn:
+        raise RuntimeError(
+            "backward: expected the input of the last forward call to be intact, "
+            "got one that an out= wrote over; give that call another out"
+        )
+
+    def input_changed(self, _: str) -> NoReturn:
+        saved = self._given.saved
+        raise RuntimeError(
+            f"backward: expected the input of the last forward call as it was, {saved.dtype} of "
+            f"shape {saved.shape}, got {saved.x.dtype} of shape {saved.x.shape}; "
+            "do not change it in between"
+        )
+
+    # ------------------------------------------------------------------------------------ output
+
+    def out(self, _: str) -> None:
+        out = self._given.out
+        if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+            raise TypeError(f"out: expected an array, got {type(out).__name__}")
+        self._returned, self._given.out = out, out.view(np.ndarray)
+
+    def out_shape(self, _: str) -> NoReturn:
+        raise ValueError(f"out: expected shape {self._data().shape}, got {self._given.out.shape}")
+
+    def out_dtype(self, _: str) -> NoReturn:
+        out = self._given.out
+        raise TypeError(
+            f"out: expected {self._data().dtype}, got {out.dtype} in an array of shape {out.shape}"
+        )
+
+    def out_read_only(self, _: str) -> NoReturn:
+        shape = self._given.out.shape
+        raise ValueError(f"out: expected a writable array, got a read-only one of shape {shape}")
+
+    def out_layout(self, _: str) -> None:
+        out = self._given.out
+        if _arrays.may_overlap_itself(out):
+            raise ValueError(
+                f"out: expected an array that does not overlap itself, "
+                f"got shape {out.shape} with strides {out.strides}"
+            )
+        self._given.spread = True
+
+    def out_apart(self, name: str) -> NoReturn:
+        raise ValueError(
+            f"out: expected memory apart from {name}, got an overlap in an array of shape "
+            f"{self._given.out.shape}"
+        )
+
+    def over_x(self, _: str) -> None:
+        given = self._given
+        x = given.x if hasattr(given, "x") else given.given_x
+        if x is None:
+            x = given.saved.x
+        given.over_x = _arrays.overlaps(given.out, "x", x)
+
+    def over_grad(self, _: str) -> None:
+        given = self._given
+        given.over_grad = _arrays.overlaps(given.out, "grad_output", given.grad_output)

@@ -1,0 +1,374 @@
+# The calls: hold every argument against its rule, allocate, run a pass.
+#
+# A service that normalises a few thousand values pays more for each of Python's steps than for its
+# data, so all of a call is done here. A function returns what was asked for, or the name of the
+# first rule that is broken, and of the argument where there are several: "parameter:weight".
+# cbn/_mends.py then converts the argument or refuses it in words, and the call is made again, with
+# what has been found out meanwhile:
+#
+#   data     the input as a kernel can read it, where the caller's array is of another layout
+#   over_x   whether out is the very memory of x, where their ends alone do not tell; over_grad:
+#            that of grad_output
+#   spread   True: an out of another layout has no two elements in one place
+
+cdef str in_data(str name, data, dtype):
+    if (is_data(data)
+            and (dtype is None or dtype is <object>PyArray_DESCR(<ndarray>data)
+                 or dtype == <object>PyArray_DESCR(<ndarray>data))):
+        return None
+    return "data:" + name
+
+
+cdef inline str in_parameters(weight, bias, tuple shape):
+    if not (weight is None or is_parameter(weight, shape)):
+        return "parameter:weight"
+    if not (bias is None or is_parameter(bias, shape)):
+        return "parameter:bias"
+    return None
+
+
+cdef str in_running_statistic(str name, array, tuple shape):
+    if not is_float_of_shape(array, shape):
+        return "running_statistic:" + name
+    if not PyArray_ISWRITEABLE(<ndarray>array):
+        return "read_only:" + name
+    if not is_plain(array):
+        return "layout:" + name
+    return None
+
+
+cdef str in_running_statistics(running_mean, running_var, tuple shape, x):
+    cdef str amiss
+    if running_mean is None and running_var is None:
+        return None
+    if running_mean is None or running_var is None:
+        return "both_or_none"
+    amiss = in_running_statistic("running_mean", running_mean, shape)
+    if amiss is None:
+        amiss = in_running_statistic("running_var", running_var, shape)
+    if amiss is not None:
+        return amiss
+    if not are_apart(<ndarray>running_mean, <ndarray>running_var):
+        return "apart:running_mean and running_var"
+    if not are_apart(<ndarray>running_mean, <ndarray>x):
+        return "apart:running_mean and x"
+    if not are_apart(<ndarray>running_var, <ndarray>x):
+        return "apart:running_var and x"
+    return None
+
+
+cdef str in_out(out, ndarray like, bint spread, running_mean, running_var, weight, bias):
+    """An output of the kind of an input, apart from parameters and statistics."""
+    if not PyArray_CheckExact(out):
+        return "out"
+    if not PyArray_SAMESHAPE(<ndarray>out, like):
+        return "out_shape"
+    if not (PyArray_TYPE(<ndarray>out) == PyArray_TYPE(like)
+            and PyArray_ISNOTSWAPPED(<ndarray>out)):
+        return "out_dtype"
+    if not PyArray_ISWRITEABLE(<ndarray>out):
+        return "out_read_only"
+    if not (spread or PyArray_IS_C_CONTIGUOUS(<ndarray>out)):
+        return "out_layout"
+    if not (running_mean is None or are_apart(<ndarray>out, <ndarray>running_mean)):
+        return "out_apart:running_mean"
+    if not (running_var is None or are_apart(<ndarray>out, <ndarray>running_var)):
+        return "out_apart:running_var"
+    if not (weight is None or are_apart(<ndarray>out, <ndarray>weight)):
+        return "out_apart:weight"
+    if not (bias is None or are_apart(<ndarray>out, <ndarray>bias)):
+        return "out_apart:bias"
+    return None
+
+
+cdef inline bint is_known(out, like, over):
+    """Whether it is known if an output is the very memory of an input."""
+    return over is not None or out is like or are_apart(<ndarray>out, <ndarray>like)
+
+
+cdef inline bint is_over(out, like, over):
+    """Whether it is."""
+    return out is not None and (out is like if over is None else over)
+
+
+cdef ndarray new_like(ndarray x):
+    return PyArray_EMPTY(PyArray_NDIM(x), PyArray_DIMS(x), PyArray_TYPE(x), 0)
+
+
+cdef ndarray new_parameter(tuple shape, int type_num):
+    cdef npy_intp[MOST_AXES] lengths
+    cdef int i
+    for i in range(len(shape)):
+        lengths[i] = shape[i]
+    return PyArray_EMPTY(len(shape), lengths, type_num, 0)
+
+
+cdef inline ndarray written(out, ndarray x):
+    """What a kernel writes: out where it can."""
+    return <ndarray>out if is_plain(out) else new_like(x)
+
+
+cdef inline ndarray returned(out, ndarray buffer):
+    """What the caller gets: out where it is given."""
+    if out is None or out is buffer:
+        return buffer
+    PyArray_CopyInto(<ndarray>out, buffer)
+    return <ndarray>out
+
+
+cpdef object forward(
+        x, Norm norm, dtype, weight, bias, eps, out,
+        Py_ssize_t least,   # values that each mean should be of; with 1, an unbiased one is none
+        running_mean, running_var, num_batches_tracked, momentum, correction, nonfinite,
+        threads_for, data=None, over_x=None, bint spread=False):
+    """Normalise by the statistics of x: return the output and a Saved.
+
+    Where statistics that are not finite are refused, their channels are returned, in a list.
+    """
+    cdef str amiss
+    cdef tuple shape, parameter_shape
+    cdef View view
+    cdef Py_ssize_t count
+    cdef ndarray statistics, learnt, buffer
+    cdef bint empty, raises, looks_first
+    if num_batches_tracked is not None:
+        if not is_count(num_batches_tracked):
+            return "count"
+        if not PyArray_ISWRITEABLE(<ndarray>num_batches_tracked):
+            return "read_only:num_batches_tracked"
+    if data is None:
+        data = x
+    amiss = in_data("x", data, dtype)
+    if amiss is not None:
+        return amiss
+    shape = data.shape
+    view = view_of(norm, shape)
+    count = view.values
+    parameter_shape = view.parameter_shape
+    amiss = in_running_statistics(running_mean, running_var, parameter_shape, x)
+    if amiss is None:
+        amiss = in_parameters(weight, bias, parameter_shape)
+    if amiss is not None:
+        return amiss
+    if not (is_finite(momentum) or (momentum is None and num_batches_tracked is not None)):
+        return "momentum"
+    if not is_non_negative(eps):
+        return "non_negative:eps"
+    if not is_non_negative(correction):
+        return "non_negative:correction"
+    if not is_nonfinite(nonfinite):
+        return "nonfinite"
+    if least > 1 and not are_enough(count, 0.0 if running_mean is None else correction):
+        return "enough_values"
+    if out is not None:
+        amiss = in_out(out, data, spread, running_mean, running_var, weight, bias)
+        if amiss is not None:
+            return amiss
+        if not is_known(out, x, over_x):
+            return "over_x"
+    if 0 < count < least:
+        return "few_values"
+
+    buffer = written(out, data)
+    statistics = learnt = new_statistics(view.B * view.C)
+    empty = PyArray_SIZE(<ndarray>data) == 0
+    raises = nonfinite == "raise"
+    looks_first = raises and out is not None   # what is written to it could not be taken back
+    if empty:
+        statistics[...] = 0
+    elif looks_first:
+        statistics_of(data, view, eps, norm.centred, statistics, threads_for)
+    else:
+        normalise(data, view, weight, bias, eps, norm.centred, statistics, buffer, threads_for)
+    if not empty and (running_mean is not None or num_batches_tracked is not None or raises):
+        if view.of_samples:
+            learnt = averages(statistics, parameter_shape[0])
+        if raises:
+            lost = not_finite(learnt, running_mean, running_var, count, correction)
+            if lost:
+                return lost
+        if looks_first:
+            normalise_by(data, view, statistics, weight, bias, eps, buffer, threads_for)
+        learn(running_mean, running_var, num_batches_tracked, learnt, momentum, count, correction,
+              nonfinite == "skip")
+    return returned(out, buffer), new_saved(
+        None if is_over(out, x, over_x) else data, shape, <object>PyArray_DESCR(<ndarray>data),
+        view, statistics, eps, norm.centred, False)
+
+
+cdef object infer(x, data, View view, running_mean, running_var, weight, bias, eps, out,
+                  threads_for, over_x, bint spread):
+    """The output, or what is amiss."""
+    cdef str amiss
+    cdef tuple parameter_shape = view.parameter_shape
+    cdef ndarray buffer
+    if not is_parameter(running_mean, parameter_shape):
+        return "statistic:running_mean"
+    if not is_parameter(running_var, parameter_shape):
+        return "statistic:running_var"
+    amiss = in_parameters(weight, bias, parameter_shape)
+    if amiss is not None:
+        return amiss
+    if not is_non_negative(eps):
+        return "non_negative:eps"
+    if not are_usable(<ndarray>running_var, eps):
+        return "usable:running_var"
+    if out is not None:
+        amiss = in_out(out, data, spread, running_mean, running_var, weight, bias)
+        if amiss is not None:
+            return amiss
+        if not is_known(out, x, over_x):
+            return "over_x"
+    buffer = written(out, data)
+    if PyArray_SIZE(<ndarray>data) > 0:
+        normalise_given(data, view, running_mean, running_var, weight, bias, eps, buffer,
+                        threads_for)
+    return returned(out, buffer)
+
+
+def forward_given(x, Norm norm, dtype, running_mean, running_var, weight, bias, eps, out,
+                  threads_for, data=None, over_x=None, bint spread=False):
+    """Normalise x by given statistics: return the output and a Saved."""
+    cdef str amiss
+    cdef tuple shape
+    cdef View view
+    cdef object y
+    if data is None:
+        data = x
+    amiss = in_data("x", data, dtype)
+    if amiss is not None:
+        return amiss
+    shape = data.shape
+    view = view_of(norm, shape)
+    y = infer(x, data, view, running_mean, running_var, weight, bias, eps, out, threads_for,
+              over_x, spread)
+    if type(y) is str:
+        return y
+    # Without a weight no gradient depends on x, which is then not kept alive for nothing.
+    return y, new_saved(None if weight is None or is_over(out, x, over_x) else data, shape,
+                        <object>PyArray_DESCR(<ndarray>data), view,
+                        given_statistics(running_mean, running_var), eps, True, True)
+
+
+def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, dict norms,
+               channel_axis, correction, out, threads_for):
+    """Return the output of the function of this name, or None where any argument is amiss."""
+    cdef object done
+    cdef Norm norm
+    if not (type(channel_axis) is int and channel_axis in norms):
+        return None
+    norm = norms[channel_axis]
+    if training is True:
+        done = forward(x, norm, None, weight, bias, eps, out, 2, running_mean, running_var, None,
+                       momentum, correction, "propagate", threads_for)
+        return (<tuple>done)[0] if type(done) is tuple else None
+    if not (training is False and is_finite(momentum) and is_non_negative(correction)
+            and in_data("x", x, None) is None):
+        return None
+    done = infer(x, x, view_of(norm, x.shape), running_mean, running_var, weight, bias, eps, out,
+                 threads_for, None, False)
+    return None if type(done) is str else done
+
+
+def saved_statistics(x, Norm norm, eps, threads_for, data=None):
+    """Return the Saved that a forward pass would have kept."""
+    cdef str amiss
+    cdef tuple shape
+    cdef View view
+    cdef ndarray statistics
+    if data is None:
+        data = x
+    amiss = in_data("x", data, None)
+    if amiss is not None:
+        return amiss
+    shape = data.shape
+    view = view_of(norm, shape)
+    if not is_non_negative(eps):
+        return "non_negative:eps"
+    statistics = new_statistics(view.B * view.C)
+    if PyArray_SIZE(<ndarray>data) > 0:
+        statistics_of(data, view, eps, norm.centred, statistics, threads_for)
+    else:
+        statistics[...] = 0
+    return new_saved(data, shape, <object>PyArray_DESCR(<ndarray>data), view, statistics, eps,
+                     norm.centred, False)
+
+
+def saved_given(x, Norm norm, mean, var, training, eps, data=None):
+    """Return the Saved of statistics that the caller has kept."""
+    cdef str amiss
+    cdef tuple shape, parameter_shape
+    cdef View view
+    if data is None:
+        data = x
+    amiss = in_data("x", data, None)
+    if amiss is not None:
+        return amiss
+    shape = data.shape
+    view = view_of(norm, shape)
+    parameter_shape = view.parameter_shape
+    if not is_parameter(mean, parameter_shape):
+        return "parameter:mean"
+    if not is_parameter(var, parameter_shape):
+        return "parameter:var"
+    if type(training) is not bool:
+        return "flag:training"
+    if not is_non_negative(eps):
+        return "non_negative:eps"
+    if not are_usable(<ndarray>var, eps):
+        return "usable:var"
+    return new_saved(data, shape, <object>PyArray_DESCR(<ndarray>data), view,
+                     given_statistics(mean, var), eps, True, not training)
+
+
+def backward(grad_output, Saved saved, weight, out, threads_for,
+             given_x,   # the input of the forward pass as the caller has it, or None
+             data=None, over_x=None, over_grad=None, bint spread=False):
+    """Return the gradients of input, weight and bias."""
+    cdef str amiss
+    cdef object x = saved.x
+    cdef View view = saved.view
+    cdef ndarray buffer, grad_weight, grad_bias
+    cdef int type_num
+    if data is None:
+        data = grad_output
+    amiss = in_data("grad_output", data, saved.dtype)
+    if amiss is not None:
+        return amiss
+    if not has_shape(<ndarray>data, saved.shape):
+        return "grad_shape"
+    if not (weight is None or is_parameter(weight, view.parameter_shape)):
+        return "parameter:weight"
+    if x is None:
+        if not (saved.frozen and weight is None):
+            return "input_gone"
+    # The caller may have changed the shape or the dtype of x since the forward pass.
+    elif not (in_data("x", x, saved.dtype) is None and has_shape(<ndarray>x, saved.shape)):
+        return "input_changed"
+    elif given_x is None:
+        given_x = x
+    if out is not None:
+        amiss = in_out(out, data, spread, None, None, weight, None)
+        if amiss is not None:
+            return amiss
+        if not is_known(out, grad_output, over_grad):
+            return "over_grad"
+        if not (x is None or is_known(out, given_x, over_x)):
+            return "over_x"
+
+    buffer = written(out, data)
+    type_num = PyArray_TYPE(<ndarray>data)
+    grad_weight = new_parameter(view.parameter_shape, type_num)
+    grad_bias = new_parameter(view.parameter_shape, type_num)
+    if x is None or PyArray_SIZE(<ndarray>data) == 0:
+        grad_weight[...] = 0
+        grad_bias[...] = 0
+    if PyArray_SIZE(<ndarray>data) > 0:
+        if x is None:
+            normalise_given(data, view, None, saved.statistics[2], None, None, saved.eps, buffer,
+                            threads_for)
+        else:
+            gradients(data, saved, weight, buffer, grad_weight, grad_bias, threads_for)
+    if x is not None and is_over(out, given_x, over_x):
+        saved.x = None
+    return returned(out, buffer), grad_weight, grad_bias

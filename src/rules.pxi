@@ -1,0 +1,126 @@
+# The rules of a call: what each argument must be. They stand here once. calls.pxi asks them of
+# every call, and cbn/ where it reads an argument by itself; what breaks a rule is worded there.
+
+cdef tuple nonfinite_names = ("propagate", "raise", "skip")
+NONFINITE = nonfinite_names
+
+cdef enum:
+    MOST_AXES = 64   # of an array of NumPy
+
+
+# --------------------------------------------------------------------------------------- scalars
+
+
+cpdef bint is_finite(value):
+    """A finite float, or a small int such as the default of correction."""
+    if type(value) is int:
+        return -1000 < value < 1000
+    return type(value) is float and -INFINITY < <double>value < INFINITY
+
+
+cpdef bint is_non_negative(value):
+    return is_finite(value) and <double>value >= 0
+
+
+cdef inline bint is_nonfinite(value):
+    """The name of what to do with statistics that are not finite."""
+    return type(value) is str and value in nonfinite_names
+
+
+# ---------------------------------------------------------------------------------------- arrays
+
+
+cpdef bint is_float(dtype element):
+    """Whether cbn computes with elements of this type."""
+    return storage_of_type(element.num) >= 0 and element.isnative
+
+
+cpdef bint is_plain(array):
+    """An ndarray, no subclass, that a kernel can read."""
+    return PyArray_CheckExact(array) and PyArray_ISCARRAY_RO(<ndarray>array)
+
+
+cdef inline bint is_data(array):
+    return is_plain(array) and storage_of(<ndarray>array) >= 0
+
+
+cpdef bint has_shape(ndarray array, tuple shape):
+    cdef int i
+    if PyArray_NDIM(array) != len(shape):
+        return False
+    for i in range(len(shape)):
+        if PyArray_DIM(array, i) != <npy_intp>shape[i]:
+            return False
+    return True
+
+
+cdef inline bint is_float_of_shape(array, tuple shape):
+    return (PyArray_CheckExact(array) and storage_of(<ndarray>array) >= 0
+            and has_shape(<ndarray>array, shape))
+
+
+cdef inline bint is_parameter(array, tuple shape):
+    """A weight, a bias or a statistic, to be read."""
+    return is_float_of_shape(array, shape) and PyArray_ISCARRAY_RO(<ndarray>array)
+
+
+cpdef bint is_count(array):
+    """A number of batches."""
+    if not (isinstance(array, ndarray) and PyArray_NDIM(<ndarray>array) == 0
+            and PyArray_ISINTEGER(<ndarray>array)):
+        return False
+    if is_int64(array):   # in a hundredth of the time
+        return (<npy_int64*>PyArray_DATA(<ndarray>array))[0] >= 0
+    return array >= 0
+
+
+cdef inline bint is_int64(array):
+    return is_plain(array) and PyArray_TYPE(<ndarray>array) == NPY_INT64
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+cdef inline void find_ends(ndarray array, size_t* first, size_t* end):   # OUT
+    """Where an array begins and ends in memory."""
+    first[0] = end[0] = <size_t>PyArray_DATA(array)
+    if PyArray_IS_C_CONTIGUOUS(array):
+        end[0] += PyArray_NBYTES(array)
+    elif PyArray_SIZE(array) > 0:
+        find_ends_of_strides(array, first, end)
+
+
+cdef void find_ends_of_strides(ndarray array, size_t* first, size_t* end):   # IN, OUT
+    cdef size_t reach
+    cdef npy_intp stride
+    cdef int i
+    for i in range(PyArray_NDIM(array)):
+        stride = PyArray_STRIDE(array, i)
+        reach = (PyArray_DIM(array, i) - 1) * (stride if stride > 0 else -stride)
+        if stride > 0:
+            end[0] += reach
+        else:
+            first[0] -= reach
+    end[0] += PyArray_ITEMSIZE(array)
+
+
+cdef bint are_apart(ndarray a, ndarray b):
+    """Whether nothing between the ends of two arrays is in both."""
+    cdef size_t a_first = 0, a_end = 0, b_first = 0, b_end = 0
+    find_ends(a, &a_first, &a_end)
+    find_ends(b, &b_first, &b_end)
+    return a_end <= b_first or b_end <= a_first or a_first == a_end or b_first == b_end
+
+
+# ------------------------------------------------------------------------------------ statistics
+
+
+cpdef bint are_enough(double count, double correction):
+    """Whether an unbiased variance can be of so many values; an empty batch has none."""
+    return not 0 < count <= max(1.0, correction)
+
+
+cpdef bint are_usable(ndarray var, double eps):
+    """Whether no channel would be divided by the root of 0 or less; NaN makes its channel NaN."""
+    cdef PerChannel values = per_channel(var, 1)
+    return micros.are_usable(&values, PyArray_DIM(var, 0), eps)
