@@ -20,6 +20,7 @@ enum {
     /* Vectors that are written side by side: two, but no less than a cache line. */
     ACROSS = 2 * VECTOR_BYTES < LINE ? LINE / VECTOR_BYTES : 2,
     WORTH_A_TABLE = 4096, /* values */
+    FEW_VECTORS = 64,     /* values below which several rows are written side by side */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
 };
 

@@ -61,13 +61,6 @@ INLINE vector T(result)(vector x, vector grad, const struct T(Coefficients) *c, 
     return centred * c->scale + c->bias;
 }
 
-/* Fetch what is read next, while this is computed. */
-INLINE void T(fetch)(const struct T(Place) *at, ptrdiff_t i, const int way) {
-    __builtin_prefetch(at->x + i + at->ahead);
-    if (way & BACKWARD)
-        __builtin_prefetch(at->grad_output + i + at->ahead);
-}
-
 /* Vectors that are loaded together: `across` of them side by side in each of some rows, four in all,
    or some lanes of one in each row. */
 struct T(Loaded) {
@@ -85,8 +78,11 @@ INLINE struct T(Loaded) T(load_vectors)(const struct T(Place) *at, ptrdiff_t k, 
         if (way & BACKWARD)
             values.grad[v] =
                 whole ? load(at->grad_output + i) : load_some(at->grad_output + i, lanes);
-        if (way & BY_VALUE)
-            T(fetch)(at, i, way);
+        if (way & BY_VALUE && way & STREAM) { /* what comes from memory next, while this is computed */
+            __builtin_prefetch(at->x + i + at->ahead);
+            if (way & BACKWARD)
+                __builtin_prefetch(at->grad_output + i + at->ahead);
+        }
     }
     return values;
 }
@@ -228,7 +224,7 @@ INLINE void T(write_parts)(struct T(Place) place, const struct Pass *p, const st
    the same for all, and all begin alike in their cache lines, or are too short for it to matter. */
 INLINE int T(lie_alike)(const struct Pass *p, const int way) {
     const ptrdiff_t S = p->geometry.S;
-    return p->geometry.period == 1
+    return p->geometry.period == 1 && (way & STREAM || S < FEW_VECTORS)
            && (S * sizeof(stored) % LINE == 0 || (!(way & STREAM) && S < ALIGNED_RUN));
 }
 
@@ -394,59 +390,58 @@ static void T(write)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t 
         stream_fence();
 }
 
-/* Write some vectors of grad_input, of which so many lanes are columns, in some rows, and add up what
-   these rows find of the gradients of weights and biases. */
+/* Write what was loaded of grad_input in some rows, and add up what these find of the gradients of
+   weights and biases. */
 INLINE void T(write_summed)(const struct T(Place) *at, ptrdiff_t k, const int rows,
-                            ptrdiff_t row_stride, ptrdiff_t lanes,
-                            const struct T(Coefficients) *c, const int way, real *total,
+                            ptrdiff_t row_stride, ptrdiff_t lanes, const struct T(Loaded) *values,
+                            struct T(Coefficients) *c, const int way, real *total,
                             real *product) {
-    const int whole = lanes >= LANES_OF;
-    const struct T(Loaded) values =
-        T(load_vectors)(at, k, rows, row_stride, 1, lanes, way);
-    vector sum = REALS(total + k), sum_of_products = REALS(product + k), y[4];
+    vector sum = REALS(total + k), sum_of_products = REALS(product + k), x_hat;
     EACH (r, rows) {
-        struct T(Coefficients) used = c[r];
-        vector x_hat = ((values.x[r] - used.mean) - used.mean_low) * used.scale;
-        if (!whole) /* no product of 0 and what is not finite */
+        x_hat = ((values->x[r] - c[r].mean) - c[r].mean_low) * c[r].scale;
+        if (lanes < LANES_OF) /* no product of 0 and what is not finite */
             x_hat = T(first)(x_hat, lanes);
-        used.weight = T(reals)(at->weights + k, lanes);
-        sum += values.grad[r];
-        sum_of_products += values.grad[r] * x_hat;
-        y[r] = T(result)(values.x[r], values.grad[r], &used, way);
+        sum += values->grad[r];
+        sum_of_products += values->grad[r] * x_hat;
     }
-    EACH (r, rows) {
-        stored *out = at->out + k + r * row_stride;
-        if (!whole)
-            T(store_some)(out, y[r], lanes);
-        else if (way & STREAM)
-            T(stream)(out, y[r]);
-        else
-            T(store)(out, y[r]);
-    }
+    T(write_vectors)(at, k, rows, row_stride, 1, lanes, values, c, way);
     REALS(total + k) = sum;
     REALS(product + k) = sum_of_products;
 }
 
+/* All columns of some rows: as write_rows. */
 INLINE void T(write_summed_rows)(const struct T(Place) *at, const int rows, ptrdiff_t row_stride,
                                  ptrdiff_t period, ptrdiff_t width, const int way, real *total,
                                  real *product) {
     const ptrdiff_t head = way & STREAM ? T(values_to_line)(at->out, width) : 0;
     struct T(Coefficients) c[4];
+    struct T(Loaded) now, next;
     ptrdiff_t k = 0;
     EACH (r, rows)
         c[r] = T(coefficients)(at, r * period, LANES_OF, way);
+#define LOAD(k, lanes) T(load_vectors)(at, k, rows, row_stride, 1, lanes, way)
 #define WRITE(lanes, way)                                                                          \
-    T(write_summed)(at, k, rows, row_stride, lanes, c, way, total, product)
-    for (; head - k >= LANES_OF; k += LANES_OF)
-        WRITE(LANES_OF, way & ~STREAM);
-    if (k < head) {
-        WRITE(head - k, way & ~STREAM);
-        k = head;
+    T(write_summed)(at, k, rows, row_stride, lanes, &now, c, way, total, product)
+    for (ptrdiff_t n; k < head; k += n) {
+        n = min_of(LANES_OF, head - k);
+        now = LOAD(k, n);
+        WRITE(n, way & ~STREAM);
     }
-    for (; width - k >= LANES_OF; k += LANES_OF)
+    if (width - k >= LANES_OF) {
+        now = LOAD(k, LANES_OF);
+        for (; width - k >= 2 * LANES_OF; k += LANES_OF) {
+            next = LOAD(k + LANES_OF, LANES_OF);
+            WRITE(LANES_OF, way);
+            now = next;
+        }
         WRITE(LANES_OF, way);
-    if (k < width)
+        k += LANES_OF;
+    }
+    if (k < width) {
+        now = LOAD(k, width - k);
         WRITE(width - k, way & ~STREAM);
+    }
+#undef LOAD
 #undef WRITE
 }
 
@@ -502,13 +497,12 @@ INLINE void T(write_sharing_way)(const struct Pass *p, const struct Sheet *sheet
 
 static void T(write_sharing)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                              double *share) {
-    if (!p->stream)
-        T(write_sharing_way)(p, sheet, first, share, BACKWARD | BY_VALUE);
-    else if (T(lie_alike)(p, STREAM)) {
-        T(write_sharing_way)(p, sheet, first, share, BACKWARD | BY_VALUE | STREAM);
-        stream_fence();
-    } else {
+    if (!T(lie_alike)(p, p->stream ? STREAM : 0)) {
         T(share_products)(p, sheet, first, share);
         T(write)(p, sheet, first);
-    }
+    } else if (p->stream) {
+        T(write_sharing_way)(p, sheet, first, share, BACKWARD | BY_VALUE | STREAM);
+        stream_fence();
+    } else
+        T(write_sharing_way)(p, sheet, first, share, BACKWARD | BY_VALUE);
 }
