@@ -12,7 +12,7 @@ from cython.parallel cimport parallel, prange, threadid
 from libc.math cimport INFINITY
 from libc.stdio cimport FILE, fclose, fopen, fscanf
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 from posix.time cimport (
     CLOCK_MONOTONIC, CLOCK_THREAD_CPUTIME_ID, clock_gettime, clockid_t, timespec,
 )
@@ -136,10 +136,13 @@ cdef Pass new_pass(Kind kind, View view, ndarray weight, ndarray bias, ndarray m
     p.eps = eps
     p.statistics = NULL
     p.grad_weight = p.grad_bias = NULL
+    p.origin = p.ahead = 0
     return p
 
 
 cdef void use_statistics(Pass* p, ndarray statistics):
+    if statistics is None:   # a pass finds them itself, and keeps none
+        return
     p.mean.double_ = <const double*>data_of(statistics)
     p.mean_low.double_ = p.mean.double_ + p.geometry.channels
     p.var.double_ = p.mean.double_ + 2 * p.geometry.channels
@@ -165,7 +168,8 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for)
                 and (not g.by_plane or shortest_run(g) >= SHORTEST_STREAMED))
     # What the pieces find (with given statistics, nothing), shares in gradients, paces, and the
     # tables of coefficients and of weights and biases of parts of channels.
-    cdef size_t found = 0 if p.kind == GIVEN else g.channels * g.pieces * (
+    cdef bint spans = has_spans(p)   # which keep nothing of channels
+    cdef size_t found = 0 if spans or p.kind == GIVEN else g.channels * g.pieces * (
         parts_kept(g) * sizeof(Sums) if gradients else sizeof(Moments))
     cdef size_t shares = 0
     if gradients and shares_parameters(g):
@@ -175,7 +179,7 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for)
     team.threads = begin_pass(<int>min(num_threads, g.strips * g.pieces), PyArray_SIZE(x))
     cdef size_t paces = 0 if team.threads == 1 else team.threads * ROUNDS * sizeof(Pace)
     cdef size_t real_size = sizeof(float) if p.storage == FLOAT32 else sizeof(double)
-    cdef size_t coefficients = g.channels * COEFFICIENTS * real_size
+    cdef size_t coefficients = 0 if spans else g.channels * COEFFICIENTS * real_size
     cdef size_t parameters = 0 if g.parts == 1 else 2 * g.parameters * real_size
     cdef char* memory = <char*>malloc(found + shares + paces + coefficients + parameters)
     if memory == NULL:

@@ -175,6 +175,11 @@ cdef View view_of(Norm norm, tuple shape):
     return view
 
 
+cdef inline bint is_one_block(Py_ssize_t N, Py_ssize_t S) noexcept nogil:
+    """Whether a channel is summed by the mean of all its values, by plane."""
+    return N * (S // LANES) < FEW_LANES or N * S <= TALLEST * LANES
+
+
 cdef Geometry cut(View view,
                   bint reduces,    # False: with given statistics it only writes
                   bint gathers     # True: a pass that finds gradients of parameters
@@ -217,7 +222,7 @@ cdef Geometry cut(View view,
     g.strips = B * g.batch_strips
     g.inner_pieces = 1
     if gathers and N == 1:   # the channels of a strip may be of many samples: they do not count
-        g.inner_pieces = ceil_div(g.parameters, GATHERED_RUN)
+        g.inner_pieces = 1 if is_one_block(N, S) else ceil_div(g.parameters, GATHERED_RUN)
     elif g.by_plane:
         g.inner_pieces = ceil_div(S * g.strip_channels if gathers else S, most)
     g.inner_pieces = min(g.inner_pieces, ceil_div(S, LANES))

@@ -47,34 +47,32 @@ cdef void clear_share(const Pass* p, const Sheet* sheet, double* share) noexcept
         memset(share + r * g.parts + sheet.start, 0, sheet.length * sizeof(double))
 
 
-cdef void share_columns(const Pass* p, Sheet sheet, Py_ssize_t first,
-                        double* share) noexcept nogil:   # IN, OUT
-    """Sum what channels share: the gradients of weights and biases by value."""
-    cdef const Geometry* g = &p.geometry
-    cdef double* grad_bias
-    cdef Py_ssize_t r
-    for r in range(min(g.period, sheet.channels)):
-        grad_bias = share + (first + r) % g.period * g.parts + sheet.start
-        micro_of(p).share_products(p, &sheet, first + r, grad_bias, grad_bias + g.parameters)
-        sheet.offset += g.S
-        sheet.channels -= 1
+cdef void reduce_by_value(const Pass* p, Sheet sheet, Py_ssize_t first,
+                          Sums* into) noexcept nogil:
+    cdef double[AT_ONCE] total
+    cdef double[AT_ONCE] product
+    cdef Py_ssize_t end = first + sheet.channels, c
+    while first < end:
+        sheet.channels = min(AT_ONCE, end - first)
+        micro_of(p).row_products(p, &sheet, first, total, product)
+        for c in range(sheet.channels):
+            into[c].grad_output, into[c].grad_output_centred = total[c], product[c]
+        first += sheet.channels
+        into += sheet.channels
+        sheet.offset += sheet.channels * p.geometry.S
 
 
 cdef void reduce_gradients(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noexcept nogil:
     cdef const Geometry* g = &p.geometry
     cdef Sheet sheet = sheet_of(g, strip, piece)
-    cdef Py_ssize_t first = first_channel(g, strip), end = first + sheet.channels
-    cdef Py_ssize_t parts = parts_kept(g)
+    cdef Py_ssize_t first = first_channel(g, strip), parts = parts_kept(g)
     cdef Sums* into = <Sums*>p.partial + (piece * g.channels + first) * parts
     if g.by_value:
         clear_share(p, &sheet, share_of(p, strip, piece))
-        share_columns(p, sheet, first, share_of(p, strip, piece))
-    while first < end:   # one turn, but for channels by value
-        sheet.channels = min(WIDTH, end - first)
+        micro_of(p).share_products(p, &sheet, first, share_of(p, strip, piece))
+        reduce_by_value(p, sheet, first, into)
+    else:
         micro_of(p).sum_products(p, &sheet, first, parts, into)
-        first += sheet.channels
-        into += sheet.channels
-        sheet.offset += sheet.channels * g.S
 
 
 cdef Sums merge_sums(const Sums* found, Py_ssize_t pieces, Py_ssize_t stride) noexcept nogil:

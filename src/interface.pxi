@@ -44,7 +44,7 @@ cdef public struct Moments:
     double m2      # sum of squared deviations from the mean
 
 
-cdef public struct Columns:   # arrays of WIDTH
+cdef public struct Columns:   # arrays of WIDTH, or of AT_ONCE channels
     double* shift
     double* mean
     double* m2
@@ -67,6 +67,10 @@ cdef public struct Pass:
     const void* x
     const void* grad_output
     void* out               # OUT
+    # The number of the first channel in what is kept of each (statistics, coefficients); numbers
+    # of channels begin there. And how much further on, in values, x and grad_output are read next.
+    Py_ssize_t origin
+    Py_ssize_t ahead
     bint stream             # whether it is written past the cache
     bint centred            # whether the mean is subtracted; RMS norm does not
     PerChannel weight       # of a channel, where it has one
@@ -105,15 +109,20 @@ cdef public struct Micro:
     void (*sum_plane)(const void* x, const Sheet* block, Py_ssize_t length, bint centred,
                       double unit, double* shift, double* total, double* square) noexcept nogil
     double (*unit_of)(const void* x, const Sheet* sheet) noexcept nogil
-    # The moments of channels too small for blocks.
-    void (*short_moments)(const void* x, const Sheet* sheet, Py_ssize_t S, bint centred,
-                          double smallest, Moments* into) noexcept nogil
+    # The moments of at most AT_ONCE channels of one block each; the statistics of as many.
+    void (*channel_moments)(const void* x, const Sheet* sheet, Py_ssize_t S, bint centred,
+                            double smallest, Columns* into) noexcept nogil
+    void (*finish_moments)(const Pass* p, Py_ssize_t first, Py_ssize_t n,
+                           const Columns* found) noexcept nogil
     # The sums of channels for gradients, each in so many parts.
     void (*sum_products)(const Pass* p, const Sheet* sheet, Py_ssize_t first, Py_ssize_t parts,
                          Sums* into) noexcept nogil
-    # Those that channels share, for the gradients of parameters by value.
-    void (*share_products)(const Pass* p, const Sheet* sheet, Py_ssize_t first, double* grad_bias,
-                           double* grad_weight) noexcept nogil
+    # Those of at most AT_ONCE channels that have their parameters by value.
+    void (*row_products)(const Pass* p, const Sheet* sheet, Py_ssize_t first, double* total,
+                         double* product) noexcept nogil
+    # Add up what these channels share of the gradients of parameters.
+    void (*share_products)(const Pass* p, const Sheet* sheet, Py_ssize_t first,
+                           double* share) noexcept nogil
     # The weights and biases of parts of channels as a table.
     void (*take_parameters)(const Pass* p) noexcept nogil
     # At most AT_ONCE channels: their coefficients; those for gradients; shared parameters.
@@ -125,6 +134,9 @@ cdef public struct Micro:
     void (*finish_parameters)(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcept nogil
     # Write a sheet.
     void (*write)(const Pass* p, const Sheet* sheet, Py_ssize_t first) noexcept nogil
+    # The same, and share_products.
+    void (*write_sharing)(const Pass* p, const Sheet* sheet, Py_ssize_t first,
+                          double* share) noexcept nogil
 
 
 cdef const Micro* micros = NULL   # one for each storage, of the instruction set in use

@@ -184,26 +184,84 @@ INLINE void stream_fence(void) {
 #endif
 }
 
-/* A sum in eight chains, which an adder of four cycles' latency can take in parallel, folded by
+/* A sum in CHAINS chains, which an adder of four cycles' latency can take in parallel, folded by
    halves. */
-INLINE double sum_of(const double *value, ptrdiff_t n) {
+enum { CHAINS = 8, VECTORS_OF_CHAINS = CHAINS / DOUBLES };
+
+INLINE double sum_of_chains(const double *chain) {
     typedef double four_doubles __attribute__((vector_size(32)));
-    doubles lane[8 / DOUBLES];
     four_doubles half[2];
+    memcpy(half, chain, sizeof half);
+    half[0] += half[1];
+    return (half[0][0] + half[0][2]) + (half[0][1] + half[0][3]);
+}
+
+INLINE double sum_of(const double *value, ptrdiff_t n) {
+    doubles lane[VECTORS_OF_CHAINS];
     ptrdiff_t i = 0;
     if (n == 1)
         return value[0];
-    for (int v = 0; v < 8 / DOUBLES; v++)
+    for (int v = 0; v < VECTORS_OF_CHAINS; v++)
         lane[v] = all_doubles(0);
-    for (; i + 8 <= n; i += 8)
-        for (int v = 0; v < 8 / DOUBLES; v++)
+    for (; i + CHAINS <= n; i += CHAINS)
+        for (int v = 0; v < VECTORS_OF_CHAINS; v++)
             lane[v] += DOUBLES_AT(value + i + v * DOUBLES);
     if (i < n)
-        for (int v = 0; v < 8 / DOUBLES; v++)
+        for (int v = 0; v < VECTORS_OF_CHAINS; v++)
             lane[v] += some_doubles(value + i + v * DOUBLES, n - i - v * DOUBLES);
-    memcpy(half, lane, sizeof half);
-    half[0] += half[1];
-    return (half[0][0] + half[0][2]) + (half[0][1] + half[0][3]);
+    return sum_of_chains((const double *)lane);
+}
+
+/* The same for as many sums as a vector has lanes, side by side: what each step adds up of two
+   vectors is brought into one first. */
+#if defined(__AVX512F__)
+INLINE doubles sums_of_chains(const double *chain) {
+    doubles half[4], quarter[2];
+#define CHOSEN(a, b, ...) _mm512_permutex2var_pd(a, _mm512_setr_epi64(__VA_ARGS__), b)
+    EACH (i, 4) {
+        const __m512d a = (__m512d)DOUBLES_AT(chain + i * CHAINS);
+        const __m512d b = (__m512d)DOUBLES_AT(chain + (i + 4) * CHAINS);
+        half[i] = (doubles)CHOSEN(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
+                  + (doubles)CHOSEN(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+    EACH (i, 2) {
+        const __m512d a = (__m512d)half[i], b = (__m512d)half[i + 2];
+        quarter[i] = (doubles)CHOSEN(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
+                     + (doubles)CHOSEN(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+#undef CHOSEN
+    return (doubles)_mm512_unpacklo_pd((__m512d)quarter[0], (__m512d)quarter[1])
+           + (doubles)_mm512_unpackhi_pd((__m512d)quarter[0], (__m512d)quarter[1]);
+}
+#elif defined(__AVX2__)
+INLINE doubles sums_of_chains(const double *chain) {
+    doubles half[4], quarter[2];
+    EACH (i, 4)
+        half[i] = DOUBLES_AT(chain + i * CHAINS) + DOUBLES_AT(chain + i * CHAINS + 4);
+    EACH (i, 2) {
+        const __m256d a = (__m256d)half[i], b = (__m256d)half[i + 2];
+        quarter[i] = (doubles)_mm256_permute2f128_pd(a, b, 0x20)
+                     + (doubles)_mm256_permute2f128_pd(a, b, 0x31);
+    }
+    return (doubles)_mm256_unpacklo_pd((__m256d)quarter[0], (__m256d)quarter[1])
+           + (doubles)_mm256_unpackhi_pd((__m256d)quarter[0], (__m256d)quarter[1]);
+}
+#else
+INLINE doubles sums_of_chains(const double *chain) {
+    doubles quarter[2];
+    EACH (i, 2)
+        quarter[i] = (DOUBLES_AT(chain + i * CHAINS) + DOUBLES_AT(chain + i * CHAINS + 4))
+                     + (DOUBLES_AT(chain + i * CHAINS + 2) + DOUBLES_AT(chain + i * CHAINS + 6));
+    return (doubles){quarter[0][0], quarter[1][0]} + (doubles){quarter[0][1], quarter[1][1]};
+}
+#endif
+
+/* Fold n sums of chains; of the last vector, the missing chains are set to zero. */
+INLINE void fold_chains(double *chain, ptrdiff_t n, double *sum) {
+    for (ptrdiff_t c = n; c % DOUBLES; c++)
+        memset(chain + c * CHAINS, 0, CHAINS * sizeof *chain);
+    for (ptrdiff_t c = 0; c < n; c += DOUBLES)
+        DOUBLES_AT(sum + c) = sums_of_chains(chain + c * CHAINS);
 }
 
 /* What micro.h asks of a storage type: stored, real; vector, of LANES_OF lanes of real; few, of

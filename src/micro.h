@@ -33,14 +33,17 @@ static const struct Micro T(micro) = {
     fold,
     T(sum_plane),
     T(unit_of),
-    T(short_moments),
+    T(channel_moments),
+    finish_moments,
     T(sum_products),
+    T(row_products),
     T(share_products),
     T(take_parameters),
     T(finish_coefficients),
     T(finish_gradients),
     T(finish_parameters),
     T(write),
+    T(write_sharing),
 };
 
 #undef stored

@@ -15,7 +15,7 @@ INLINE real T(low_part)(real high, double mean, double mean_low) {
 /* The weights of the parts of a channel; their biases lie geometry.parameters further on. */
 INLINE const real *T(weights_of)(const struct Pass *p, ptrdiff_t c) {
     /* A division costs as much as ten values. */
-    const ptrdiff_t turn = p->geometry.period == 1 ? 0 : c % p->geometry.period;
+    const ptrdiff_t turn = p->geometry.period == 1 ? 0 : (p->origin + c) % p->geometry.period;
     return (const real *)p->parameters + turn * p->geometry.parts;
 }
 
@@ -61,8 +61,8 @@ static void T(finish_coefficients)(const struct Pass *p, ptrdiff_t first, ptrdif
     take_values(&p->mean, first, n, mean);
     take_values(&p->mean_low, first, n, mean_low);
     take_values(&p->var, first, n, reciprocal);
-    take_in_turn(&p->weight, first, n, period, weight);
-    take_in_turn(&p->bias, first, n, period, bias);
+    take_in_turn(&p->weight, p->origin + first, n, period, weight);
+    take_in_turn(&p->bias, p->origin + first, n, period, bias);
     for (ptrdiff_t c = 0; c < n; c++)
         reciprocal[c] = 1 / sqrt(reciprocal[c] + p->eps);
     for (ptrdiff_t c = 0; c < n; c++) {

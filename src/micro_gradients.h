@@ -110,57 +110,70 @@ INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row
     }
 }
 
-/* The sums of runs of so many values, in rows of `width`. */
-INLINE struct Sums T(sums_of_rows)(const struct T(Pair) *at, ptrdiff_t runs, ptrdiff_t run_stride,
-                                   ptrdiff_t length, const int width, const int way) {
+/* The sums of channels that lie `stride` apart, `beside` of them side by side, each of runs of so many
+   values, in rows of `width`. */
+INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int beside,
+                         ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length, const int width,
+                         const int way, double *total, double *product) { /* OUT (beside, CHAINS) */
     enum { MOST = 4 * LANES_OF, HALVES = LANES_OF / DOUBLES };
-    const int columns = width < MOST ? width : MOST, vectors = columns / LANES_OF;
+    const int columns = width * beside < MOST ? width : MOST / beside;
+    const int vectors = columns / LANES_OF, groups = columns / CHAINS;
     const ptrdiff_t rows = length / width, tail = length % width;
-    const vector mean = all(at->mean[0]), unit = all(at->unit[0]);
-    double total[LANES], product[LANES];
+    struct T(Pair) row, channel;
+    vector mean[4], unit[4], band_total[4], band_product[4];
     doubles totals[8], products[8];
-    vector band_total[4], band_product[4];
     ptrdiff_t end;
+    EACH (r, beside) {
+        mean[r] = all(at->mean[r]);
+        unit[r] = all(at->unit[r]);
+    }
     for (int k = 0; k < width; k += columns) {
-        EACH (v, columns / DOUBLES)
+        EACH (v, beside * columns / DOUBLES)
             totals[v] = products[v] = all_doubles(0);
         for (ptrdiff_t i = 0; i < runs; i++) {
-            struct T(Pair) row = *at;
+            row = *at;
             T(move_pair)(&row, k, way);
             row.grad_output += i * run_stride;
             row.x += i * run_stride;
             for (ptrdiff_t j = 0; j < rows + (tail > 0);) {
-                EACH (v, vectors)
+                EACH (v, beside * vectors)
                     band_total[v] = band_product[v] = all(0);
+#define MULTIPLY(lanes)                                                                            \
+    EACH (r, beside) {                                                                             \
+        channel = row;                                                                             \
+        channel.grad_output += r * stride;                                                         \
+        channel.x += r * stride;                                                                   \
+        T(multiply_row)(&channel, 0, vectors, lanes, mean + r, unit + r, way,                      \
+                        band_total + r * vectors, band_product + r * vectors);                     \
+    }
                 for (end = min_of(j + SUMMED, rows); j < end; j++) {
-                    T(multiply_row)(&row, 0, vectors, columns, &mean, &unit, way, band_total,
-                                    band_product);
+                    MULTIPLY(columns)
                     T(move_pair)(&row, width, way);
                 }
                 if (j == rows && tail) {
-                    T(multiply_row)(&row, 0, vectors, tail - k, &mean, &unit, way, band_total,
-                                    band_product);
+                    MULTIPLY(tail - k)
                     j++;
                 }
-                EACH (v, vectors) {
+#undef MULTIPLY
+                EACH (v, beside * vectors) {
                     T(add_lanes)(totals + v * HALVES, band_total[v]);
                     T(add_lanes)(products + v * HALVES, band_product[v]);
                 }
             }
         }
-        EACH (v, columns / DOUBLES) {
-            DOUBLES_AT(total + k + v * DOUBLES) = totals[v];
-            DOUBLES_AT(product + k + v * DOUBLES) = products[v];
-        }
+        T(add_to_chains)(totals, beside, groups, k > 0, total);
+        T(add_to_chains)(products, beside, groups, k > 0, product);
     }
-    return (struct Sums){sum_of(total, width), sum_of(product, width)};
 }
 
 INLINE struct Sums T(sums_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptrdiff_t run_stride,
                                    ptrdiff_t length, const int way) {
+    double total[CHAINS], product[CHAINS];
     if (length < SHORT_RUN)
-        return T(sums_of_rows)(at, runs, run_stride, length, FEW_LANES, way);
-    return T(sums_of_rows)(at, runs, run_stride, length, LANES, way);
+        T(sum_pairs)(at, 0, 1, runs, run_stride, length, FEW_LANES, way, total, product);
+    else
+        T(sum_pairs)(at, 0, 1, runs, run_stride, length, LANES, way, total, product);
+    return (struct Sums){sum_of_chains(total), sum_of_chains(product)};
 }
 
 /* The sums of each part of a channel, in a piece that may begin and end within one. */
@@ -181,12 +194,9 @@ static void T(sums_of_parts)(struct T(Pair) at, const struct Pass *p, const stru
 }
 
 INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const struct Sheet *sheet,
-                             ptrdiff_t first, ptrdiff_t parts, struct Sums *into) {
+                             ptrdiff_t parts, struct Sums *into) {
     for (ptrdiff_t c = 0; c < sheet->channels; c++, at.mean++, at.unit++) {
-        if (p->geometry.by_value) {
-            at.weight = T(weights_of)(p, first + c) + sheet->start;
-            into[c] = T(sums_of_runs)(&at, sheet->runs, sheet->run_stride, sheet->length, BY_VALUE);
-        } else if (parts > 1)
+        if (parts > 1)
             T(sums_of_parts)(at, p, sheet, parts, into + c * parts);
         else
             into[c] = T(sums_of_runs)(&at, sheet->runs, sheet->run_stride, sheet->length, 0);
@@ -228,68 +238,125 @@ INLINE struct T(Pair) T(pair_of)(const struct Pass *p, ptrdiff_t at) {
     return (struct T(Pair)){(const stored *)p->grad_output + at, (const stored *)p->x + at};
 }
 
-/* The sums of at most WIDTH channels of a sheet, each in so many parts. mean is in two parts, and
-   what depends on the second is left out of the loops:
+/* What channels are centred and scaled by for their sums. mean is in two parts, and what depends on
+   the second is left out of the loops:
 
      sum(grad_output * (x - mean)) = sum(grad_output * (x - high)) - low * sum(grad_output)
 
    Products are in a unit near the standard deviation, a power of two: so they stay in range, and the
    digits of the sums do not depend on the unit of x. */
+struct T(Units) {
+    real high[WIDTH], per_unit[WIDTH];
+    double low[WIDTH], unit[WIDTH];
+};
+
+static void T(take_units)(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
+                          struct T(Units) *units) {
+    double mean[WIDTH], mean_low[WIDTH];
+    take_values(&p->mean, first, n, mean);
+    take_values(&p->mean_low, first, n, mean_low);
+    take_values(&p->var, first, n, units->unit);
+    for (ptrdiff_t c = 0; c < n; c++)
+        units->high[c] = (real)mean[c];
+    for (ptrdiff_t c = 0; c < n; c++)
+        units->low[c] = (mean[c] - (double)units->high[c]) + mean_low[c];
+    for (ptrdiff_t c = 0; c < n; c++)
+        units->unit[c] = power_of_two(sqrt(units->unit[c] + p->eps));
+    for (ptrdiff_t c = 0; c < n; c++)
+        units->per_unit[c] = (real)(1 / units->unit[c]);
+}
+
+/* The sums of at most WIDTH channels of a sheet, each in so many parts. */
 static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                             ptrdiff_t parts, struct Sums *into) {
     struct T(Pair) at = T(pair_of)(p, sheet->offset);
-    double mean[WIDTH], mean_low[WIDTH], unit[WIDTH], low;
-    real high[WIDTH], per_unit[WIDTH];
-    take_values(&p->mean, first, sheet->channels, mean);
-    take_values(&p->mean_low, first, sheet->channels, mean_low);
-    take_values(&p->var, first, sheet->channels, unit);
-    for (ptrdiff_t c = 0; c < sheet->channels; c++) {
-        high[c] = (real)mean[c];
-        unit[c] = power_of_two(sqrt(unit[c] + p->eps));
-        per_unit[c] = (real)(1 / unit[c]);
-    }
-    at.mean = high;
-    at.unit = per_unit;
+    struct T(Units) units;
+    T(take_units)(p, first, sheet->channels, &units);
+    at.mean = units.high;
+    at.unit = units.per_unit;
     if (p->geometry.by_plane)
-        T(sums_by_plane)(at, p, sheet, first, parts, into);
+        T(sums_by_plane)(at, p, sheet, parts, into);
     else
         T(sums_by_row)(at, sheet, parts, p->stream, into);
-    for (ptrdiff_t c = 0; c < sheet->channels; c++) {
-        low = (mean[c] - (double)high[c]) + mean_low[c];
+    for (ptrdiff_t c = 0; c < sheet->channels; c++)
         for (ptrdiff_t q = c * parts; q < (c + 1) * parts; q++)
-            into[q].grad_output_centred =
-                into[q].grad_output_centred * unit[c] - low * into[q].grad_output;
-    }
+            into[q].grad_output_centred = into[q].grad_output_centred * units.unit[c]
+                                          - units.low[c] * into[q].grad_output;
 }
 
-/* Add up what channels share, from `first` on, period by period: the gradients of weights and biases
-   by value. */
+/* The sums of at most AT_ONCE channels that have a weight for each value; side by side where it is the
+   same for all. */
+INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
+                               const int width, double *total, double *product) {
+    enum { FIT = 4 * LANES_OF / FEW_LANES };
+    const int beside = width == FEW_LANES && FIT > 1 ? FIT : 1;
+    const ptrdiff_t n = sheet->channels, S = p->geometry.S;
+    struct T(Pair) at = T(pair_of)(p, sheet->offset);
+    struct T(Units) units;
+    double totals[AT_ONCE * CHAINS], products[AT_ONCE * CHAINS];
+    ptrdiff_t c = 0;
+    T(take_units)(p, first, n, &units);
+#define CHANNELS(beside)                                                                           \
+    at.weight = T(weights_of)(p, first + c) + sheet->start;                                        \
+    at.mean = units.high + c;                                                                      \
+    at.unit = units.per_unit + c;                                                                  \
+    T(sum_pairs)(&at, S, beside, sheet->runs, sheet->run_stride, sheet->length, width, BY_VALUE,   \
+                 totals + c * CHAINS, products + c * CHAINS);                                      \
+    at.grad_output += beside * S;                                                                  \
+    at.x += beside * S
+    if (p->geometry.period == 1)
+        for (; n - c >= beside; c += beside) {
+            CHANNELS(beside);
+        }
+    for (; c < n; c++) {
+        CHANNELS(1);
+    }
+#undef CHANNELS
+    fold_chains(totals, n, total);
+    fold_chains(products, n, product);
+    for (c = 0; c < n; c++)
+        product[c] = product[c] * units.unit[c] - units.low[c] * total[c];
+}
+
+static void T(row_products)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
+                            double *total, double *product) {
+    if (sheet->length < SHORT_RUN)
+        T(row_products_in)(p, sheet, first, FEW_LANES, total, product);
+    else
+        T(row_products_in)(p, sheet, first, LANES, total, product);
+}
+
+/* Add up what channels share: the gradients of weights and biases by value. */
 static void T(share_products)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
-                              double *grad_bias, double *grad_weight) {
-    const ptrdiff_t period = p->geometry.period, S = p->geometry.S;
+                              double *share) {
+    const ptrdiff_t period = p->geometry.period, S = p->geometry.S, parts = p->geometry.parts;
+    const ptrdiff_t end = sheet->channels;
     struct T(Pair) pair;
     struct T(Normal) normal;
-    double mean[SUMMED], mean_low[SUMMED], var[SUMMED];
+    double mean[SUMMED], mean_low[SUMMED], var[SUMMED], *grad_bias;
     ptrdiff_t n, width;
-    for (ptrdiff_t c = 0; c < sheet->channels; c += n * period) {
-        n = min_of(SUMMED, (sheet->channels - c + period - 1) / period);
-        for (ptrdiff_t j = 0; j < n; j++) {
-            take_values(&p->mean, first + c + j * period, 1, mean + j);
-            take_values(&p->mean_low, first + c + j * period, 1, mean_low + j);
-            take_values(&p->var, first + c + j * period, 1, var + j);
-        }
-        for (ptrdiff_t j = 0; j < n; j++) {
-            normal.mean[j] = (real)mean[j];
-            normal.mean_low[j] = T(low_part)(normal.mean[j], mean[j], mean_low[j]);
-            normal.scale[j] = (real)(1 / sqrt(var[j] + p->eps));
-        }
-        for (ptrdiff_t i = 0; i < sheet->runs; i++)
-            for (ptrdiff_t k = 0; k < sheet->length; k += WIDTH) {
-                width = min_of(WIDTH, sheet->length - k);
-                pair = T(pair_of)(p, sheet->offset + c * S + i * sheet->run_stride + k);
-                pair.normal = &normal;
-                T(multiply_columns)(pair, n, period * S, width, BY_ROW, grad_bias + k,
-                                    grad_weight + k);
+    for (ptrdiff_t r = 0; r < min_of(period, end); r++) {
+        grad_bias = share + (p->origin + first + r) % period * parts + sheet->start;
+        for (ptrdiff_t c = r; c < end; c += n * period) {
+            n = min_of(SUMMED, (end - c + period - 1) / period);
+            for (ptrdiff_t j = 0; j < n; j++) {
+                take_values(&p->mean, first + c + j * period, 1, mean + j);
+                take_values(&p->mean_low, first + c + j * period, 1, mean_low + j);
+                take_values(&p->var, first + c + j * period, 1, var + j);
             }
+            for (ptrdiff_t j = 0; j < n; j++) {
+                normal.mean[j] = (real)mean[j];
+                normal.mean_low[j] = T(low_part)(normal.mean[j], mean[j], mean_low[j]);
+                normal.scale[j] = (real)(1 / sqrt(var[j] + p->eps));
+            }
+            for (ptrdiff_t i = 0; i < sheet->runs; i++)
+                for (ptrdiff_t k = 0; k < sheet->length; k += WIDTH) {
+                    width = min_of(WIDTH, sheet->length - k);
+                    pair = T(pair_of)(p, sheet->offset + c * S + i * sheet->run_stride + k);
+                    pair.normal = &normal;
+                    T(multiply_columns)(pair, n, period * S, width, BY_ROW, grad_bias + k,
+                                        grad_bias + p->geometry.parameters + k);
+                }
+        }
     }
 }

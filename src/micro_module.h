@@ -20,6 +20,7 @@ enum {
     /* Vectors that are written side by side: two, but no less than a cache line. */
     ACROSS = 2 * VECTOR_BYTES < LINE ? LINE / VECTOR_BYTES : 2,
     WORTH_A_TABLE = 4096, /* values */
+    FEW_VECTORS = 64,     /* values below which several rows are written side by side */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
 };
 
@@ -97,6 +98,27 @@ static void fold(const struct Columns *columns, ptrdiff_t channels, ptrdiff_t sp
         }
         into[c] = m;
     }
+}
+
+/* The statistics of n channels, from the moments of so many values of each. */
+static void finish_moments(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
+                           const struct Columns *found) {
+    const double count = (double)p->geometry.N * p->geometry.S;
+    double *mean = p->statistics + first, *mean_low = mean + p->geometry.channels;
+    double *var = mean_low + p->geometry.channels;
+    for (ptrdiff_t c = 0; c < n; c++) {
+        /* Two-sum (Knuth): mean and mean_low together are the exact sum of the two parts. */
+        const double sum = found->shift[c] + found->mean[c], rounded = sum - found->shift[c];
+        const double m2 = found->m2[c] / count;
+        var[c] = m2 < 0 ? 0 : m2; /* negative by rounding, where all are equal; a NaN stays */
+        mean[c] = sum;
+        mean_low[c] = (found->shift[c] - (sum - rounded)) + (found->mean[c] - rounded);
+    }
+    if (!p->centred) /* the mean of the squares takes the place of the variance */
+        for (ptrdiff_t c = 0; c < n; c++) {
+            var[c] += mean[c] * mean[c];
+            mean[c] = mean_low[c] = 0;
+        }
 }
 
 enum {

@@ -183,80 +183,103 @@ static void T(add_block)(const void *x, const struct Sheet *block, int ends, dou
     T(merge_rows)(&sums, unit, block, rows, before, columns);
 }
 
-/* The sums of runs of so many values, times a factor, around a shift, in rows of `width`: of at most SUMMED rows in the
-   type that is computed in, and of those in float64. */
-INLINE void T(sum_runs)(const stored *x, ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length,
-                        const int width, const int centred, real shift, const int scaled,
-                        real factor, double *total, double *square) {
+/* Add sums of columns, `groups` times CHAINS for each of some channels, to the chains of each. */
+INLINE void T(add_to_chains)(const doubles *sum, const int channels, const int groups, int more,
+                             double *chain) { /* OUT (channels, CHAINS), and IN, if there are more */
+    EACH (r, channels)
+        EACH (h, VECTORS_OF_CHAINS) {
+            double *to = chain + r * CHAINS + h * DOUBLES;
+            doubles value = more ? (doubles)DOUBLES_AT(to) : all_doubles(0);
+            EACH (g, groups)
+                value += sum[(r * groups + g) * VECTORS_OF_CHAINS + h];
+            DOUBLES_AT(to) = value;
+        }
+}
+
+/* The sums of channels that lie `stride` apart, `beside` of them side by side, each of runs of so many
+   values, in rows of `width`: of at most SUMMED rows in the type that is computed in, and of those in
+   float64. Of the values, times a factor, around a shift for each channel; without one, of the values
+   alone. */
+INLINE void T(sum_runs)(const stored *x, ptrdiff_t stride, const int beside, ptrdiff_t runs,
+                        ptrdiff_t run_stride, ptrdiff_t length, const int width, const real *shift,
+                        const int scaled, real factor,
+                        double *total, double *square) { /* OUT (beside, CHAINS), or NULL */
     enum { MOST = 4 * LANES_OF, HALVES = LANES_OF / DOUBLES };
-    const int columns = width < MOST ? width : MOST, vectors = columns / LANES_OF;
+    const int columns = width * beside < MOST ? width : MOST / beside;
+    const int vectors = columns / LANES_OF, groups = columns / CHAINS;
     const ptrdiff_t rows = length / width, tail = length % width;
-    double totals[LANES], squares[LANES];
     doubles sum[8], sum_of_squares[8];
-    vector band_sum[4], band_squares[4], value;
+    vector band_sum[4], band_squares[4], shifts[4], value;
     const stored *row;
+    EACH (r, beside)
+        shifts[r] = all(shift ? shift[r] : 0);
     for (int k = 0; k < width; k += columns) {
-        EACH (v, columns / DOUBLES)
+        EACH (v, beside * columns / DOUBLES)
             sum[v] = sum_of_squares[v] = all_doubles(0);
         for (ptrdiff_t i = 0; i < runs; i++) {
             row = x + i * run_stride + k;
             for (ptrdiff_t j = 0, end; j < rows + (tail > 0);) {
-                EACH (v, vectors)
+                EACH (v, beside * vectors)
                     band_sum[v] = band_squares[v] = all(0);
                 for (end = min_of(j + SUMMED, rows); j < end; j++, row += width)
-                    EACH (v, vectors) {
-                        value = load(row + v * LANES_OF);
+                    EACH (v, beside * vectors) {
+                        value = load(row + v / vectors * stride + v % vectors * LANES_OF);
                         if (scaled)
                             value *= factor;
-                        if (centred) {
-                            value -= all(shift);
+                        if (shift)
+                            value -= shifts[v / vectors];
+                        if (total)
+                            band_sum[v] += value;
+                        if (square)
                             band_squares[v] += value * value;
-                        }
-                        band_sum[v] += value;
                     }
                 if (j == rows && tail) {
-                    EACH (v, vectors) {
-                        const ptrdiff_t lanes = tail - k - v * LANES_OF;
-                        value = load_some(row + v * LANES_OF, lanes);
+                    EACH (v, beside * vectors) {
+                        const int column = v % vectors * LANES_OF;
+                        const ptrdiff_t lanes = tail - k - column;
+                        value = load_some(row + v / vectors * stride + column, lanes);
                         if (scaled)
                             value *= factor;
-                        if (centred) {
-                            value = T(first)(value - all(shift), lanes);
+                        if (shift)
+                            value = T(first)(value - shifts[v / vectors], lanes);
+                        if (total)
+                            band_sum[v] += value;
+                        if (square)
                             band_squares[v] += value * value;
-                        }
-                        band_sum[v] += value;
                     }
                     j++;
                 }
-                EACH (v, vectors) {
-                    T(add_lanes)(sum + v * HALVES, band_sum[v]);
-                    if (centred)
+                EACH (v, beside * vectors) {
+                    if (total)
+                        T(add_lanes)(sum + v * HALVES, band_sum[v]);
+                    if (square)
                         T(add_lanes)(sum_of_squares + v * HALVES, band_squares[v]);
                 }
             }
         }
-        EACH (v, columns / DOUBLES) {
-            DOUBLES_AT(totals + k + v * DOUBLES) = sum[v];
-            DOUBLES_AT(squares + k + v * DOUBLES) = sum_of_squares[v];
-        }
+        if (total)
+            T(add_to_chains)(sum, beside, groups, k > 0, total);
+        if (square)
+            T(add_to_chains)(sum_of_squares, beside, groups, k > 0, square);
     }
-    *total = sum_of(totals, width);
-    if (centred)
-        *square = sum_of(squares, width);
 }
 
 /* The sums of a block of a channel around a shift, which is rounded; without one, around its mean. */
 INLINE void T(sum_around)(const stored *x, const struct Sheet *block, ptrdiff_t length,
                           const int width, int centred, const int scaled, real factor,
                           double *shift, double *total, double *square) {
+    double totals[CHAINS] = {0}, squares[CHAINS] = {0};
+    real rounded = 0;
     if (!centred) {
-        T(sum_runs)(x, block->runs, block->run_stride, length, width, 0, 0, scaled, factor, total,
-                    square);
-        *shift = *total / ((double)block->runs * length);
+        T(sum_runs)(x, 0, 1, block->runs, block->run_stride, length, width, NULL, scaled, factor,
+                    totals, NULL);
+        *shift = sum_of_chains(totals) / ((double)block->runs * length);
     }
-    *shift = (real)*shift;
-    T(sum_runs)(x, block->runs, block->run_stride, length, width, 1, (real)*shift, scaled, factor,
-                total, square);
+    *shift = rounded = (real)*shift;
+    T(sum_runs)(x, 0, 1, block->runs, block->run_stride, length, width, &rounded, scaled, factor,
+                totals, squares);
+    *total = sum_of_chains(totals);
+    *square = sum_of_chains(squares);
 }
 
 static void T(sum_plane)(const void *data, const struct Sheet *block, ptrdiff_t length,
@@ -284,35 +307,79 @@ static double T(unit_of)(const void *data, const struct Sheet *sheet) {
     return ldexp(1, max_of(-100, min_of(exponent, 100)));
 }
 
-/* The moments of channels too small for blocks, around their means, or around 0. */
-static void T(short_moments)(const void *data, const struct Sheet *sheet, ptrdiff_t S, int centred,
-                           double smallest, struct Moments *into) {
+/* The sums of at most AT_ONCE channels, in rows of `width`. */
+INLINE void T(sum_channels)(const stored *x, const struct Sheet *sheet, ptrdiff_t S,
+                            const int width, const real *shift, double *total, double *square) {
+    enum { FIT = 4 * LANES_OF / FEW_LANES };
+    const int beside = width == FEW_LANES && FIT > 1 ? FIT : 1;
+    const ptrdiff_t n = sheet->channels;
+    double totals[AT_ONCE * CHAINS], squares[AT_ONCE * CHAINS];
+    ptrdiff_t c = 0;
+#define CHANNELS(beside)                                                                           \
+    T(sum_runs)(x + c * S, S, beside, sheet->runs, sheet->run_stride, sheet->length,     \
+                width, shift ? shift + c : NULL, 0, 1, total ? totals + c * CHAINS : NULL,         \
+                square ? squares + c * CHAINS : NULL)
+    for (; n - c >= beside; c += beside)
+        CHANNELS(beside);
+    for (; beside > 1 && c < n; c++)
+        CHANNELS(1);
+#undef CHANNELS
+    if (total)
+        fold_chains(totals, n, total);
+    if (square)
+        fold_chains(squares, n, square);
+}
+
+/* The moments of at most AT_ONCE channels of one block each, around their means, or around 0. */
+INLINE void T(moments_in_rows)(const stored *x, const struct Sheet *sheet, ptrdiff_t S,
+                               const int width, const int centred, double smallest, struct Columns *into) {
     /* Pass by pass, because the second pass over a channel has to wait for its mean; meanwhile the
        CPU is at the next channel. */
-    const stored *x = (const stored *)data + sheet->offset;
     const double count = (double)sheet->runs * sheet->length;
-    struct Sheet channel = *sheet;
-    double total, square, unit;
-    for (ptrdiff_t c = 0; c < sheet->channels; c++) {
-        total = 0;
-        if (centred)
-            T(sum_runs)(x + c * S, sheet->runs, sheet->run_stride, sheet->length, FEW_LANES, 0, 0, 0,
-                        1, &total, &square);
-        into[c].shift = total / count;
+    const ptrdiff_t n = sheet->channels;
+    double total[AT_ONCE], square[AT_ONCE], unit, shift;
+    real shifts[AT_ONCE];
+    int outside = 0;
+    if (centred) {
+        T(sum_channels)(x, sheet, S, width, NULL, total, NULL);
+        for (ptrdiff_t c = 0; c < n; c++)
+            shifts[c] = (real)(total[c] / count);
+        T(sum_channels)(x, sheet, S, width, shifts, total, square);
+    } else
+        T(sum_channels)(x, sheet, S, width, NULL, NULL, square);
+    for (ptrdiff_t c = 0; c < n; c++) {
+        into->shift[c] = centred ? shifts[c] : 0;
+        into->mean[c] = centred ? total[c] / count : 0;
+        into->m2[c] = centred ? square[c] - total[c] * into->mean[c] : square[c];
     }
-    for (ptrdiff_t c = 0; c < sheet->channels; c++) {
-        T(sum_around)(x + c * S, sheet, sheet->length, FEW_LANES, 1, 0, 1, &into[c].shift, &total,
-                      &square);
-        unit = 1;
-        if (T(is_outside)((real)square, (real)smallest)) {
-            channel.offset = sheet->offset + c * S;
-            unit = T(unit_of)(data, &channel);
-            T(sum_around)(x + c * S, sheet, sheet->length, FEW_LANES, !centred, 1, (real)(1 / unit),
-                          &into[c].shift, &total, &square);
+    for (ptrdiff_t c = 0; c < n; c++)
+        outside |= T(is_outside)((real)square[c], (real)smallest);
+    if (!outside)
+        return;
+    for (ptrdiff_t c = 0; c < n; c++)
+        if (T(is_outside)((real)square[c], (real)smallest)) {
+            struct Sheet channel = *sheet;
+            channel.offset += c * S;
+            unit = T(unit_of)(x - sheet->offset, &channel);
+            shift = 0;
+            T(sum_around)(x + c * S, sheet, sheet->length, width, !centred, 1,
+                          (real)(1 / unit), &shift, total, square + c);
+            into->shift[c] = shift * unit;
+            into->mean[c] = centred ? *total / count * unit : 0;
+            into->m2[c] = (centred ? square[c] - *total * (*total / count) : square[c])
+                          * (unit * unit);
         }
-        into[c].count = count;
-        into[c].shift *= unit;
-        into[c].mean = centred ? total / count * unit : 0;
-        into[c].m2 = (centred ? square - total * (total / count) : square) * (unit * unit);
-    }
+}
+
+static void T(channel_moments)(const void *data, const struct Sheet *sheet, ptrdiff_t S, int centred,
+                               double smallest, struct Columns *into) {
+    const stored *x = (const stored *)data + sheet->offset;
+    if (sheet->width == FEW_LANES && centred)
+        T(moments_in_rows)(x, sheet, S, FEW_LANES, 1, smallest, into);
+    else if (sheet->width == FEW_LANES)
+        T(moments_in_rows)(x, sheet, S, FEW_LANES, 0, smallest, into);
+    else if (centred)
+        T(moments_in_rows)(x, sheet, S, LANES, 1, smallest, into);
+    else
+        T(moments_in_rows)(x, sheet, S, LANES, 0, smallest, into);
 }

@@ -21,16 +21,18 @@ struct T(Place) {
     const real *coefficients;     /* a table with rows `stride` apart */
     ptrdiff_t stride;
     const real *weights, *biases; /* value by value */
+    ptrdiff_t ahead;              /* of x, and of grad_output: what is read next */
 };
 
 struct T(Coefficients) {
     vector mean, mean_low, scale, bias, slope, weight; /* bias is also mean_grad */
 };
 
+/* The coefficients of some columns, or of one channel. */
 INLINE struct T(Coefficients) T(coefficients)(const struct T(Place) *at, ptrdiff_t k,
                                               ptrdiff_t lanes, const int way) {
     struct T(Coefficients) c;
-    const real *table = at->coefficients + (way & BY_COLUMN ? k : 0);
+    const real *table = at->coefficients + k;
 #define COEFFICIENT(row)                                                                           \
     way & BY_COLUMN ? T(reals)(table + row * at->stride, lanes) : all(table[row * at->stride])
     c.mean = COEFFICIENT(MEAN);
@@ -76,11 +78,17 @@ INLINE struct T(Loaded) T(load_vectors)(const struct T(Place) *at, ptrdiff_t k, 
         if (way & BACKWARD)
             values.grad[v] =
                 whole ? load(at->grad_output + i) : load_some(at->grad_output + i, lanes);
+        if (way & BY_VALUE && way & STREAM) { /* what comes from memory next, while this is computed */
+            __builtin_prefetch(at->x + i + at->ahead);
+            if (way & BACKWARD)
+                __builtin_prefetch(at->grad_output + i + at->ahead);
+        }
     }
     return values;
 }
 
-/* Write what was loaded, with coefficients that are for all columns, or else for those from k on. */
+/* Write what was loaded, with coefficients that are for all columns (by value, for those of a row), or
+   else for those from k on. */
 INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int rows,
                              ptrdiff_t row_stride, const int across, ptrdiff_t lanes,
                              const struct T(Loaded) *values, struct T(Coefficients) *c,
@@ -90,11 +98,12 @@ INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int r
         if (way & BY_COLUMN)
             c[v] = T(coefficients)(at, k + v * LANES_OF, lanes, way);
     EACH (v, rows * across) {
-        struct T(Coefficients) used = c[way & BY_COLUMN ? v % across : 0];
+        const ptrdiff_t column = k + v % across * LANES_OF;
+        struct T(Coefficients) used = c[way & BY_COLUMN ? v % across : v / across];
         if (way & BY_VALUE) {
-            used.weight = T(reals)(at->weights + k + v * LANES_OF, lanes);
+            used.weight = T(reals)(at->weights + column, lanes);
             if (!(way & BACKWARD))
-                used.bias = T(reals)(at->biases + k + v * LANES_OF, lanes);
+                used.bias = T(reals)(at->biases + column, lanes);
         }
         y[v] = T(result)(values->x[v], values->grad[v], &used, way);
     }
@@ -118,7 +127,8 @@ INLINE void T(write_rows)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t n, c
     struct T(Coefficients) c[4];
     struct T(Loaded) now, next;
     if (!(way & BY_COLUMN))
-        c[0] = T(coefficients)(at, 0, LANES_OF, way);
+        EACH (r, rows)
+            c[r] = T(coefficients)(at, r, LANES_OF, way);
 #define LOAD(k, across, lanes) T(load_vectors)(at, k, rows, row_stride, across, lanes, way)
 #define WRITE(across, lanes, way)                                                                  \
     T(write_vectors)(at, k, rows, row_stride, across, lanes, &now, c, way)
@@ -170,6 +180,7 @@ INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t
     place.out = (stored *)p->out + at;
     place.grad_output = way & BACKWARD ? (const stored *)p->grad_output + at : NULL;
     place.weights = place.biases = NULL;
+    place.ahead = p->ahead;
     place.coefficients = (const real *)p->coefficients + first;
     place.stride = p->geometry.channels;
     return place;
@@ -209,22 +220,37 @@ INLINE void T(write_parts)(struct T(Place) place, const struct Pass *p, const st
     }
 }
 
+/* Whether channels that have their parameters by value can be written side by side: where these are
+   the same for all, and all begin alike in their cache lines, or are too short for it to matter. */
+INLINE int T(lie_alike)(const struct Pass *p, const int way) {
+    const ptrdiff_t S = p->geometry.S;
+    return p->geometry.period == 1 && (way & STREAM || S < FEW_VECTORS)
+           && (S * sizeof(stored) % LINE == 0 || (!(way & STREAM) && S < ALIGNED_RUN));
+}
+
 INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                             const int way) {
+    enum { LINE_OF = LINE / VECTOR_BYTES };
+    const int many = way & BY_VALUE ? way & STREAM ? 4 / LINE_OF : 4 : 1; /* of streams whole lines */
     struct T(Place) place;
     for (ptrdiff_t i = 0; i < sheet->runs; i++) {
         place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first, way);
-        for (ptrdiff_t c = first; c < first + sheet->channels; c++) {
+        for (ptrdiff_t c = first, n; c < first + sheet->channels; c += n) {
+            n = 1;
             if (way & BY_VALUE) {
                 place.weights = T(weights_of)(p, c) + sheet->start;
                 place.biases = place.weights + p->geometry.parameters;
+                if (T(lie_alike)(p, way) && first + sheet->channels - c >= many)
+                    n = many;
             }
             if (way & BY_PART)
                 T(write_parts)(place, p, sheet, c, way & ~BY_PART);
+            else if (n == many)
+                T(write_aligned)(&place, sheet->length, many, p->geometry.S, 4 / many, way);
             else
                 T(write_aligned)(&place, sheet->length, 1, 0, ACROSS, way);
-            place.coefficients++;
-            T(move)(&place, p->geometry.S, way);
+            place.coefficients += n;
+            T(move)(&place, n * p->geometry.S, way);
         }
     }
 }
@@ -362,4 +388,121 @@ static void T(write)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t 
         T(write_way)(p, sheet, first, 0);
     if (p->stream)
         stream_fence();
+}
+
+/* Write what was loaded of grad_input in some rows, and add up what these find of the gradients of
+   weights and biases. */
+INLINE void T(write_summed)(const struct T(Place) *at, ptrdiff_t k, const int rows,
+                            ptrdiff_t row_stride, ptrdiff_t lanes, const struct T(Loaded) *values,
+                            struct T(Coefficients) *c, const int way, real *total,
+                            real *product) {
+    vector sum = REALS(total + k), sum_of_products = REALS(product + k), x_hat;
+    EACH (r, rows) {
+        x_hat = ((values->x[r] - c[r].mean) - c[r].mean_low) * c[r].scale;
+        if (lanes < LANES_OF) /* no product of 0 and what is not finite */
+            x_hat = T(first)(x_hat, lanes);
+        sum += values->grad[r];
+        sum_of_products += values->grad[r] * x_hat;
+    }
+    T(write_vectors)(at, k, rows, row_stride, 1, lanes, values, c, way);
+    REALS(total + k) = sum;
+    REALS(product + k) = sum_of_products;
+}
+
+/* All columns of some rows: as write_rows. */
+INLINE void T(write_summed_rows)(const struct T(Place) *at, const int rows, ptrdiff_t row_stride,
+                                 ptrdiff_t period, ptrdiff_t width, const int way, real *total,
+                                 real *product) {
+    const ptrdiff_t head = way & STREAM ? T(values_to_line)(at->out, width) : 0;
+    struct T(Coefficients) c[4];
+    struct T(Loaded) now, next;
+    ptrdiff_t k = 0;
+    EACH (r, rows)
+        c[r] = T(coefficients)(at, r * period, LANES_OF, way);
+#define LOAD(k, lanes) T(load_vectors)(at, k, rows, row_stride, 1, lanes, way)
+#define WRITE(lanes, way)                                                                          \
+    T(write_summed)(at, k, rows, row_stride, lanes, &now, c, way, total, product)
+    for (ptrdiff_t n; k < head; k += n) {
+        n = min_of(LANES_OF, head - k);
+        now = LOAD(k, n);
+        WRITE(n, way & ~STREAM);
+    }
+    if (width - k >= LANES_OF) {
+        now = LOAD(k, LANES_OF);
+        for (; width - k >= 2 * LANES_OF; k += LANES_OF) {
+            next = LOAD(k + LANES_OF, LANES_OF);
+            WRITE(LANES_OF, way);
+            now = next;
+        }
+        WRITE(LANES_OF, way);
+        k += LANES_OF;
+    }
+    if (k < width) {
+        now = LOAD(k, width - k);
+        WRITE(width - k, way & ~STREAM);
+    }
+#undef LOAD
+#undef WRITE
+}
+
+/* At most SUMMED rows of at most WIDTH columns. */
+INLINE void T(write_band)(struct T(Place) at, ptrdiff_t rows, ptrdiff_t row_stride, ptrdiff_t period,
+                          ptrdiff_t width, const int way, double *grad_bias,
+                          double *grad_weight) {
+    real total[WIDTH + LANES_OF], product[WIDTH + LANES_OF];
+    for (ptrdiff_t k = 0; k < width + LANES_OF; k++)
+        total[k] = product[k] = 0;
+    for (ptrdiff_t n; rows > 0; rows -= n) {
+        if (rows >= BESIDE) {
+            n = BESIDE;
+            T(write_summed_rows)(&at, BESIDE, row_stride, period, width, way, total, product);
+        } else {
+            n = 1;
+            T(write_summed_rows)(&at, 1, row_stride, period, width, way, total, product);
+        }
+        at.coefficients += n * period;
+        T(move)(&at, n * row_stride, way);
+    }
+    for (ptrdiff_t k = 0; k < width; k++) {
+        grad_bias[k] += total[k];
+        grad_weight[k] += product[k];
+    }
+}
+
+/* Write grad_input of channels with a weight for each value, and add up the gradients of the weights
+   and biases that they share. */
+INLINE void T(write_sharing_way)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
+                                 double *share, const int way) {
+    const ptrdiff_t period = p->geometry.period, S = p->geometry.S, parts = p->geometry.parts;
+    const ptrdiff_t end = sheet->channels;
+    struct T(Place) place;
+    double *grad_bias;
+    ptrdiff_t rows, width;
+    for (ptrdiff_t r = 0; r < min_of(period, end); r++) {
+        grad_bias = share + (p->origin + first + r) % period * parts + sheet->start;
+        for (ptrdiff_t c = r; c < end; c += rows * period) {
+            rows = min_of(SUMMED, (end - c + period - 1) / period);
+            for (ptrdiff_t i = 0; i < sheet->runs; i++)
+                for (ptrdiff_t k = 0; k < sheet->length; k += width) {
+                    width = min_of(WIDTH, sheet->length - k);
+                    place = T(place_of)(p, sheet->offset + i * sheet->run_stride + c * S + k,
+                                        first + c, way);
+                    place.weights = T(weights_of)(p, first + c) + sheet->start + k;
+                    T(write_band)(place, rows, period * S, period, width, way, grad_bias + k,
+                                  grad_bias + p->geometry.parameters + k);
+                }
+        }
+    }
+}
+
+static void T(write_sharing)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
+                             double *share) {
+    if (!T(lie_alike)(p, p->stream ? STREAM : 0)) {
+        T(share_products)(p, sheet, first, share);
+        T(write)(p, sheet, first);
+    } else if (p->stream) {
+        T(write_sharing_way)(p, sheet, first, share, BACKWARD | BY_VALUE | STREAM);
+        stream_fence();
+    } else
+        T(write_sharing_way)(p, sheet, first, share, BACKWARD | BY_VALUE);
 }

@@ -132,28 +132,54 @@ cdef Moments merge(const Moments* found, Py_ssize_t pieces, Py_ssize_t stride) n
     return m
 
 
-cdef void reduce_moments(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noexcept nogil:
+cdef inline double smallest_of(const Pass* p) noexcept nogil:
     # Squares of float32 deviations whose sum is below 1e-30 may have underflowed. A larger eps
     # makes it irrelevant, and then channels of zeros need no second look.
-    cdef double smallest = 1e-30 if p.eps < 1e-20 else 0
+    return 1e-30 if p.eps < 1e-20 else 0
+
+
+cdef inline Columns columns_in(double* values, Py_ssize_t n) noexcept nogil:
+    """Columns in memory for three times n values."""
+    cdef Columns columns
+    columns.shift, columns.mean, columns.m2 = values, values + n, values + 2 * n
+    return columns
+
+
+cdef void short_moments(const Pass* p, Sheet sheet, Moments* into) noexcept nogil:
+    """The moments of channels of few values."""
+    cdef double[3 * AT_ONCE] values
+    cdef Columns found = columns_in(values, AT_ONCE)
+    cdef Py_ssize_t rest = sheet.channels, c
+    while rest > 0:
+        sheet.channels = min(AT_ONCE, rest)
+        micro_of(p).channel_moments(p.x, &sheet, p.geometry.S, p.centred, smallest_of(p), &found)
+        for c in range(sheet.channels):
+            into[c].count = sheet.runs * sheet.length
+            into[c].shift, into[c].mean, into[c].m2 = found.shift[c], found.mean[c], found.m2[c]
+        into += sheet.channels
+        sheet.offset += sheet.channels * p.geometry.S
+        rest -= sheet.channels
+
+
+cdef void reduce_moments(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noexcept nogil:
+    cdef double smallest = smallest_of(p)
     cdef const Geometry* g = &p.geometry
     cdef const Micro* micro = micro_of(p)
-    cdef double[3][WIDTH] values
-    cdef Columns columns
+    cdef double[3 * WIDTH] values
+    cdef Columns columns = columns_in(values, WIDTH)
     cdef Rows rows
     cdef Sheet sheet = sheet_of(g, strip, piece)
     cdef Moments* into = <Moments*>p.partial + piece * g.channels + first_channel(g, strip)
     cdef Py_ssize_t c
 
     if g.by_plane and sheet.width == FEW_LANES:
-        micro.short_moments(p.x, &sheet, g.S, p.centred, smallest, into)
+        short_moments(p, sheet, into)
         return
     if g.by_plane:
         for c in range(sheet.channels):
             into[c] = plane_moments(p, &sheet, smallest)
             sheet.offset += g.S
         return
-    columns.shift, columns.mean, columns.m2 = values[0], values[1], values[2]
     column_moments(p, &sheet, smallest, &columns)
     merge_repeats(&sheet, &columns)
     rows.tail = rows.rest = sheet.rows * sheet.repeat + sheet.tail // (sheet.channels * sheet.span)

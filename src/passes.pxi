@@ -3,6 +3,7 @@
 cdef enum:
     ROUNDS = 2         # of tiles: those that are reduced, and those that are written
     SPAN = 4096        # values of some channels that are still in the L1 cache after
+    EVEN = 8           # channels that are finished side by side, if there are so many
     CACHED = 1 << 17   # values of a strip of rows that are still in the L2 cache (1 MiB) after
 
 
@@ -15,7 +16,9 @@ cdef struct Team:
 
 
 cdef inline bint finds_statistics(const Pass* p) noexcept nogil:
-    return p.kind == STATISTICS or p.kind == NORMALISE
+    """Whether a pass finds the statistics of x, and is not given them."""
+    return p.kind == STATISTICS or p.kind == NORMALISE or (p.kind == GRADIENTS
+                                                           and p.mean.double_ == NULL)
 
 
 cdef void reduce_tile(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noexcept nogil:
@@ -25,25 +28,6 @@ cdef void reduce_tile(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noexcep
         reduce_gradients(p, strip, piece)
 
 
-cdef inline void finish_moments(const Pass* p, Py_ssize_t c) noexcept nogil:
-    """Merge what the pieces found of a channel, and keep it as the statistics of the batch."""
-    cdef Py_ssize_t C = p.geometry.channels
-    cdef Moments moments = merge(<const Moments*>p.partial + c, p.geometry.pieces, C)
-    # Two-sum (Knuth): mean and mean_low together are the exact sum of the two parts.
-    cdef double mean = moments.shift + moments.mean
-    cdef double rounded = mean - moments.shift
-    cdef double var = moments.m2 / moments.count
-    # Negative by rounding, where all values are equal; a NaN stays.
-    var = 0 if var < 0 else var
-    if p.centred:
-        p.statistics[c] = mean
-        p.statistics[C + c] = (moments.shift - (mean - rounded)) + (moments.mean - rounded)
-        p.statistics[2 * C + c] = var
-    else:   # the mean of the squares takes the place of the variance
-        p.statistics[c] = p.statistics[C + c] = 0
-        p.statistics[2 * C + c] = var + mean * mean
-
-
 cdef void finish_channels(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
     """Finish at most AT_ONCE channels."""
     cdef const Geometry* g = &p.geometry
@@ -51,11 +35,16 @@ cdef void finish_channels(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcep
     cdef double[AT_ONCE] reciprocal
     cdef double[AT_ONCE] total
     cdef double[AT_ONCE] product
+    cdef double[3 * AT_ONCE] values
+    cdef Columns found = columns_in(values, AT_ONCE)
+    cdef Moments moments
     cdef Sums sums
     cdef Py_ssize_t c
     if finds_statistics(p):
-        for c in range(first, first + n):
-            finish_moments(p, c)
+        for c in range(n):
+            moments = merge(<const Moments*>p.partial + first + c, g.pieces, g.channels)
+            found.shift[c], found.mean[c], found.m2[c] = moments.shift, moments.mean, moments.m2
+        micro.finish_moments(p, first, n, &found)
         if p.kind == STATISTICS:
             return
     micro.finish_coefficients(p, first, n, reciprocal)
@@ -97,30 +86,89 @@ cdef void write_tile(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noexcept
         micro_of(p).write(p, &sheet, first_channel(&p.geometry, strip))
 
 
-cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:
-    """Run a strip of channels by value some channels at a time, which stay in the L1 cache."""
+cdef inline bint has_spans(const Pass* p) noexcept nogil:
+    """Whether strips are run some channels at a time."""
     cdef const Geometry* g = &p.geometry
-    cdef double* share = share_of(p, strip, 0)
+    return (g.by_value and g.pieces == 1 and is_one_block(g.N, g.S)
+            and p.kind != FROZEN_GRADIENTS)
+
+
+cdef inline PerChannel per_channel_from(PerChannel values, Py_ssize_t first) noexcept nogil:
+    if values.single != NULL:
+        values.single += first
+    if values.double_ != NULL:
+        values.double_ += first
+    return values
+
+
+cdef Py_ssize_t span_of(const Geometry* g) noexcept nogil:
+    """How many channels are run at a time."""
+    cdef Py_ssize_t n = SPAN // (g.N * g.S)
+    return min(AT_ONCE, n // EVEN * EVEN if n >= EVEN else max(1, n))
+
+
+cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:
+    """Run a strip of channels that have their parameters by value, some channels at a time, which
+    stay in the L1 cache: as passes over an array of so many channels. All that is found of a
+    channel is kept no longer, but for the statistics, where they are asked for."""
+    cdef const Geometry* g = &p.geometry
+    cdef const Micro* micro = micro_of(p)
+    cdef double[COEFFICIENTS * AT_ONCE] coefficients   # or of float
+    cdef double[3 * AT_ONCE] statistics
+    cdef double[3 * AT_ONCE] moments
+    cdef Columns found = columns_in(moments, AT_ONCE)
+    cdef double[AT_ONCE] reciprocal
+    cdef double[AT_ONCE] total
+    cdef double[AT_ONCE] product
+    cdef double* share = NULL
+    cdef Pass part = p[0]
     cdef Sheet sheet = sheet_of(g, strip, 0)
-    cdef Py_ssize_t first = first_channel(g, strip), end = first + sheet.channels
-    cdef Py_ssize_t rows = SPAN // (g.parameters * SUMMED) * SUMMED   # sums are of so many
-    cdef Py_ssize_t most = WIDTH // (g.period * SUMMED) * SUMMED
-    cdef Py_ssize_t span = g.period * max(SUMMED, min(rows, most))
-    clear_share(p, &sheet, share)
+    cdef Py_ssize_t first = first_channel(g, strip), end = first + sheet.channels, n, k
+    cdef Py_ssize_t span = span_of(g)
+    cdef bint finds = finds_statistics(p)
+
+    part.geometry.channels = AT_ONCE
+    part.coefficients = coefficients
+    if finds:
+        part.statistics = statistics
+        part.mean.double_ = statistics
+        part.mean_low.double_ = statistics + AT_ONCE
+        part.var.double_ = statistics + 2 * AT_ONCE
+    if p.kind == GRADIENTS:
+        # Sums of the gradients of parameters are of SUMMED channels.
+        span = min(AT_ONCE, max(SUMMED, span // SUMMED * SUMMED))
+        share = share_of(p, strip, 0)
+        clear_share(p, &sheet, share)
     while first < end:
-        sheet.channels = min(span, end - first)
-        micro_of(p).sum_products(p, &sheet, first, 1, <Sums*>p.partial + first)
-        share_columns(p, sheet, first, share)
-        finish_some(p, first, sheet.channels)
-        micro_of(p).write(p, &sheet, first)
-        first += sheet.channels
-        sheet.offset += sheet.channels * g.S
+        n = sheet.channels = min(span, end - first)
+        part.origin = first
+        part.ahead = n * g.S
+        if finds:
+            micro.channel_moments(p.x, &sheet, g.S, p.centred, smallest_of(p), &found)
+            micro.finish_moments(&part, 0, n, &found)
+            if p.statistics != NULL:
+                for k in range(3):
+                    memcpy(p.statistics + k * g.channels + first, statistics + k * AT_ONCE,
+                           n * sizeof(double))
+        else:
+            part.mean = per_channel_from(p.mean, first)
+            part.mean_low = per_channel_from(p.mean_low, first)
+            part.var = per_channel_from(p.var, first)
+        if p.kind != STATISTICS:
+            micro.finish_coefficients(&part, 0, n, reciprocal)
+        if p.kind == GRADIENTS:
+            micro.row_products(&part, &sheet, 0, total, product)
+            micro.finish_gradients(&part, 0, n, reciprocal, total, product)
+            micro.write_sharing(&part, &sheet, 0, share)
+        elif p.kind != STATISTICS:
+            micro.write(&part, &sheet, 0)
+        first += n
+        sheet.offset += n * g.S
 
 
 cdef void run_strip(const Pass* p, Py_ssize_t strip) noexcept nogil:
     cdef Py_ssize_t piece
-    if (p.kind == GRADIENTS and p.geometry.by_value and p.geometry.pieces == 1
-            and p.geometry.period * SUMMED <= WIDTH):
+    if has_spans(p):
         run_spans(p, strip)
         return
     if p.kind == GIVEN:
