@@ -44,12 +44,13 @@ from tqdm import tqdm
 import cbn
 from cbn import functional
 
+Shapes = list[tuple[str, tuple[int, ...]]]
 # 8 million values each.
-ROWS = [("NC", (1 << 22, 2)), ("NC", (1 << 19, 16)), ("NC", (10923, 768))]
-IMAGES = [("NCHW", (40, 64, 56, 56)), ("NHWC", (40, 56, 56, 64))]
-PAIRS = [("NCHW", (512, 8192, 1, 2))]  # planes of two values
-WIDE = [("NC", (8, 1 << 20)), ("NC", (2048, 4096))]
-SHAPES = {
+ROWS: Shapes = [("NC", (1 << 22, 2)), ("NC", (1 << 19, 16)), ("NC", (10923, 768))]
+IMAGES: Shapes = [("NCHW", (40, 64, 56, 56)), ("NHWC", (40, 56, 56, 64))]
+PAIRS: Shapes = [("NCHW", (512, 8192, 1, 2))]  # planes of two values
+WIDE: Shapes = [("NC", (8, 1 << 20)), ("NC", (2048, 4096))]
+SHAPES: dict[str, Shapes] = {
     "batch": [*IMAGES, *WIDE],
     "layer": ROWS,
     "rms": ROWS,
@@ -181,14 +182,14 @@ def function_of(case: Case, x: Array, grad_output: Array) -> Callable[..., Array
     if case.norm == "group":
         options["num_groups"] = case.groups
     if case.pass_ == "backward":
-        statistics = ()
+        statistics: tuple[Array, ...] = ()
         if case.norm == "batch":
             statistics = functional.batch_norm_stats(x, channel_axis=case.channel_axis)[:2]
         backward = getattr(functional, f"{case.norm}_norm_backward")
         return partial(backward, grad_output, x, *statistics, **options)
     if case.norm != "rms":
         options["bias"] = np.zeros(case.channels, np.float32)
-    running = ()
+    running: tuple[Array, ...] = ()
     if case.norm == "batch":
         running = (np.zeros(case.channels, np.float32), np.ones(case.channels, np.float32))
         options["training"] = case.pass_ == "training"

@@ -56,7 +56,7 @@ class OnnxRuntime(Peer):
         """A model of one operator with these inputs."""
         helper, training = self.helper, case.pass_ == "training"
         outputs = ["y", "running_mean", "running_var"] if training else ["y"]
-        operator, attributes = {
+        operators: dict[str, tuple[str, dict[str, Any]]] = {
             "batch": (
                 "BatchNormalization",
                 {"momentum": 1 - MOMENTUM, "training_mode": int(training)},
@@ -65,7 +65,8 @@ class OnnxRuntime(Peer):
             "rms": ("RMSNormalization", {"axis": -1}),
             "group": ("GroupNormalization", {"num_groups": case.groups}),
             "instance": ("InstanceNormalization", {}),
-        }[case.norm]
+        }
+        operator, attributes = operators[case.norm]
 
         def value(name: str) -> Any:
             shape = case.shape if name in ("x", "y") else (case.channels,)

@@ -102,9 +102,11 @@ class TorchCompile(PyTorch):
     def __init__(self) -> None:
         super().__init__()
         # No processes of its own beside those that are timed.
-        import_module("torch._inductor.config").compile_threads = 1
+        inductor: Any = import_module("torch._inductor.config")
+        inductor.compile_threads = 1
         # The graph of a backward pass is kept.
-        import_module("torch._functorch.config").donated_buffer = False
+        functorch: Any = import_module("torch._functorch.config")
+        functorch.donated_buffer = False
 
     @classmethod
     def missing(cls) -> list[str]:

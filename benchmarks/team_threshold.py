@@ -27,9 +27,8 @@ from cbn import _dispatch, _threads
 SIZES = [size for k in range(13, 19) for size in (1 << k, 3 << k - 1)]  # values of x
 # How often a pass reads the values of x, or as many of another input, in cbn's count.
 READS = {"inference": 1, "training": 2, "backward": 4}
-Layer = cbn.BatchNorm1d | cbn.BatchNorm2d | cbn.LayerNorm
 # By a word, the shape of x without what makes it so large, which is -1, and its norm.
-FORMS: dict[str, tuple[tuple[int, ...], Callable[[tuple[int, ...]], Layer]]] = {
+FORMS: dict[str, tuple[tuple[int, ...], Callable[[tuple[int, ...]], cbn.layers.NormLayer]]] = {
     "batch 1xCx16x16": ((1, -1, 16, 16), lambda shape: cbn.BatchNorm2d(shape[1])),
     "batch Nx32x8x8": ((-1, 32, 8, 8), lambda shape: cbn.BatchNorm2d(shape[1])),
     "batch Nx8x8x32": ((-1, 8, 8, 32), lambda shape: cbn.BatchNorm2d(shape[-1], channel_axis=-1)),
