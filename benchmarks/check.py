@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from peer import Results, gradients
-from shapes import EPS, GROUPS, MOMENTUM, Array, Case, Data
+from peers_base import Results, gradients
+from shapes import EPS, MOMENTUM, Array, Case, Data
 
 from cbn import reference
 
@@ -52,7 +52,7 @@ def expected(case: Case, data: Data) -> tuple[Array, Results]:
 def by_formulas(case: Case, data: Data) -> Results:
     """Return the output and the gradients of a norm that is not batch norm."""
     options = {
-        "group": {"num_groups": GROUPS, "channel_axis": case.channel_axis},
+        "group": {"num_groups": case.groups, "channel_axis": case.channel_axis},
         "instance": {"channel_axis": case.channel_axis},
     }.get(case.norm, {"normalized_shape": case.channels})
     forward = getattr(reference, f"{case.norm}_norm")

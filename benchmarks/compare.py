@@ -1,15 +1,16 @@
-"""Compare cbn with NumPy, PyTorch, oneDNN, ONNX Runtime and JAX, and with the limit.
+"""Compare cbn with what else computes norms on the CPU (peers.py has the list), and with the limit.
 
     python benchmarks/compare.py --quick
     python benchmarks/compare.py --threads 1 2 --json results.json --figure speed.png
     python benchmarks/compare.py --norms layer rms group instance --layout NC NCHW --threads 2
+    python benchmarks/compare.py --shapes 32x64x56x56 4096x768 --layout NCHW NC --markdown
 
-Whatever is installed takes part; but in norms other than batch norm, cbn and PyTorch alone. Every
-result is checked against cbn.reference, then the libraries are timed turn by turn in this one
-process (turns.py says how), with the same number of threads (NumPy always has one), and a table is
-printed: median time, GB/s, how many times as long each other library takes, and the share of the
-limit, which is what a mere copy of the same arrays would leave of the time (scale_copy.c). GB/s
-count what a pass must move at least: one read and one write, for backward two reads and one write.
+Whatever is installed takes part. Every result is checked against cbn.reference, then the libraries
+are timed turn by turn in this one process (turns.py says how), with the same number of threads
+(NumPy always has one), and a table is printed: median time, GB/s, how many times as long each other
+library takes, and the share of the limit, which is what a mere copy of the same arrays would leave
+of the time (scale_copy.c). GB/s count what a pass must move at least: one read and one write, for
+backward two reads and one write.
 
 Every call allocates its output, as a user's call does, except in the rows marked out=. Fresh memory
 would cost each a page fault per 4 KiB, which can take longer than the computation and depends on
@@ -18,6 +19,10 @@ memory (the variables MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_, MALLOC_TOP
 MALLOC_ARENA_MAX are read when a process starts), and each case begins with free memory for some
 outputs that has been written to before, whichever library asks for it.
 The page faults left over are in the JSON file, for every library and case.
+
+What a library does once, for a case, is not in the times: torch.compile, ONNX Runtime, OpenVINO and
+JAX compile a graph. How long everybody takes from a case to its first result is printed at the end.
+torch.compile keeps what it has compiled on the disk, for the next run.
 
 A row ends in * where other processes took more than a tenth of a core meanwhile. With as many
 threads as cores that slows most what waits for its slowest thread, cbn and PyTorch among them;
@@ -33,15 +38,16 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 from check import check, expected
 from figure import draw
 from limit import ORDINARY, STREAMING, Limit
-from peer import Peer
 from peers import PEERS
-from report import print_header, print_row, print_summary
+from peers_base import Peer
+from report import print_first_calls, print_header, print_markdown, print_row, print_summary
 from shapes import FAMILIES, LAYOUTS, NORMS, PASSES, Case, all_cases, make_data
 from tqdm import tqdm
 from turns import OtherWork, release_heap, time_in_turns, warm_heap
@@ -67,7 +73,12 @@ def main() -> None:
         | ({"OMP_WAIT_POLICY": "passive"} if arguments.passive else {})
     )
     cases = all_cases(
-        arguments.family, arguments.pass_, arguments.layout, arguments.quick, arguments.norms
+        arguments.family,
+        arguments.pass_,
+        arguments.layout,
+        arguments.quick,
+        arguments.norms,
+        arguments.shapes,
     )
     if arguments.figure and not any(case.norm == "batch" for case in cases):
         sys.exit("--figure: there is no case of batch norm to draw")
@@ -93,6 +104,9 @@ def main() -> None:
     progress.close()
 
     print_summary(records)
+    print_first_calls(records)
+    if arguments.markdown:
+        print_markdown(records, [peer.name for peer in peers])
     machine["load after"] = os.getloadavg()[0]
     machine["peak memory, GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     print(f"\npeak memory: {machine['peak memory, GB']:.2f} GB")
@@ -114,10 +128,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--family", nargs="+", choices=FAMILIES, default=FAMILIES, help="tables of shapes")
     add("--pass", nargs="+", choices=PASSES, default=PASSES, dest="pass_", help="passes")
     add("--layout", nargs="+", choices=LAYOUTS, default=LAYOUTS, help="layouts")
+    add("--shapes", nargs="+", default=(), metavar="NxCx...", help="of those, these shapes only")
     add("--peers", nargs="*", choices=names, default=names, help="libraries beside cbn")
     add("--threads", nargs="+", type=int, default=[len(os.sched_getaffinity(0))], metavar="N")
     add("--passive", action="store_true", help="waiting threads sleep: for a machine that is busy")
     add("--seconds", type=float, default=1.0, help="time for each case (default: %(default)s)")
+    add("--markdown", action="store_true", help="print the numbers as a table in Markdown, too")
     add("--json", type=Path, metavar="FILE", help="write all numbers")
     add("--figure", type=Path, metavar="FILE", help="draw what was found of batch norm")
     return parser.parse_args()
@@ -167,10 +183,14 @@ def measure(
     release_heap()
     data = make_data(case)
     channels, right = expected(case, data)
-    runs = {}
+    runs, first_calls = {}, {}
     for peer in peers:
+        begin = perf_counter()
         if call := peer.call(case, data):
-            check(peer.name, case, call.results(call.run()), channels, right)
+            result = call.run()
+            first_calls[peer.name] = perf_counter() - begin
+            check(peer.name, case, call.results(result), channels, right)
+            del result
             runs[peer.name] = call.run
     if limit:
         runs |= limit.calls(case, data, threads)
@@ -188,6 +208,7 @@ def measure(
         "threads": threads,
         "bytes": case.bytes,
         "other work": other_work.cores,
+        "first calls": first_calls,
         "libraries": {name: timing._asdict() for name, timing in timings.items()},
     }
     if limit:

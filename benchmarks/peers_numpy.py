@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import numpy as np
-from peer import LAYERS, Call, Peer, broadcasting, gradients
+from peers_base import Call, Peer, as_given, broadcasting, gradients, layer_of
 from shapes import EPS, MOMENTUM, Array, Case, Data
 
 import cbn
@@ -58,7 +61,7 @@ class Cbn(Peer):
 
     def call_of_layer(self, case: Case, data: Data) -> Call:  # noqa: D102
         layout = {"channel_axis": -1} if case.layout == "NHWC" else {}
-        layer = LAYERS[case.norm](cbn, case.channels, **layout)
+        layer = layer_of(case, cbn, **layout)
         names = list(layer.state_dict())  # weight and bias, or weight alone
         for name in names:
             getattr(layer, name)[...] = getattr(data, name)
@@ -78,8 +81,8 @@ class NumPy(Peer):
     packages = ("numpy",)
 
     def call_of_batch_norm(self, case: Case, data: Data) -> Call:  # noqa: D102
-        x, grad_output = data.x, data.grad_output
-        axes, column = broadcasting(case)
+        shape, column, axes, _ = broadcasting(case)
+        x, grad_output = data.x.reshape(shape), data.grad_output.reshape(shape)
         weight, bias, running_mean, running_var = (
             array.reshape(column).copy() for array in data[2:]
         )
@@ -118,8 +121,51 @@ class NumPy(Peer):
             grad_input = np.subtract(grad_output, grad_bias / count, out=out)
             grad_input -= x_hat
             grad_input *= weight * inv_std
-            return grad_input, grad_weight.ravel(), grad_bias.ravel()
+            return grad_input, grad_weight, grad_bias
 
         if case.pass_ == "backward":
-            return Call(backward, gradients)
-        return Call(inference if case.pass_ == "inference" else training, lambda y: {"y": y})
+            return Call(backward, partial(as_given, case))
+        forward = inference if case.pass_ == "inference" else training
+        return Call(forward, lambda y: {"y": y.reshape(case.shape)})
+
+    def call_of_layer(self, case: Case, data: Data) -> Call:  # noqa: D102
+        shape, column, own, shared = broadcasting(case)
+        x, grad_output = data.x.reshape(shape), data.grad_output.reshape(shape)
+        weight, bias = data.weight.reshape(column), data.bias.reshape(column)
+        centred = case.norm != "rms"
+
+        def mean_of(x: Array) -> Any:
+            return x.mean(axis=own, keepdims=True) if centred else np.float32(0)
+
+        def scale_of(y: Array) -> Any:
+            return 1 / np.sqrt(np.square(y).mean(axis=own, keepdims=True) + np.float32(EPS))
+
+        def forward() -> Array:
+            y: Array = x - mean_of(x)
+            y *= scale_of(y)
+            y *= weight
+            if centred:
+                y += bias
+            return y
+
+        mean = mean_of(x)
+        scale = scale_of(x - mean)
+
+        def backward() -> tuple[Array, ...]:
+            x_hat = x - mean
+            x_hat *= scale
+            products = grad_output * x_hat
+            parameters = [products.sum(axis=shared)]
+            if centred:
+                parameters.append(grad_output.sum(axis=shared))
+            products *= weight
+            x_hat *= products.mean(axis=own, keepdims=True)
+            grad_input = grad_output * weight
+            grad_input -= mean_of(grad_input)
+            grad_input -= x_hat
+            grad_input *= scale
+            return grad_input, *parameters
+
+        if case.pass_ == "backward":
+            return Call(backward, partial(as_given, case))
+        return Call(forward, lambda y: {"y": y.reshape(case.shape)})

@@ -1,11 +1,12 @@
-"""PyTorch, and oneDNN, which is part of it."""
+"""PyTorch as it is, as its compiler makes it, and oneDNN, which is part of it."""
 
 from __future__ import annotations
 
+import shutil
 from importlib import import_module
 from typing import Any
 
-from peer import LAYERS, Call, Peer, gradients
+from peers_base import Call, Peer, gradients, layer_of
 from shapes import EPS, MOMENTUM, Array, Case, Data
 
 
@@ -22,6 +23,10 @@ class PyTorch(Peer):
     def set_num_threads(self, threads: int) -> bool:  # noqa: D102
         self.torch.set_num_threads(threads)
         return True
+
+    def compiled(self, function: Any) -> Any:
+        """What is called in place of a function or a layer."""
+        return function
 
     def tensor(self, array: Array, case: Case) -> Any:
         """An array as PyTorch sees it: channels first in shape, the same memory."""
@@ -40,7 +45,7 @@ class PyTorch(Peer):
         forward = (x, weight, bias, running_mean, running_var, case.pass_ != "inference")
         if case.pass_ == "backward":
             _, mean, inv_std = torch.native_batch_norm(*forward, MOMENTUM, EPS)
-            backward = torch.ops.aten.native_batch_norm_backward
+            backward = self.compiled(torch.ops.aten.native_batch_norm_backward)
             statistics = (running_mean, running_var, mean, inv_std)
             arguments = (grad_output, x, weight, *statistics, True, EPS, [True] * 3)
             out = {}
@@ -64,7 +69,7 @@ class PyTorch(Peer):
                 lambda: torch.native_batch_norm(*forward, MOMENTUM, EPS, out=outs),
                 lambda y: {"y": self.array(y[0], case)},
             )
-        batch_norm = torch.nn.functional.batch_norm
+        batch_norm = self.compiled(torch.nn.functional.batch_norm)
         training = case.pass_ == "training"
         return Call(
             lambda: batch_norm(x, running_mean, running_var, weight, bias, training, MOMENTUM, EPS),
@@ -73,19 +78,49 @@ class PyTorch(Peer):
 
     def call_of_layer(self, case: Case, data: Data) -> Call | None:  # noqa: D102
         torch = self.torch
-        layer = LAYERS[case.norm](torch.nn, case.channels)
+        layer = layer_of(case, torch.nn)
         for name, parameter in layer.named_parameters():
             parameter.copy_(torch.from_numpy(getattr(data, name)))
+        norm = self.compiled(layer)
         x, grad_output = self.tensor(data.x, case), self.tensor(data.grad_output, case)
         if case.pass_ == "forward":
-            return Call(lambda: layer(x), lambda y: {"y": self.array(y, case)})
+            return Call(lambda: norm(x), lambda y: {"y": self.array(y, case)})
         inputs = [x.requires_grad_(), *layer.parameters()]
         with torch.enable_grad():
-            y = layer(x)
+            y = norm(x)
         return Call(
             lambda: torch.autograd.grad(y, inputs, grad_output, retain_graph=True),
             lambda grads: gradients((self.array(grads[0], case), *map(dense, grads[1:]))),
         )
+
+
+class TorchCompile(PyTorch):
+    """torch.compile by its default, inductor: C++ for each case and number of threads."""
+
+    name = "torch.compile"
+
+    def __init__(self) -> None:
+        super().__init__()
+        # No processes of its own beside those that are timed.
+        inductor: Any = import_module("torch._inductor.config")
+        inductor.compile_threads = 1
+        # The graph of a backward pass is kept.
+        functorch: Any = import_module("torch._functorch.config")
+        functorch.donated_buffer = False
+
+    @classmethod
+    def missing(cls) -> list[str]:
+        """Packages that are not installed, or the compiler of C++."""
+        return super().missing() or [name for name in ("g++",) if not shutil.which(name)]
+
+    def compiled(self, function: Any) -> Any:  # noqa: D102
+        return self.torch.compile(lambda *arguments: function(*arguments), dynamic=False)
+
+    def call(self, case: Case, data: Data) -> Call | None:  # noqa: D102
+        if case.reuses_out:
+            return None
+        self.torch.compiler.reset()  # of one function it compiles eight variants at most
+        return super().call(case, data)
 
 
 class OneDNN(PyTorch):

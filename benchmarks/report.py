@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 from typing import Any
 
 from tqdm import tqdm
@@ -79,6 +79,31 @@ def print_summary(records: Sequence[Record]) -> None:
     print(f"losses (cbn takes longer): {len(losses)}")
     for value, peer, record in sorted(losses, key=lambda loss: loss[0]):
         print(f"  {value:.2f} of {peer}: {name_of(record)}, threads: {record['threads']}")
+
+
+def print_first_calls(records: Sequence[Record]) -> None:
+    """Print the seconds that each library took from a case to its first result."""
+    print("\nseconds to the first result: median, most")
+    for name in dict.fromkeys(name for record in records for name in record["first calls"]):
+        seconds = [r["first calls"][name] for r in records if name in r["first calls"]]
+        print(f"  {name:<14}{median(seconds):8.3f}{max(seconds):8.3f}")
+
+
+def print_markdown(records: Sequence[Record], names: Sequence[str]) -> None:
+    """Print a row for each case: time and share of the limit, then how long the others take."""
+    titles = ["threads", "pass", "shape", "cbn, us", "limit", *(f"/ {name}" for name in names[1:])]
+    print("\n| " + " | ".join(titles) + " |")
+    print("|--:|---|---|" + "--:|" * (len(titles) - 3))
+    for record in records:
+        cells = [
+            str(record["threads"]),
+            record["group"],
+            "x".join(map(str, record["shape"])),
+            f"{record['libraries']['cbn']['median'] * 1e6:.1f}",
+            _or_dash(share_of_limit(record), ".0%").replace("%", " %"),
+            *(_or_dash(ratio(record, name), ".2f") for name in names[1:]),
+        ]
+        print("| " + " | ".join(cells) + " |")
 
 
 def _or_dash(value: float | None, form: str) -> str:

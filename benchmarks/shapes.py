@@ -1,9 +1,10 @@
 """What is measured: the cases, made of the shape tables in shapes/, and their data.
 
 resnet_50, densenet_121 and googlenet_v2 hold the batch normalisation layers of these networks,
-features holds (N, C) data, small holds calls so short that the arithmetic hardly matters. Of the
-other norms, rows holds what transformers give to layer and RMS norm, planes is for group norm, and
-images for instance norm.
+features holds (N, C) data, small holds calls so short that the arithmetic hardly matters. The rows
+of layer and RMS norm are those of transformers, and many short ones. feature_maps is for the norms
+that have channels, with many short planes, counts of channels that no vector divides, and an array
+beyond the cache; images is for instance norm.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ Array = NDArray[Any]
 
 TABLES = Path(__file__).with_name("shapes")
 NETWORKS = ("resnet_50", "densenet_121", "googlenet_v2")
-FAMILIES = (*NETWORKS, "features", "small", "rows", "planes", "images")
+FAMILIES = (*NETWORKS, "features", "small", "rows", "feature_maps", "images")
 LAYOUTS = ("NCHW", "NHWC", "NC")
 EPS = 1e-5
 MOMENTUM = 0.1
-GROUPS = 32  # of group norm
+MOST_GROUPS = 32  # of group norm
 
 # Arrays read and written by each pass when nothing is read twice: the least that it can move.
 TRAFFIC = {"training": 2, "inference": 2, "forward": 2, "backward": 3}
@@ -52,13 +53,13 @@ BOTH = ("forward", "backward")  # of a norm that has no other statistics than th
 NORMS = {
     "batch": Norm(
         ("training", "inference", "backward"),
-        (*NETWORKS, "features", "small"),
+        (*NETWORKS, "features", "small", "feature_maps"),
         {(32, 64, 112, 112), (32, 256, 56, 56), (32, 2048, 7, 7), (1, 64, 7, 7), (4096, 256)},
     ),
-    "layer": Norm(BOTH, ("rows",), {(128, 1024)}),
-    "rms": Norm(BOTH, ("rows",), {(128, 1024)}),
-    "group": Norm(BOTH, ("planes",), {(8, 128, 28, 28)}),
-    "instance": Norm(BOTH, ("images",), {(8, 64, 32, 32)}),
+    "layer": Norm(BOTH, ("rows",), {(128, 1024), (16384, 48)}),
+    "rms": Norm(BOTH, ("rows",), {(128, 1024), (16384, 48)}),
+    "group": Norm(BOTH, ("feature_maps",), {(8, 128, 28, 28), (64, 64, 7, 7)}),
+    "instance": Norm(BOTH, ("images", "feature_maps"), {(8, 64, 32, 32), (64, 64, 7, 7)}),
 }
 
 
@@ -86,6 +87,11 @@ class Case:
     def channels(self) -> int:
         """The length of the channel axis."""
         return self.shape[self.channel_axis]
+
+    @property
+    def groups(self) -> int:
+        """How many groups of channels group norm makes: 32, or as many as divide them."""
+        return max(k for k in range(1, MOST_GROUPS + 1) if self.channels % k == 0)
 
     @property
     def values(self) -> int:
@@ -124,6 +130,7 @@ def all_cases(
     layouts: Sequence[str] = LAYOUTS,
     quick: bool = False,
     norms: Sequence[str] = tuple(NORMS),
+    shapes: Sequence[str] = (),
 ) -> list[Case]:
     """Return the cases of some families, passes, layouts and norms, each once.
 
@@ -133,6 +140,8 @@ def all_cases(
         Those to take.
     quick : bool
         Whether to take a handful of shapes only.
+    shapes : sequence of str
+        The only ones to take, if any, channels first: "32x64x56x56".
 
     Returns
     -------
@@ -142,7 +151,10 @@ def all_cases(
     family_of: dict[tuple[str, str, tuple[int, ...]], str] = {}
     for norm, family in product(norms, families):
         for layout, shape in _shapes(family) if family in NORMS[norm].families else ():
-            if not quick or _channels_first(layout, shape) in NORMS[norm].quick:
+            listed = _channels_first(layout, shape)
+            if quick and listed not in NORMS[norm].quick:
+                continue
+            if not shapes or "x".join(map(str, listed)) in shapes:
                 family_of.setdefault((norm, layout, shape), family)
     return [
         Case(norm, family, pass_, layout, shape, reuses_out)

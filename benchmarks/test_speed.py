@@ -17,7 +17,7 @@ from shapes import Case, all_cases, make_data
 import cbn
 
 CASES = all_cases(("resnet_50",), quick=True) + all_cases(("features", "small"))
-CASES += all_cases(("rows", "planes", "images"), quick=True)
+CASES += all_cases(("rows", "feature_maps", "images"), quick=True)
 # Sizes that keep a run without timing to seconds.
 LARGEST = 1 << 22
 
