@@ -7,7 +7,7 @@
 # variance of every channel: float64 of shape (3, channels).
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from cython.parallel cimport parallel, prange, threadid
+from cython.parallel cimport parallel, threadid
 from libc.math cimport INFINITY
 from libc.stdio cimport FILE, fclose, fopen, fscanf
 from libc.stdlib cimport free, malloc
@@ -31,6 +31,7 @@ cdef extern from "threads.h":
     int usable_cpus() nogil
     int online_cpus()
     void wait_for_team() nogil
+    Py_ssize_t fetch_and_add(Py_ssize_t* value, Py_ssize_t more) nogil
     const char* openmp_library()
     int openmp_version()
 
@@ -169,7 +170,7 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for)
         shares = p.sharers * 2 * g.parameters * sizeof(double)
     cdef int num_threads = threads_for(cost_of(p.kind) * PyArray_SIZE(x))
     team.threads = begin_pass(<int>min(num_threads, g.strips * g.pieces), PyArray_SIZE(x))
-    cdef size_t paces = 0 if team.threads == 1 else team.threads * ROUNDS * sizeof(Pace)
+    cdef size_t paces = <int>ROUNDS * team.threads * sizeof(Pace)
     cdef size_t real_size = sizeof(float) if p.storage == FLOAT32 else sizeof(double)
     cdef size_t coefficients = g.channels * COEFFICIENTS * real_size
     cdef size_t parameters = 0 if g.parts == 1 else 2 * g.parameters * real_size
