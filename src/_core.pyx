@@ -124,6 +124,8 @@ cdef Pass new_pass(Kind kind, View view, ndarray weight, ndarray bias, ndarray m
     p.kind = kind
     p.geometry = (view.writing if kind == GIVEN else view.gathering if kind == GRADIENTS
                   else view.reducing)
+    # By row, sums are of strips; with the coefficients at hand memory likes whole rows better.
+    p.writing = p.geometry if p.geometry.by_plane or view.parts > 1 else view.writing
     p.centred = True
     p.weight = per_channel(weight, 1)
     p.bias = per_channel(bias, 0)
@@ -169,7 +171,8 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for)
         p.sharers = sharers_of(g)
         shares = p.sharers * 2 * g.parameters * sizeof(double)
     cdef int num_threads = threads_for(cost_of(p.kind) * PyArray_SIZE(x))
-    team.threads = begin_pass(<int>min(num_threads, g.strips * g.pieces), PyArray_SIZE(x))
+    cdef Py_ssize_t tiles = max(tiles_of(g), tiles_of(&p.writing))
+    team.threads = begin_pass(<int>min(num_threads, tiles), PyArray_SIZE(x))
     cdef size_t paces = <int>ROUNDS * team.threads * sizeof(Pace)
     cdef size_t real_size = sizeof(float) if p.storage == FLOAT32 else sizeof(double)
     cdef size_t coefficients = g.channels * COEFFICIENTS * real_size

@@ -88,11 +88,12 @@ cdef void finish_strip(const Pass* p, Py_ssize_t strip) noexcept nogil:
     finish_some(p, first_channel(&p.geometry, strip), channels_of(&p.geometry, strip))
 
 
-cdef void write_tile(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noexcept nogil:
+cdef void write_tile(const Pass* p, const Geometry* g, Py_ssize_t strip,
+                     Py_ssize_t piece) noexcept nogil:
     cdef Sheet sheet
     if p.kind != STATISTICS:
-        sheet = sheet_of(&p.geometry, strip, piece)
-        micro_of(p).write(p, &sheet, first_channel(&p.geometry, strip))
+        sheet = sheet_of(g, strip, piece)
+        micro_of(p).write(p, &sheet, first_channel(g, strip))
 
 
 cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:
@@ -126,7 +127,7 @@ cdef void run_strip(const Pass* p, Py_ssize_t strip) noexcept nogil:
     finish_strip(p, strip)
     # The last piece first: it is the one still in the cache.
     for piece in range(p.geometry.pieces - 1, -1, -1):
-        write_tile(p, strip, piece)
+        write_tile(p, &p.geometry, strip, piece)
 
 
 cdef bint goes_by_strip(const Pass* p, int num_threads) noexcept nogil:
@@ -136,9 +137,9 @@ cdef bint goes_by_strip(const Pass* p, int num_threads) noexcept nogil:
     to the end.
     """
     cdef const Geometry* g = &p.geometry
-    if g.pieces == 1:
-        return True
-    if p.kind == GIVEN or not (g.by_plane or g.strip_channels * g.S * g.N <= CACHED):
+    if p.kind == GIVEN or (g.by_plane and g.pieces == 1):
+        return g.pieces == 1
+    if not (g.by_plane or g.strip_channels * g.S * g.N <= CACHED):
         return False
     return g.strips % num_threads == 0 or g.strips >= 4 * num_threads
 
@@ -211,25 +212,26 @@ cdef void run_rounds(const Pass* p, Team* team, int thread) noexcept nogil:
     """Tile by tile in the order of the memory, in rounds."""
     cdef const Geometry* g = &p.geometry
     cdef Pace* pace = team.paces + thread
-    cdef Py_ssize_t strips = g.strips, tiles = strips * g.pieces, k
+    cdef Py_ssize_t k
     if p.kind != GIVEN:
         begin_round(team, pace)
         while take(team, REDUCTIONS, thread, 1, &k) > 0:
-            reduce_tile(p, k % strips, k // strips)
-            pace.channels += channels_of(g, k % strips)
+            reduce_tile(p, k % g.strips, k // g.strips)
+            pace.channels += channels_of(g, k % g.strips)
         end_round(team, pace)
         wait_for(team)
     while take(team, FINISHES, thread, 1, &k) > 0:
         finish_some(p, k * FINISHED, min(FINISHED, g.channels - k * FINISHED))
     wait_for(team)
     if p.kind != STATISTICS:
+        g = &p.writing
         pace += <int>WRITES * team.threads
         begin_round(team, pace)
         while take(team, WRITES, thread, 1, &k) > 0:
             if p.kind != GIVEN:   # what was reduced last comes first: it is still in the cache
-                k = tiles - 1 - k
-            write_tile(p, k % strips, k // strips)
-            pace.channels += channels_of(g, k % strips)
+                k = tiles_of(g) - 1 - k
+            write_tile(p, g, k % g.strips, k // g.strips)
+            pace.channels += channels_of(g, k % g.strips)
         end_round(team, pace)
 
 
@@ -260,9 +262,9 @@ cdef void run(Pass* p, Team* team) noexcept nogil:
         micro_of(p).take_parameters(p)
         p.weight = per_channel_absent(1)
         p.bias = per_channel_absent(0)
-    share_out(team, REDUCTIONS, g.strips if by_strip else g.strips * g.pieces)
+    share_out(team, REDUCTIONS, g.strips if by_strip else tiles_of(g))
     share_out(team, FINISHES, ceil_div(g.channels, FINISHED))
-    share_out(team, WRITES, g.strips * g.pieces, p.kind != GIVEN)
+    share_out(team, WRITES, tiles_of(&p.writing), p.kind != GIVEN)
     share_out(team, PARAMETERS, ceil_div(g.parameters, AT_ONCE))
     if team.threads == 1:
         work(p, team, by_strip, 0)
