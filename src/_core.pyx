@@ -8,7 +8,7 @@
 # shape (3, channels).
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from cython.parallel cimport parallel, prange, threadid
+from cython.parallel cimport parallel, threadid
 from libc.math cimport INFINITY
 from libc.stdio cimport FILE, fclose, fopen, fscanf
 from libc.stdlib cimport free, malloc
@@ -33,6 +33,7 @@ cdef extern from "threads.h":
     int usable_cpus() nogil
     int online_cpus()
     void wait_for_team() nogil
+    Py_ssize_t fetch_and_add(Py_ssize_t* value, Py_ssize_t more) nogil
     const char* openmp_library()
     int openmp_version()
 
@@ -127,6 +128,8 @@ cdef Pass new_pass(Kind kind, View view, ndarray weight, ndarray bias, ndarray m
     p.kind = kind
     p.geometry = (view.writing if kind == GIVEN else view.gathering if kind == GRADIENTS
                   else view.reducing)
+    # By row, sums are of strips; with the coefficients at hand memory likes whole rows better.
+    p.writing = p.geometry if p.geometry.by_plane or view.parts > 1 else view.writing
     p.centred = True
     p.weight = per_channel(weight, 1)
     p.bias = per_channel(bias, 0)
@@ -176,8 +179,9 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for)
         p.sharers = sharers_of(g)
         shares = p.sharers * 2 * g.parameters * sizeof(double)
     cdef int num_threads = threads_for(cost_of(p.kind) * PyArray_SIZE(x))
-    team.threads = begin_pass(<int>min(num_threads, g.strips * g.pieces), PyArray_SIZE(x))
-    cdef size_t paces = 0 if team.threads == 1 else team.threads * ROUNDS * sizeof(Pace)
+    cdef Py_ssize_t tiles = max(tiles_of(g), tiles_of(&p.writing))
+    team.threads = begin_pass(<int>min(num_threads, tiles), PyArray_SIZE(x))
+    cdef size_t paces = <int>ROUNDS * team.threads * sizeof(Pace)
     cdef size_t real_size = sizeof(float) if p.storage == FLOAT32 else sizeof(double)
     cdef size_t coefficients = 0 if spans else g.channels * COEFFICIENTS * real_size
     cdef size_t parameters = 0 if g.parts == 1 else 2 * g.parameters * real_size

@@ -32,11 +32,13 @@ cdef double SHARED_PACE = 0.5
 
 
 cdef struct Pace:
-    # How much a thread has done in a round of tiles, and how long it took.
+    # What a thread has to do in a round, how much it has done, and how long it took.
+    Py_ssize_t next         # of its own tasks, which others take too once theirs are done
+    Py_ssize_t end
     double began
     double seconds
     Py_ssize_t channels     # in every tile that it took
-    Py_ssize_t[13] padding  # so that no two threads write to one cache line
+    Py_ssize_t[11] padding  # so that no two threads write to one cache line
 
 
 cdef inline double seconds(clockid_t clock) noexcept nogil:
@@ -44,14 +46,6 @@ cdef inline double seconds(clockid_t clock) noexcept nogil:
     if clock_gettime(clock, &now) != 0:
         return 0
     return <double>now.tv_sec + 1e-9 * <double>now.tv_nsec
-
-
-cdef inline void begin_round(Pace* pace, clockid_t clock) noexcept nogil:
-    pace.began = seconds(clock)
-
-
-cdef inline void end_round(Pace* pace, clockid_t clock) noexcept nogil:
-    pace.seconds = seconds(clock) - pace.began
 
 
 cdef double alone_seconds(const Pace* paces, int num_threads) noexcept nogil:

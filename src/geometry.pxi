@@ -50,10 +50,8 @@ cdef public enum:
     # more merging in float64.
     TALLEST = 96
     # Rows read side by side, so that a column's sums are fetched once for all; the moments of each
-    # such band are summed on their own, for their digits. Of narrow rows more, because a band that
-    # ends costs more than its rows do there: 8 made statistics of planes a tenth slower.
+    # such band are summed on their own, for their digits.
     BAND = 8
-    SLIM_BAND = 32
     SUMMED = 16          # rows whose sums for gradients are added up before they are in float64
     PIECE = 65536        # most values in a piece: far more work than to hand it to a thread, ...
     SMALL_PIECE = 16384  # ... and where an array has few of them
@@ -232,6 +230,10 @@ cdef Geometry cut(View view,
         g.outer_pieces = min(g.outer_pieces, max(1, N // (g.repeat * 2 * TALLEST)))
     g.pieces = g.outer_pieces * g.inner_pieces
     return g
+
+
+cdef inline Py_ssize_t tiles_of(const Geometry* g) noexcept nogil:
+    return g.strips * g.pieces
 
 
 cdef inline Py_ssize_t batch_of(const Geometry* g, Py_ssize_t strip) noexcept nogil:

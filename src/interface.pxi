@@ -50,11 +50,6 @@ cdef public struct Columns:   # arrays of WIDTH, or of AT_ONCE channels
     double* m2
 
 
-cdef public struct Rows:      # how many there are, in the columns of the tail and in the rest
-    double tail
-    double rest
-
-
 cdef public struct Sums:
     double grad_output           # sum(grad_output)
     double grad_output_centred   # sum(grad_output * (x - mean))
@@ -64,6 +59,7 @@ cdef public struct Pass:
     Kind kind
     Storage storage
     Geometry geometry
+    Geometry writing        # what is written after everything was reduced is cut like this
     const void* x
     const void* grad_output
     void* out               # OUT
@@ -99,11 +95,10 @@ cdef public struct Micro:
                         double* values) noexcept nogil
     bint (*are_usable)(const PerChannel* var, Py_ssize_t n, double eps) noexcept nogil
     # Merge a block of a sheet into columns of so many rows before.
-    void (*add_block)(const void* x, const Sheet* block, bint ends, double smallest, Rows before,
+    void (*add_block)(const void* x, const Sheet* block, double smallest, Py_ssize_t before,
                       Columns* columns) noexcept nogil
-    # The moments of channels, each from those of so many columns.
-    void (*fold)(const Columns* columns, Py_ssize_t channels, Py_ssize_t span, Py_ssize_t tail,
-                 Rows rows, Moments* into) noexcept nogil
+    # The moments of the channels of a sheet, from those of its columns.
+    void (*fold)(const Sheet* sheet, const Columns* columns, Moments* into) noexcept nogil
     # The sums of a block of a channel, of runs of so many values in some unit, around a shift: that
     # given, or else its mean. And a unit for a channel whose squares are out of range in 1.
     void (*sum_plane)(const void* x, const Sheet* block, Py_ssize_t length, bint centred,

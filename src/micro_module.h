@@ -77,24 +77,29 @@ static void take_in_turn(const struct PerChannel *p, ptrdiff_t first, ptrdiff_t 
     }
 }
 
-/* The moments of channels, each from those of so many columns. */
-static void fold(const struct Columns *columns, ptrdiff_t channels, ptrdiff_t span, ptrdiff_t tail,
-                 struct Rows rows, struct Moments *into) {
-    const double *shift = columns->shift, *mean = columns->mean, *m2 = columns->m2;
-    const double count = span == 1 ? rows.rest : tail * rows.tail + (span - tail) * rows.rest;
-    double deviation[WIDTH];
-    for (ptrdiff_t c = 0; c < channels; c++, shift += span, mean += span, m2 += span) {
-        struct Moments m = {count, shift[0], mean[0], m2[0]};
-        if (span > 1) {
-            for (ptrdiff_t k = 0; k < span; k++)
-                deviation[k] = (k < tail ? rows.tail : rows.rest) * ((shift[k] - m.shift) + mean[k]);
-            m.mean = sum_of(deviation, span) / m.count;
-            for (ptrdiff_t k = 0; k < span; k++) {
-                deviation[k] = ((shift[k] - m.shift) + mean[k]) - m.mean;
-                deviation[k] =
-                    m2[k] + (k < tail ? rows.tail : rows.rest) * (deviation[k] * deviation[k]);
-            }
-            m.m2 = sum_of(deviation, span);
+/* The moments of the channels of a sheet, each from those of its columns in every repeat. */
+static void fold(const struct Sheet *sheet, const struct Columns *columns, struct Moments *into) {
+    const ptrdiff_t span = sheet->span, period = sheet->channels * span;
+    const ptrdiff_t n = span * sheet->repeat;
+    double rows[WIDTH], mean[WIDTH], square[WIDTH];
+    for (ptrdiff_t c = 0, k = 0; c < sheet->channels; c++, k += span) {
+        struct Moments m = {(double)sheet->rows, columns->shift[k], columns->mean[k],
+                            columns->m2[k]};
+        if (n > 1) {
+            const double shift = m.shift;
+            for (ptrdiff_t r = 0, i = 0, at = k; r < sheet->repeat; r++, at += period)
+                for (ptrdiff_t s = at; s < at + span; s++, i++) {
+                    rows[i] = (double)(sheet->rows + (s < sheet->tail));
+                    mean[i] = (columns->shift[s] - shift) + columns->mean[s];
+                    square[i] = rows[i] * mean[i];
+                }
+            m.count = sum_of(rows, n);
+            m.mean = sum_of(square, n) / m.count;
+            for (ptrdiff_t r = 0, i = 0, at = k; r < sheet->repeat; r++, at += period)
+                for (ptrdiff_t s = at; s < at + span; s++, i++)
+                    square[i] = columns->m2[s]
+                                + rows[i] * ((mean[i] - m.mean) * (mean[i] - m.mean));
+            m.m2 = sum_of(square, n);
         }
         into[c] = m;
     }

@@ -18,7 +18,7 @@ INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, c
     }
     for (ptrdiff_t j = 0; j < rows; j++, x += row_stride)
         EACH (v, vectors) {
-            if (!shift && vectors > 1)
+            if (vectors > 1)
                 __builtin_prefetch(x + BAND * row_stride + v * LANES_OF);
             value = lanes < LANES_OF ? load_some(x, lanes) : load(x + v * LANES_OF);
             if (factor)
@@ -53,21 +53,14 @@ INLINE void T(sum_band)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, p
 /* Add up the columns of a sheet, a band of rows after the other. */
 INLINE void T(sum_sheet)(const stored *x, const struct Sheet *sheet, const real *shift,
                          const real *factor, real *total, real *square) {
-    ptrdiff_t band = BAND, n;
-    const stored *row;
-    if (sheet->row_stride <= LANES) { /* not the width: a column alone is summed as among others */
-        band = (sheet->rows + SLIM_BAND - 1) / SLIM_BAND;
-        band = (sheet->rows + band - 1) / max_of(1, band);
+    ptrdiff_t n;
+    x += sheet->offset;
+    for (ptrdiff_t rest = sheet->rows; rest > 0; rest -= n, x += n * sheet->row_stride) {
+        n = min_of(BAND, rest);
+        T(sum_band)(x, n, sheet->row_stride, sheet->width, shift, factor, total, square);
     }
-    for (ptrdiff_t i = 0; i < sheet->runs; i++) {
-        row = x + sheet->offset + i * sheet->run_stride;
-        for (ptrdiff_t rest = sheet->rows; rest > 0; rest -= n, row += n * sheet->row_stride) {
-            n = min_of(band, rest);
-            T(sum_band)(row, n, sheet->row_stride, sheet->width, shift, factor, total, square);
-        }
-        if (sheet->tail)
-            T(sum_band)(row, 1, 0, sheet->tail, shift, factor, total, square);
-    }
+    if (sheet->tail)
+        T(sum_band)(x, 1, 0, sheet->tail, shift, factor, total, square);
 }
 
 /* Whether a sum of squares is beyond the range of float32, or a NaN. NaN fails every comparison, so
@@ -76,22 +69,25 @@ INLINE int T(is_outside)(real square, real smallest) {
     return LIMITED & (!(square < (real)1e38) | (square < smallest));
 }
 
-/* The sums of a block around its column means; return whether all are in range. */
-INLINE int T(sum_block)(const stored *x, const struct Sheet *block, const real *factor,
-                        real smallest, struct T(Block) *sums) {
+/* The sums of a block around shifts that are given, or else around its column means; return whether
+   all are in range. */
+INLINE int T(sum_block)(const stored *x, const struct Sheet *block, const int given,
+                        const real *factor, real smallest, struct T(Block) *sums) {
     int outside = 0;
     real reciprocal;
     for (ptrdiff_t k = 0; k < block->width; k++)
         sums->total[k] = sums->square[k] = 0;
-    T(sum_sheet)(x, block, NULL, factor, sums->total, sums->square);
-    reciprocal = 1 / (real)(block->runs * (block->rows + 1));
-    for (ptrdiff_t k = 0; k < block->tail; k++)
-        sums->shift[k] = sums->total[k] * reciprocal;
-    reciprocal = 1 / (real)(block->runs * block->rows);
-    for (ptrdiff_t k = block->tail; k < block->width; k++)
-        sums->shift[k] = sums->total[k] * reciprocal;
-    for (ptrdiff_t k = 0; k < block->width; k++)
-        sums->total[k] = 0;
+    if (!given) {
+        T(sum_sheet)(x, block, NULL, factor, sums->total, sums->square);
+        reciprocal = 1 / (real)(block->rows + 1);
+        for (ptrdiff_t k = 0; k < block->tail; k++)
+            sums->shift[k] = sums->total[k] * reciprocal;
+        reciprocal = 1 / (real)block->rows;
+        for (ptrdiff_t k = block->tail; k < block->width; k++)
+            sums->shift[k] = sums->total[k] * reciprocal;
+        for (ptrdiff_t k = 0; k < block->width; k++)
+            sums->total[k] = 0;
+    }
     T(sum_sheet)(x, block, sums->shift, factor, sums->total, sums->square);
     for (ptrdiff_t k = 0; k < block->width; k++)
         outside |= T(is_outside)(sums->square[k], smallest);
@@ -106,16 +102,14 @@ static void T(scale_columns)(const stored *x, const struct Sheet *block, real sm
     int exponent;
     for (ptrdiff_t k = 0; k < block->width; k++)
         largest[k] = 0;
-    for (ptrdiff_t i = 0; i < block->runs; i++)
-        for (ptrdiff_t j = 0; j < block->rows + (block->tail > 0); j++) {
-            width = j < block->rows ? block->width : block->tail;
-            for (ptrdiff_t k = 0; k < width; k++) {
-                size = T(value_at)(x + block->offset + i * block->run_stride
-                                   + j * block->row_stride + k);
-                size = size < 0 ? -size : size;
-                largest[k] = size > largest[k] ? size : largest[k];
-            }
+    for (ptrdiff_t j = 0; j < block->rows + (block->tail > 0); j++) {
+        width = j < block->rows ? block->width : block->tail;
+        for (ptrdiff_t k = 0; k < width; k++) {
+            size = T(value_at)(x + block->offset + j * block->row_stride + k);
+            size = size < 0 ? -size : size;
+            largest[k] = size > largest[k] ? size : largest[k];
         }
+    }
     for (ptrdiff_t k = 0; k < block->width; k++) {
         /* The others keep the very bits they would have had. */
         exponent = 0;
@@ -152,35 +146,35 @@ INLINE void T(merge_block)(const struct T(Block) *sums, const double *unit, /* o
 }
 
 INLINE void T(merge_rows)(const struct T(Block) *sums, const double *unit,
-                          const struct Sheet *block, struct Rows rows, struct Rows before,
-                          struct Columns *columns) {
-    T(merge_block)(sums, unit, 0, block->tail, rows.tail, before.tail, columns);
-    T(merge_block)(sums, unit, block->tail, block->width, rows.rest, before.rest, columns);
+                          const struct Sheet *block, double before, struct Columns *columns) {
+    T(merge_block)(sums, unit, 0, block->tail, (double)block->rows + 1, before, columns);
+    T(merge_block)(sums, unit, block->tail, block->width, (double)block->rows, before, columns);
 }
 
-/* Merge a block into columns of so many rows before. Where it does not end its runs, the columns of
-   their tail have had more rows before, in earlier runs, but have no more in it. */
-static void T(add_block)(const void *x, const struct Sheet *block, int ends, double least,
-                         struct Rows before, struct Columns *columns) {
+/* Merge a block into columns of so many rows before, around whose means it is summed: why that is
+   exact enough, add_blocks (moments.pxi) says. The first is summed around its own. */
+static void T(add_block)(const void *x, const struct Sheet *block, double least, ptrdiff_t before,
+                         struct Columns *columns) {
     const real smallest = (real)least;
     struct T(Block) sums;
-    struct Sheet summed = *block;
-    struct Rows rows;
-    real factor[WIDTH];
+    real factor[WIDTH], mean;
     double unit[WIDTH];
-    if (!ends)
-        summed.tail = 0;
-    rows.rest = block->runs * block->rows;
-    rows.tail = rows.rest + (ends ? block->runs : 0);
-    if (T(sum_block)(x, &summed, NULL, smallest, &sums)) {
-        T(merge_rows)(&sums, NULL, block, rows, before, columns);
+    int inside;
+    for (ptrdiff_t k = 0; before > 0 && k < block->width; k++) {
+        mean = (real)(columns->shift[k] + columns->mean[k]);
+        sums.shift[k] = mean - mean == 0 ? mean : 0; /* what is not finite stays in its block */
+    }
+    inside = before > 0 ? T(sum_block)(x, block, 1, NULL, smallest, &sums)
+                        : T(sum_block)(x, block, 0, NULL, smallest, &sums);
+    if (inside) {
+        T(merge_rows)(&sums, NULL, block, (double)before, columns);
         return;
     }
     /* In a unit near the largest value of the column, the digits are those that float32 without
        limits would give: so they do not depend on the unit of x. */
-    T(scale_columns)(x, &summed, smallest, sums.square, factor, unit);
-    T(sum_block)(x, &summed, factor, smallest, &sums);
-    T(merge_rows)(&sums, unit, block, rows, before, columns);
+    T(scale_columns)(x, block, smallest, sums.square, factor, unit);
+    T(sum_block)(x, block, 0, factor, smallest, &sums);
+    T(merge_rows)(&sums, unit, block, (double)before, columns);
 }
 
 /* Add sums of columns, `groups` times CHAINS for each of some channels, to the chains of each. */

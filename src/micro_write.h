@@ -261,8 +261,10 @@ INLINE void T(write_sheet)(struct T(Place) place, const struct Sheet *sheet, con
     enum { LINE_OF = LINE / VECTOR_BYTES };
     const int rows = way & STREAM ? 4 / LINE_OF : 4;
     ptrdiff_t rest = sheet->rows;
-    /* Rows that do not all begin alike in their cache lines are streamed one by one. */
-    if (!(way & STREAM && sheet->row_stride * sizeof(stored) % LINE))
+    /* One by one where they are long and without gaps, in the order of the memory, and where they do
+       not all begin alike in their cache lines and are streamed. */
+    if (!(sheet->width > WIDTH && sheet->row_stride == sheet->width)
+        && !(way & STREAM && sheet->row_stride * sizeof(stored) % LINE))
         for (; rest >= rows; rest -= rows) {
             T(write_aligned)(&place, sheet->width, rows, sheet->row_stride, 4 / rows, way);
             T(move)(&place, rows * sheet->row_stride, way);
@@ -359,7 +361,7 @@ INLINE void T(write_table)(const struct Pass *p, struct Sheet sheet, ptrdiff_t f
 INLINE void T(write_way)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                          const int way) {
     const ptrdiff_t parts = p->geometry.parts;
-    if (p->geometry.by_plane) {
+    if (sheet->length > 0) { /* by plane */
         if (p->geometry.by_value)
             T(write_planes)(p, sheet, first, way | BY_VALUE);
         else if (parts > 1)

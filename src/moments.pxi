@@ -1,42 +1,21 @@
 # The mean and the variance of each channel.
 #
-# A block of rows that fits the cache is read twice: its column sums give each column a shift close
-# to its mean, so that the sums of (x - shift) and (x - shift)^2 lose nothing to cancellation.
-# Blocks are merged in float64 by the formula of Chan, Golub and LeVeque (1983), and so are columns
+# The first block of rows is read twice: its column sums give each column a shift close to its mean,
+# so that the sums of (x - shift) and (x - shift)^2 lose nothing to cancellation. A later one is
+# summed around the mean of those before it. Blocks are merged in float64 by the formula of Chan, Golub and LeVeque (1983), and so are columns
 # and pieces, always in the same order.
 
 cdef void column_moments(const Pass* p, const Sheet* sheet, double smallest,
                          Columns* columns) noexcept nogil:  # OUT
     """The moments of each column, block by block."""
     cdef Sheet block = sheet[0]
-    cdef Py_ssize_t height, blocks, i, b
-    cdef Rows before
-
-    before.tail = before.rest = 0
-    if sheet.runs * sheet.rows <= TALLEST:
-        micro_of(p).add_block(p.x, &block, True, smallest, before, columns)
-    elif sheet.rows <= TALLEST:
-        # Several runs in a block.
-        height = TALLEST // sheet.rows
-        for b in range(ceil_div(sheet.runs, height)):
-            i = b * height
-            block.offset = sheet.offset + i * sheet.run_stride
-            block.runs = min(height, sheet.runs - i)
-            before.rest = i * sheet.rows
-            before.tail = before.rest + i
-            micro_of(p).add_block(p.x, &block, True, smallest, before, columns)
-    else:
-        # Several blocks in a run.
-        height = ceil_div(sheet.rows, ceil_div(sheet.rows, TALLEST))
-        blocks = ceil_div(sheet.rows, height)
-        block.runs = 1
-        for i in range(sheet.runs):
-            for b in range(blocks):
-                block.offset = sheet.offset + i * sheet.run_stride + b * height * sheet.row_stride
-                block.rows = min(height, sheet.rows - b * height)
-                before.rest = i * sheet.rows + b * height
-                before.tail = before.rest + i
-                micro_of(p).add_block(p.x, &block, b == blocks - 1, smallest, before, columns)
+    cdef Py_ssize_t height = ceil_div(sheet.rows, ceil_div(sheet.rows, TALLEST)), done = 0
+    while done < sheet.rows:
+        block.rows = min(height, sheet.rows - done)
+        block.tail = sheet.tail if done + block.rows == sheet.rows else 0
+        micro_of(p).add_block(p.x, &block, smallest, done, columns)
+        done += block.rows
+        block.offset += block.rows * block.row_stride
 
 
 cdef bint add_blocks(const Pass* p, const Sheet* sheet, double smallest, double unit,
@@ -89,25 +68,6 @@ cdef Moments plane_moments(const Pass* p, const Sheet* sheet, double smallest) n
         m.mean *= unit
         m.m2 *= unit * unit
     return m
-
-
-cdef inline void merge_repeats(const Sheet* sheet, Columns* columns) noexcept nogil:  # IN, OUT
-    """Merge the columns of every repeat into those of the first."""
-    cdef Py_ssize_t period = sheet.channels * sheet.span
-    cdef Py_ssize_t r, k, other
-    cdef double before = sheet.rows + (1 if sheet.tail else 0)
-    cdef double rows, share, cross, delta
-    for r in range(1, sheet.repeat):
-        rows = sheet.rows + (1 if r * period < sheet.tail else 0)
-        share = rows / (before + rows)
-        cross = before * share
-        before += rows
-        for k in range(period):
-            other = r * period + k
-            delta = ((columns.shift[other] - columns.shift[k])
-                     + (columns.mean[other] - columns.mean[k]))
-            columns.mean[k] += delta * share
-            columns.m2[k] += columns.m2[other] + delta * delta * cross
 
 
 cdef Moments merge(const Moments* found, Py_ssize_t pieces, Py_ssize_t stride) noexcept nogil:
@@ -167,7 +127,6 @@ cdef void reduce_moments(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noex
     cdef const Micro* micro = micro_of(p)
     cdef double[3 * WIDTH] values
     cdef Columns columns = columns_in(values, WIDTH)
-    cdef Rows rows
     cdef Sheet sheet = sheet_of(g, strip, piece)
     cdef Moments* into = <Moments*>p.partial + piece * g.channels + first_channel(g, strip)
     cdef Py_ssize_t c
@@ -181,6 +140,4 @@ cdef void reduce_moments(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noex
             sheet.offset += g.S
         return
     column_moments(p, &sheet, smallest, &columns)
-    merge_repeats(&sheet, &columns)
-    rows.tail = rows.rest = sheet.rows * sheet.repeat + sheet.tail // (sheet.channels * sheet.span)
-    micro.fold(&columns, sheet.channels, sheet.span, 0, rows, into)
+    micro.fold(&sheet, &columns, into)

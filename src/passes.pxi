@@ -1,7 +1,15 @@
 # A pass over an array: reduce every tile, finish every channel, write every tile.
 
+cdef enum Round:
+    REDUCTIONS   # of tiles, or of strips from their reduction to their writing
+    FINISHES     # of some channels each
+    WRITES       # of tiles
+    PARAMETERS   # of some parameters each that several channels share
+    ROUNDS
+
+
 cdef enum:
-    ROUNDS = 2         # of tiles: those that are reduced, and those that are written
+    FINISHED = 256     # channels that a thread finishes at a time
     SPAN = 4096        # values of some channels that are still in the L1 cache after
     EVEN = 8           # channels that are finished side by side, if there are so many
     CACHED = 1 << 17   # values of a strip of rows that are still in the L2 cache (1 MiB) after
@@ -69,21 +77,12 @@ cdef void finish_strip(const Pass* p, Py_ssize_t strip) noexcept nogil:
     finish_some(p, first_channel(&p.geometry, strip), channels_of(&p.geometry, strip))
 
 
-cdef inline Py_ssize_t parameter_chunks(const Pass* p) noexcept nogil:
-    """Of parameters that several channels share, whose gradients are to be added up."""
-    return ceil_div(p.geometry.parameters, AT_ONCE) if p.shares != NULL else 0
-
-
-cdef inline void finish_chunk(const Pass* p, Py_ssize_t chunk) noexcept nogil:
-    micro_of(p).finish_parameters(p, chunk * AT_ONCE,
-                                  min(AT_ONCE, p.geometry.parameters - chunk * AT_ONCE))
-
-
-cdef void write_tile(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noexcept nogil:
+cdef void write_tile(const Pass* p, const Geometry* g, Py_ssize_t strip,
+                     Py_ssize_t piece) noexcept nogil:
     cdef Sheet sheet
     if p.kind != STATISTICS:
-        sheet = sheet_of(&p.geometry, strip, piece)
-        micro_of(p).write(p, &sheet, first_channel(&p.geometry, strip))
+        sheet = sheet_of(g, strip, piece)
+        micro_of(p).write(p, &sheet, first_channel(g, strip))
 
 
 cdef inline bint has_spans(const Pass* p) noexcept nogil:
@@ -171,95 +170,160 @@ cdef void run_strip(const Pass* p, Py_ssize_t strip) noexcept nogil:
     if has_spans(p):
         run_spans(p, strip)
         return
-    if p.kind == GIVEN:
-        finish_strip(p, strip)
-        for piece in range(p.geometry.pieces):
-            write_tile(p, strip, piece)
-        return
     for piece in range(p.geometry.pieces):
         reduce_tile(p, strip, piece)
     finish_strip(p, strip)
     # The last piece first: it is the one still in the cache.
     for piece in range(p.geometry.pieces - 1, -1, -1):
-        write_tile(p, strip, piece)
+        write_tile(p, &p.geometry, strip, piece)
+
+
+cdef bint goes_by_strip(const Pass* p, int num_threads) noexcept nogil:
+    """Whether a thread does all of a strip, which then is in the cache when it is read again.
+
+    Not where it is more than a cache holds, or where strips are too few to keep all threads busy
+    to the end.
+    """
+    cdef const Geometry* g = &p.geometry
+    if p.kind == GIVEN or (g.by_plane and g.pieces == 1):
+        return g.pieces == 1
+    if not (g.by_plane or g.strip_channels * g.S * g.N <= CACHED):
+        return False
+    return g.strips % num_threads == 0 or g.strips >= 4 * num_threads
+
+
+cdef void share_out(Team* team, Round round, Py_ssize_t tasks,
+                    bint mirrored=False) noexcept nogil:
+    """Give each thread its own tasks of a round, from the first on, or from the last."""
+    cdef Pace* pace = team.paces + <int>round * team.threads
+    cdef Py_ssize_t threads = team.threads, thread
+    for thread in range(threads):
+        pace.channels = 0
+        if mirrored:
+            pace.next = tasks - tasks * (thread + 1) // threads
+            pace.end = tasks - tasks * thread // threads
+        else:
+            pace.next, pace.end = tasks * thread // threads, tasks * (thread + 1) // threads
+        pace += 1
+
+
+cdef Py_ssize_t take(Team* team, Round round, int thread, Py_ssize_t most,
+                     Py_ssize_t* first) noexcept nogil:   # OUT
+    """How many tasks of a round a thread does next: its own first, then others'; at the end none.
+
+    Its own are the same at every call and in every round, as far as can be: their part of the
+    memory is in its cache.
+    """
+    cdef Pace* paces = team.paces + <int>round * team.threads
+    cdef Pace* pace
+    cdef int k
+    for k in range(team.threads):
+        pace = paces + (thread + k) % team.threads
+        first[0] = fetch_and_add(&pace.next, most)
+        if first[0] < pace.end:
+            return min(most, pace.end - first[0])
+    return 0
+
+
+cdef inline void wait_for(const Team* team) noexcept nogil:
+    if team.threads > 1:   # alone, a thread may be one of somebody else's team
+        wait_for_team()
+
+
+cdef inline void begin_round(const Team* team, Pace* pace) noexcept nogil:
+    if team.threads > 1:
+        pace.began = seconds(team.clock)
+
+
+cdef inline void end_round(const Team* team, Pace* pace) noexcept nogil:
+    if team.threads > 1:
+        pace.seconds = seconds(team.clock) - pace.began
+
+
+cdef void run_strips(const Pass* p, Team* team, int thread) noexcept nogil:
+    """Strip by strip; several at a time where they are small."""
+    cdef const Geometry* g = &p.geometry
+    cdef Pace* pace = team.paces + thread
+    cdef Py_ssize_t values = g.strip_channels * g.S * g.N
+    cdef Py_ssize_t most = max(1, min(g.strips // team.threads, PIECE // values))
+    cdef Py_ssize_t first, n = 1, strip
+    begin_round(team, pace)
+    while n > 0:
+        n = take(team, REDUCTIONS, thread, most, &first)
+        for strip in range(first, first + n):
+            run_strip(p, strip)
+            pace.channels += channels_of(g, strip)
+    end_round(team, pace)
+
+
+cdef void run_rounds(const Pass* p, Team* team, int thread) noexcept nogil:
+    """Tile by tile in the order of the memory, in rounds."""
+    cdef const Geometry* g = &p.geometry
+    cdef Pace* pace = team.paces + thread
+    cdef Py_ssize_t k
+    if p.kind != GIVEN:
+        begin_round(team, pace)
+        while take(team, REDUCTIONS, thread, 1, &k) > 0:
+            reduce_tile(p, k % g.strips, k // g.strips)
+            pace.channels += channels_of(g, k % g.strips)
+        end_round(team, pace)
+        wait_for(team)
+    while take(team, FINISHES, thread, 1, &k) > 0:
+        finish_some(p, k * FINISHED, min(FINISHED, g.channels - k * FINISHED))
+    wait_for(team)
+    if p.kind != STATISTICS:
+        g = &p.writing
+        pace += <int>WRITES * team.threads
+        begin_round(team, pace)
+        while take(team, WRITES, thread, 1, &k) > 0:
+            if p.kind != GIVEN:   # what was reduced last comes first: it is still in the cache
+                k = tiles_of(g) - 1 - k
+            write_tile(p, g, k % g.strips, k // g.strips)
+            pace.channels += channels_of(g, k % g.strips)
+        end_round(team, pace)
+
+
+cdef void work(const Pass* p, Team* team, bint by_strip, int thread) noexcept nogil:
+    """What one thread of a team does."""
+    cdef Py_ssize_t k
+    if by_strip:
+        run_strips(p, team, thread)
+    else:
+        run_rounds(p, team, thread)
+    if p.shares != NULL:
+        wait_for(team)
+        while take(team, PARAMETERS, thread, 1, &k) > 0:
+            micro_of(p).finish_parameters(p, k * AT_ONCE,
+                                          min(AT_ONCE, p.geometry.parameters - k * AT_ONCE))
 
 
 cdef void run(Pass* p, Team* team) noexcept nogil:
     """Run a pass. The schedule is free: no result depends on it."""
-    cdef int num_threads = team.threads
-    cdef Py_ssize_t strips = p.geometry.strips, pieces = p.geometry.pieces
-    cdef Py_ssize_t tiles = strips * pieces
-    cdef Py_ssize_t strip_values = p.geometry.strip_channels * p.geometry.S * p.geometry.N
-    cdef Py_ssize_t strip, tile, chunk, at_a_time, chunks = parameter_chunks(p)
+    cdef const Geometry* g = &p.geometry
+    cdef bint by_strip = goes_by_strip(p, team.threads)
     # A thread computes in the modes of the caller: another library may have switched subnormal
     # numbers off, in the calling thread or in those of the pool. It gets its own back.
     cdef floating_point_modes modes = current_modes()
     cdef floating_point_modes before = modes   # set, because private variables begin as copies
-    cdef Pace* pace = team.paces
-    cdef int thread
 
-    if p.geometry.parts > 1:
+    if g.parts > 1:
         micro_of(p).take_parameters(p)
         p.weight = per_channel_absent(1)
         p.bias = per_channel_absent(0)
-    if num_threads == 1:
-        for strip in range(strips):
-            run_strip(p, strip)
-        for chunk in range(chunks):
-            finish_chunk(p, chunk)
+    share_out(team, REDUCTIONS, g.strips if by_strip else tiles_of(g))
+    share_out(team, FINISHES, ceil_div(g.channels, FINISHED))
+    share_out(team, WRITES, tiles_of(&p.writing), p.kind != GIVEN)
+    share_out(team, PARAMETERS, ceil_div(g.parameters, AT_ONCE))
+    if team.threads == 1:
+        work(p, team, by_strip, 0)
         return
-    for thread in range(num_threads * ROUNDS):   # a team may be smaller than it was meant to be
-        team.paces[thread].channels = 0
-    if ((strips % num_threads == 0 or strips >= 4 * num_threads or pieces == 1)
-            and (p.geometry.by_plane or strip_values <= CACHED)):
-        # Strip by strip, so that it is still in the cache when it is read again; several at a
-        # time where they are small.
-        at_a_time = max(1, min(strips // num_threads, PIECE // strip_values))
-        team.seconds = seconds(CLOCK_MONOTONIC)
-        with parallel(num_threads=num_threads):
-            before = change_modes(modes)
-            pace = team.paces + threadid()
-            begin_round(pace, team.clock)
-            for strip in prange(strips, schedule="dynamic", chunksize=at_a_time):
-                run_strip(p, strip)
-                pace.channels += channels_of(&p.geometry, strip)
-            end_round(pace, team.clock)
-            if chunks:
-                wait_for_team()   # Cython's loops in a parallel block do not
-                for chunk in prange(chunks):
-                    finish_chunk(p, chunk)
-            change_modes(before)
-        team.seconds = seconds(CLOCK_MONOTONIC) - team.seconds
-        team.on_one_thread = alone_seconds(team.paces, num_threads)
-    else:
-        # Too few strips to keep all threads busy to the end, or parts of rows that would be
-        # fetched a second time anyway: tile by tile in the order of the memory, in three rounds.
-        team.seconds = seconds(CLOCK_MONOTONIC)
-        with parallel(num_threads=num_threads):
-            before = change_modes(modes)
-            pace = team.paces + threadid()
-            if p.kind != GIVEN:
-                begin_round(pace, team.clock)
-                for tile in prange(tiles, schedule="dynamic"):
-                    reduce_tile(p, tile % strips, tile // strips)
-                    pace.channels += channels_of(&p.geometry, tile % strips)
-                end_round(pace, team.clock)
-                wait_for_team()
-            for strip in prange(strips):
-                finish_strip(p, strip)
-            wait_for_team()
-            for chunk in prange(chunks):
-                finish_chunk(p, chunk)
-            if p.kind != STATISTICS:
-                pace = team.paces + num_threads + threadid()
-                begin_round(pace, team.clock)
-                for tile in prange(tiles, schedule="dynamic"):
-                    write_tile(p, tile % strips, (tiles - 1 - tile) // strips)
-                    pace.channels += channels_of(&p.geometry, tile % strips)
-                end_round(pace, team.clock)
-            change_modes(before)
-        team.seconds = seconds(CLOCK_MONOTONIC) - team.seconds
-        if p.kind != GIVEN:
-            team.on_one_thread += alone_seconds(team.paces, num_threads)
-        if p.kind != STATISTICS:
-            team.on_one_thread += alone_seconds(team.paces + num_threads, num_threads)
+    team.seconds = seconds(CLOCK_MONOTONIC)
+    with parallel(num_threads=team.threads):
+        before = change_modes(modes)
+        work(p, team, by_strip, threadid())
+        change_modes(before)
+    team.seconds = seconds(CLOCK_MONOTONIC) - team.seconds
+    if by_strip or p.kind != GIVEN:
+        team.on_one_thread = alone_seconds(team.paces, team.threads)
+    if not by_strip and p.kind != STATISTICS:
+        team.on_one_thread += alone_seconds(team.paces + <int>WRITES * team.threads, team.threads)

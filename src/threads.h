@@ -2,10 +2,16 @@
 #ifndef CBN_THREADS_H
 #define CBN_THREADS_H
 
+#include <stddef.h>
 #include <unistd.h>
 
 /* The CPUs of the machine, whatever this process may use of them. */
 static inline int online_cpus(void) { return (int)sysconf(_SC_NPROCESSORS_ONLN); }
+
+/* The value before; one thread after the other. */
+static inline ptrdiff_t fetch_and_add(ptrdiff_t *value, ptrdiff_t more) {
+    return __atomic_fetch_add(value, more, __ATOMIC_RELAXED);
+}
 
 #ifdef _OPENMP
 
