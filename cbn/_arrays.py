@@ -42,7 +42,7 @@ def _held(name: str, value: ArrayLike, like: np.dtype[Any] | None) -> Array:
     """An array in any layout, held to an element type."""
     array = floats(name, value, like)
     seen = array.dtype.newbyteorder("=")
-    if like is not None and seen != like:
+    if like is not None and not kernels.is_of(seen, like):
         raise TypeError(
             f"{name}: expected {np.dtype(like)}, got {seen}; "
             f"convert it with {_conversion(name, value, np.dtype(like).name)}, "

@@ -90,12 +90,13 @@ def backward(
     grad_output: ArrayLike,
     weight: ArrayLike | None,
     out: Array | None,
+    wanted: str = "all",
     given_x: Array | None = None,
-) -> tuple[Array, Array, Array]:
-    """Return the gradients of input, weight and bias.
+) -> tuple[Any, Any, Any]:
+    """Return the gradients of input, weight and bias, None for those that are not wanted.
 
     given_x: the input of the forward pass as the caller has it, where that is another layout.
     """
-    given = grad_output, saved, weight, out, threads_for, given_x
+    given = grad_output, saved, weight, out, wanted, threads_for, given_x
     done: Any = kernels.backward(*given)
     return done if type(done) is tuple else mended(kernels.backward, given, done)

@@ -1,13 +1,14 @@
-"""What a call does about an argument that breaks a rule: convert it, or refuse it in words.
+"""What is done about an argument that breaks a rule of a call.
 
-The rules stand in src/rules.pxi, and src/calls.pxi holds every argument against its rule. It names
-the first that is broken; a method of this name either replaces the argument by one that keeps the
-rule or raises. So nothing here decides what is accepted.
+src/calls.pxi holds every argument against its rule, and names the first that is broken. A method of
+this name replaces the argument by one that keeps the rule, finds out what the rule leaves open
+(whether two arrays that reach into each other share an element), or raises.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -23,25 +24,32 @@ def mended(function: Callable[..., Any], given: tuple[Any, ...], amiss: str | li
     return _Call(function, given).complete(amiss)
 
 
+@cache
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Those of its arguments."""
+    return tuple(signature(function).parameters)
+
+
 class _Call:
     """A call that is not ordinary: its function, and its arguments by name."""
 
     def __init__(self, function: Callable[..., Any], given: tuple[Any, ...]) -> None:
         self._function = function
-        names = signature(function).parameters
-        self._given = SimpleNamespace(**dict(zip(names, given, strict=False)))
+        self._given = SimpleNamespace(**dict(zip(_names(function), given, strict=False)))
         self._returned: Array | None = None  # an out of a class of its own
 
     def complete(self, amiss: str | list[int]) -> Any:
         """Mend what is amiss, and what comes to light then."""
-        result: Any = amiss
+        before, result = None, amiss
         while isinstance(result, (str, list)):
+            if result == before:
+                raise RuntimeError(f"cbn: expected {result} to be mended, got it a second time")
             if isinstance(result, list):
                 _statistics.finite_statistics(result)
             else:
                 rule, _, name = result.partition(":")
                 getattr(self, rule)(name)
-            result = self._function(**vars(self._given))
+            before, result = result, self._function(**vars(self._given))
         return result if self._returned is None else (self._returned, *result[1:])
 
     # ------------------------------------------------------------------------------------ input
@@ -97,11 +105,11 @@ class _Call:
         _statistics.usable_variance(name, getattr(self._given, name), self._given.eps)
 
     def both_or_none(self, _: str) -> NoReturn:
-        given, missing = "running_mean", "running_var"
+        there, missing = "running_mean", "running_var"
         if self._given.running_mean is None:
-            given, missing = missing, given
+            there, missing = missing, there
         raise ValueError(
-            f"running_mean and running_var: expected both or neither, got {given} without {missing}"
+            f"running_mean and running_var: expected both or neither, got {there} without {missing}"
         )
 
     def apart(self, names: str) -> NoReturn:
@@ -161,13 +169,22 @@ class _Call:
             "do not change it in between"
         )
 
+    def wanted(self, _: str) -> None:
+        self._given.wanted = _scalars.wanted(self._given.wanted)
+
+    def unwanted_out(self, _: str) -> NoReturn:
+        raise ValueError(
+            "out: expected None with wanted='parameters', which writes no gradient of the input, "
+            "got an array"
+        )
+
     # ------------------------------------------------------------------------------------ output
 
     def out(self, _: str) -> None:
         out = self._given.out
         if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
             raise TypeError(f"out: expected an array, got {type(out).__name__}")
-        self._returned, self._given.out = out, out.view(np.ndarray)
+        self._returned, self._given.out = out, np.ndarray.view(out, np.ndarray)
 
     def out_shape(self, _: str) -> NoReturn:
         raise ValueError(f"out: expected shape {self._data().shape}, got {self._given.out.shape}")

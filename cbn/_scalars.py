@@ -76,9 +76,17 @@ def unused(momentum_of_call: Any, correction: Any) -> None:
 
 
 def nonfinite(value: Any) -> str:
-    if not isinstance(value, str) or value not in kernels.NONFINITE:
-        raise ValueError(f"nonfinite: expected one of {kernels.NONFINITE}, got {value!r}")
-    return str(value)
+    return _one_of("nonfinite", value, kernels.NONFINITE)
+
+
+def wanted(value: Any) -> str:
+    return _one_of("wanted", value, kernels.WANTED)
+
+
+def _one_of(name: str, value: Any, names: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"{name}: expected one of {names}, got {value!r}")
+    return names[names.index(value)]
 
 
 def device(value: Any) -> None:

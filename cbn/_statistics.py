@@ -80,7 +80,7 @@ def running_statistic(name: str, value: Any, num_features: int) -> Array:
             f"got {type(value).__name__}"
         )
     per_channel(name, value, num_features)
-    return value.view(np.ndarray)
+    return np.ndarray.view(value, np.ndarray)
 
 
 def batch_count(num_batches_tracked: Any, prefix: str = "") -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Gradient = Any  # an Array, or None where it is not wanted
 Shape = tuple[int, ...]
 # Of state files: where they lie, what they say of a layer or a model, and the arrays in them.
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]

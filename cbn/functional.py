@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cbn import _arrays, _dispatch, _engine, _norms, _scalars, _threads
 from cbn._docstrings import documented_by
-from cbn._types import Array
+from cbn._types import Array, Gradient
 
 __all__ = [
     "batch_norm",
@@ -167,7 +167,8 @@ def batch_norm_backward(
     *,
     channel_axis: int = 1,
     out: Array | None = None,
-) -> tuple[Array, Array, Array]:
+    wanted: str = "all",
+) -> tuple[Gradient, Gradient, Gradient]:
     """Return the gradients of a loss with respect to the input, the weight and the bias.
 
     With n values per channel and ``x_hat = (x - mean) / sqrt(var + eps)``::
@@ -195,10 +196,15 @@ def batch_norm_backward(
         Whether ``mean`` and ``var`` are the statistics of ``x``.
     out : ndarray, optional
         Array to write ``grad_input`` to: ``grad_output`` or ``x`` itself, or memory apart.
+    wanted : {"all", "input", "parameters"}
+        Which gradients to compute, and so what to read and write: "input" saves the sums that
+        belong to the parameters, and ``x`` itself where its statistics do not depend on it;
+        "parameters" writes nothing as large as ``x``.
 
     Returns
     -------
     grad_input : ndarray, shape and dtype of x
+        None, as the next two, where it is not wanted.
     grad_weight, grad_bias : ndarray of shape (C,), dtype of x
 
     Raises
@@ -222,7 +228,7 @@ def batch_norm_backward(
     """
     norm, x = _norms.any_batch(channel_axis), _arrays.array("x", x)
     saved = _engine.given_statistics(x, norm, mean, var, eps, training)
-    return _engine.backward(saved, grad_output, weight, out, x)
+    return _engine.backward(saved, grad_output, weight, out, wanted, x)
 
 
 @documented_by(batch_norm)
@@ -283,7 +289,8 @@ def group_norm_backward(
     *,
     channel_axis: int = 1,
     out: Array | None = None,
-) -> tuple[Array, Array, Array]:
+    wanted: str = "all",
+) -> tuple[Gradient, Gradient, Gradient]:
     """Return the gradients of a loss with respect to the input, the weight and the bias.
 
     With ``x_hat = (x - mean) / sqrt(var + eps)``, ``g = weight * grad_output``, means over the
@@ -310,7 +317,8 @@ def group_norm_backward(
     [[[0.204, -0.408, 0.204]], [-1.225, 0.0, 0.0], [1.0, 0.0, 0.0]]
     """
     norm, x = _norms.any_group(num_groups, channel_axis), _arrays.array("x", x)
-    return _engine.backward(_engine.statistics(x, norm, eps), grad_output, weight, out, x)
+    saved = _engine.statistics(x, norm, eps)
+    return _engine.backward(saved, grad_output, weight, out, wanted, x)
 
 
 @documented_by(batch_norm)
@@ -389,7 +397,8 @@ def instance_norm_backward(
     *,
     channel_axis: int = 1,
     out: Array | None = None,
-) -> tuple[Array, Array, Array]:
+    wanted: str = "all",
+) -> tuple[Gradient, Gradient, Gradient]:
     """Return the gradients of a loss with respect to the input, the weight and the bias.
 
     Of a forward call that used the statistics of its input (with running statistics,
@@ -413,7 +422,8 @@ def instance_norm_backward(
     [[[[0.204, -0.408, 0.204]]], [-1.225], [1.0]]
     """
     (norm, _), x = _norms.any_instance(channel_axis), _arrays.array("x", x)
-    return _engine.backward(_engine.statistics(x, norm, eps), grad_output, weight, out, x)
+    saved = _engine.statistics(x, norm, eps)
+    return _engine.backward(saved, grad_output, weight, out, wanted, x)
 
 
 @documented_by(group_norm)
@@ -466,7 +476,8 @@ def layer_norm_backward(
     eps: float = 1e-5,
     *,
     out: Array | None = None,
-) -> tuple[Array, Array, Array]:
+    wanted: str = "all",
+) -> tuple[Gradient, Gradient, Gradient]:
     """Return the gradients of a loss with respect to the input, the weight and the bias.
 
     With ``x_hat = (x - mean) / sqrt(var + eps)``, ``g = weight * grad_output``, means over the
@@ -498,7 +509,8 @@ def layer_norm_backward(
     [[[0.204, -0.408, 0.204]], [-1.225, 0.0, 0.0], [1.0, 0.0, 0.0]]
     """
     norm, x = _norms.any_layer(normalized_shape), _arrays.array("x", x)
-    return _engine.backward(_engine.statistics(x, norm, eps), grad_output, weight, out, x)
+    saved = _engine.statistics(x, norm, eps)
+    return _engine.backward(saved, grad_output, weight, out, wanted, x)
 
 
 @documented_by(layer_norm)
@@ -546,7 +558,8 @@ def rms_norm_backward(
     eps: float | None = None,
     *,
     out: Array | None = None,
-) -> tuple[Array, Array]:
+    wanted: str = "all",
+) -> tuple[Gradient, Gradient]:
     """Return the gradients of a loss with respect to the input and the weight.
 
     With ``rms = sqrt(mean(x**2) + eps)``, ``x_hat = x / rms`` and ``g = weight * grad_output``::
@@ -580,4 +593,4 @@ def rms_norm_backward(
     norm, x = _norms.any_layer(normalized_shape, centred=False), _arrays.array("x", x)
     eps = _norms.default_eps(x.dtype) if eps is None else eps
     saved = _engine.statistics(x, norm, eps)
-    return _engine.backward(saved, grad_output, weight, out, x)[:2]
+    return _engine.backward(saved, grad_output, weight, out, wanted, x)[:2]

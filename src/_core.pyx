@@ -175,7 +175,7 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for)
     cdef size_t found = 0 if spans or p.kind == GIVEN else g.channels * g.pieces * (
         parts_kept(g) * sizeof(Sums) if gradients else sizeof(Moments))
     cdef size_t shares = 0
-    if gradients and shares_parameters(g):
+    if gradients and shares_parameters(g) and (p.grad_weight != NULL or not g.by_value):
         p.sharers = sharers_of(g)
         shares = p.sharers * 2 * g.parameters * sizeof(double)
     cdef int num_threads = threads_for(cost_of(p.kind) * PyArray_SIZE(x))
@@ -302,7 +302,8 @@ cpdef normalise_given(ndarray x, View view, ndarray mean, ndarray var, ndarray w
 
 
 cpdef gradients(ndarray grad_output, Saved saved, ndarray weight,
-                ndarray grad_input, ndarray grad_weight, ndarray grad_bias,   # OUT
+                ndarray grad_input,                       # OUT, or None where it is not wanted
+                ndarray grad_weight, ndarray grad_bias,   # OUT, or None, both
                 threads_for):
     cdef Pass p = new_pass(FROZEN_GRADIENTS if saved.frozen else GRADIENTS, saved.view,
                            weight, None, None, None, saved.eps)

@@ -3,23 +3,25 @@
 # A service that normalises a few thousand values pays more for each of Python's steps than for its
 # data, so all of a call is done here. A function returns what was asked for, or the name of the
 # first rule that is broken, and of the argument where there are several: "parameter:weight".
-# cbn/_mends.py then converts the argument or refuses it in words, and the call is made again, with
-# what has been found out meanwhile:
+# cbn/_mends.py then converts the argument, refuses it in words, or finds out what takes longer to
+# know, and the call is made again:
 #
 #   data     the input as a kernel can read it, where the caller's array is of another layout
 #   over_x   whether out is the very memory of x, where their ends alone do not tell; over_grad:
 #            that of grad_output
 #   spread   True: an out of another layout has no two elements in one place
 
-cdef str in_data(str name, data, dtype):
-    if (is_data(data)
-            and (dtype is None or dtype is <object>PyArray_DESCR(<ndarray>data)
-                 or dtype == <object>PyArray_DESCR(<ndarray>data))):
-        return None
-    return "data:" + name
+cdef inline str amiss_in_data(str name, data, dtype):
+    return None if is_data(data, dtype) else "data:" + name
 
 
-cdef inline str in_parameters(weight, bias, tuple shape):
+cdef object seen(data, Norm norm, dtype):
+    """The view of an input, or what is amiss."""
+    cdef str amiss = amiss_in_data("x", data, dtype)
+    return view_of(norm, data.shape) if amiss is None else amiss
+
+
+cdef inline str amiss_in_parameters(weight, bias, tuple shape):
     if not (weight is None or is_parameter(weight, shape)):
         return "parameter:weight"
     if not (bias is None or is_parameter(bias, shape)):
@@ -27,25 +29,25 @@ cdef inline str in_parameters(weight, bias, tuple shape):
     return None
 
 
-cdef str in_running_statistic(str name, array, tuple shape):
+cdef str amiss_in_running_statistic(str name, array, tuple shape):
     if not is_float_of_shape(array, shape):
         return "running_statistic:" + name
     if not PyArray_ISWRITEABLE(<ndarray>array):
         return "read_only:" + name
-    if not is_plain(array):
+    if not is_plain(array) and PyArray_SIZE(<ndarray>array) > 0:
         return "layout:" + name
     return None
 
 
-cdef str in_running_statistics(running_mean, running_var, tuple shape, x):
+cdef str amiss_in_running_statistics(running_mean, running_var, tuple shape, x):
     cdef str amiss
     if running_mean is None and running_var is None:
         return None
     if running_mean is None or running_var is None:
         return "both_or_none"
-    amiss = in_running_statistic("running_mean", running_mean, shape)
+    amiss = amiss_in_running_statistic("running_mean", running_mean, shape)
     if amiss is None:
-        amiss = in_running_statistic("running_var", running_var, shape)
+        amiss = amiss_in_running_statistic("running_var", running_var, shape)
     if amiss is not None:
         return amiss
     if not are_apart(<ndarray>running_mean, <ndarray>running_var):
@@ -57,7 +59,7 @@ cdef str in_running_statistics(running_mean, running_var, tuple shape, x):
     return None
 
 
-cdef str in_out(out, ndarray like, bint spread, running_mean, running_var, weight, bias):
+cdef str amiss_in_out(out, ndarray like, bint spread, running_mean, running_var, weight, bias):
     """An output of the kind of an input, apart from parameters and statistics."""
     if not PyArray_CheckExact(out):
         return "out"
@@ -126,7 +128,7 @@ cpdef object forward(
     Where statistics that are not finite are refused, their channels are returned, in a list.
     """
     cdef str amiss
-    cdef tuple shape, parameter_shape
+    cdef tuple parameter_shape
     cdef View view
     cdef Py_ssize_t count
     cdef ndarray statistics, learnt, buffer
@@ -138,16 +140,15 @@ cpdef object forward(
             return "read_only:num_batches_tracked"
     if data is None:
         data = x
-    amiss = in_data("x", data, dtype)
-    if amiss is not None:
-        return amiss
-    shape = data.shape
-    view = view_of(norm, shape)
+    found = seen(data, norm, dtype)
+    if type(found) is str:
+        return found
+    view = found
     count = view.values
     parameter_shape = view.parameter_shape
-    amiss = in_running_statistics(running_mean, running_var, parameter_shape, x)
+    amiss = amiss_in_running_statistics(running_mean, running_var, parameter_shape, x)
     if amiss is None:
-        amiss = in_parameters(weight, bias, parameter_shape)
+        amiss = amiss_in_parameters(weight, bias, parameter_shape)
     if amiss is not None:
         return amiss
     if not (is_finite(momentum) or (momentum is None and num_batches_tracked is not None)):
@@ -161,7 +162,7 @@ cpdef object forward(
     if least > 1 and not are_enough(count, 0.0 if running_mean is None else correction):
         return "enough_values"
     if out is not None:
-        amiss = in_out(out, data, spread, running_mean, running_var, weight, bias)
+        amiss = amiss_in_out(out, data, spread, running_mean, running_var, weight, bias)
         if amiss is not None:
             return amiss
         if not is_known(out, x, over_x):
@@ -192,7 +193,7 @@ cpdef object forward(
         learn(running_mean, running_var, num_batches_tracked, learnt, momentum, count, correction,
               nonfinite == "skip")
     return returned(out, buffer), new_saved(
-        None if is_over(out, x, over_x) else data, shape, <object>PyArray_DESCR(<ndarray>data),
+        None if is_over(out, x, over_x) else data, data.shape, <object>PyArray_DESCR(<ndarray>data),
         view, statistics, eps, norm.centred, False)
 
 
@@ -206,7 +207,7 @@ cdef object infer(x, data, View view, running_mean, running_var, weight, bias, e
         return "statistic:running_mean"
     if not is_parameter(running_var, parameter_shape):
         return "statistic:running_var"
-    amiss = in_parameters(weight, bias, parameter_shape)
+    amiss = amiss_in_parameters(weight, bias, parameter_shape)
     if amiss is not None:
         return amiss
     if not is_non_negative(eps):
@@ -214,7 +215,7 @@ cdef object infer(x, data, View view, running_mean, running_var, weight, bias, e
     if not are_usable(<ndarray>running_var, eps):
         return "usable:running_var"
     if out is not None:
-        amiss = in_out(out, data, spread, running_mean, running_var, weight, bias)
+        amiss = amiss_in_out(out, data, spread, running_mean, running_var, weight, bias)
         if amiss is not None:
             return amiss
         if not is_known(out, x, over_x):
@@ -230,22 +231,20 @@ def forward_given(x, Norm norm, dtype, running_mean, running_var, weight, bias, 
                   threads_for, data=None, over_x=None, bint spread=False):
     """Normalise x by given statistics: return the output and a Saved."""
     cdef str amiss
-    cdef tuple shape
     cdef View view
     cdef object y
     if data is None:
         data = x
-    amiss = in_data("x", data, dtype)
-    if amiss is not None:
-        return amiss
-    shape = data.shape
-    view = view_of(norm, shape)
+    found = seen(data, norm, dtype)
+    if type(found) is str:
+        return found
+    view = found
     y = infer(x, data, view, running_mean, running_var, weight, bias, eps, out, threads_for,
               over_x, spread)
     if type(y) is str:
         return y
     # Without a weight no gradient depends on x, which is then not kept alive for nothing.
-    return y, new_saved(None if weight is None or is_over(out, x, over_x) else data, shape,
+    return y, new_saved(None if weight is None or is_over(out, x, over_x) else data, data.shape,
                         <object>PyArray_DESCR(<ndarray>data), view,
                         given_statistics(running_mean, running_var), eps, True, True)
 
@@ -263,7 +262,7 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
                        momentum, correction, "propagate", threads_for)
         return (<tuple>done)[0] if type(done) is tuple else None
     if not (training is False and is_finite(momentum) and is_non_negative(correction)
-            and in_data("x", x, None) is None):
+            and amiss_in_data("x", x, None) is None):
         return None
     done = infer(x, x, view_of(norm, x.shape), running_mean, running_var, weight, bias, eps, out,
                  threads_for, None, False)
@@ -273,16 +272,14 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
 def saved_statistics(x, Norm norm, eps, threads_for, data=None):
     """Return the Saved that a forward pass would have kept."""
     cdef str amiss
-    cdef tuple shape
     cdef View view
     cdef ndarray statistics
     if data is None:
         data = x
-    amiss = in_data("x", data, None)
-    if amiss is not None:
-        return amiss
-    shape = data.shape
-    view = view_of(norm, shape)
+    found = seen(data, norm, None)
+    if type(found) is str:
+        return found
+    view = found
     if not is_non_negative(eps):
         return "non_negative:eps"
     statistics = new_statistics(view.B * view.C)
@@ -290,22 +287,21 @@ def saved_statistics(x, Norm norm, eps, threads_for, data=None):
         statistics_of(data, view, eps, norm.centred, statistics, threads_for)
     else:
         statistics[...] = 0
-    return new_saved(data, shape, <object>PyArray_DESCR(<ndarray>data), view, statistics, eps,
+    return new_saved(data, data.shape, <object>PyArray_DESCR(<ndarray>data), view, statistics, eps,
                      norm.centred, False)
 
 
 def saved_given(x, Norm norm, mean, var, training, eps, data=None):
     """Return the Saved of statistics that the caller has kept."""
     cdef str amiss
-    cdef tuple shape, parameter_shape
+    cdef tuple parameter_shape
     cdef View view
     if data is None:
         data = x
-    amiss = in_data("x", data, None)
-    if amiss is not None:
-        return amiss
-    shape = data.shape
-    view = view_of(norm, shape)
+    found = seen(data, norm, None)
+    if type(found) is str:
+        return found
+    view = found
     parameter_shape = view.parameter_shape
     if not is_parameter(mean, parameter_shape):
         return "parameter:mean"
@@ -317,22 +313,23 @@ def saved_given(x, Norm norm, mean, var, training, eps, data=None):
         return "non_negative:eps"
     if not are_usable(<ndarray>var, eps):
         return "usable:var"
-    return new_saved(data, shape, <object>PyArray_DESCR(<ndarray>data), view,
+    return new_saved(data, data.shape, <object>PyArray_DESCR(<ndarray>data), view,
                      given_statistics(mean, var), eps, True, not training)
 
 
-def backward(grad_output, Saved saved, weight, out, threads_for,
+def backward(grad_output, Saved saved, weight, out, wanted, threads_for,
              given_x,   # the input of the forward pass as the caller has it, or None
              data=None, over_x=None, over_grad=None, bint spread=False):
-    """Return the gradients of input, weight and bias."""
+    """Return the gradients of input, weight and bias, None for those that are not wanted."""
     cdef str amiss
     cdef object x = saved.x
     cdef View view = saved.view
-    cdef ndarray buffer, grad_weight, grad_bias
+    cdef ndarray buffer = None, grad_weight = None, grad_bias = None
+    cdef bint of_input, of_parameters
     cdef int type_num
     if data is None:
         data = grad_output
-    amiss = in_data("grad_output", data, saved.dtype)
+    amiss = amiss_in_data("grad_output", data, saved.dtype)
     if amiss is not None:
         return amiss
     if not has_shape(<ndarray>data, saved.shape):
@@ -340,15 +337,20 @@ def backward(grad_output, Saved saved, weight, out, threads_for,
     if not (weight is None or is_parameter(weight, view.parameter_shape)):
         return "parameter:weight"
     if x is None:
-        if not (saved.frozen and weight is None):
+        if not (saved.frozen and (weight is None or wanted == "input")):
             return "input_gone"
     # The caller may have changed the shape or the dtype of x since the forward pass.
-    elif not (in_data("x", x, saved.dtype) is None and has_shape(<ndarray>x, saved.shape)):
+    elif not (amiss_in_data("x", x, saved.dtype) is None and has_shape(<ndarray>x, saved.shape)):
         return "input_changed"
     elif given_x is None:
         given_x = x
+    if not is_wanted(wanted):
+        return "wanted"
+    of_input, of_parameters = wanted != "parameters", wanted != "input"
+    if not of_input and out is not None:
+        return "unwanted_out"
     if out is not None:
-        amiss = in_out(out, data, spread, None, None, weight, None)
+        amiss = amiss_in_out(out, data, spread, None, None, weight, None)
         if amiss is not None:
             return amiss
         if not is_known(out, grad_output, over_grad):
@@ -356,19 +358,21 @@ def backward(grad_output, Saved saved, weight, out, threads_for,
         if not (x is None or is_known(out, given_x, over_x)):
             return "over_x"
 
-    buffer = written(out, data)
-    type_num = PyArray_TYPE(<ndarray>data)
-    grad_weight = new_parameter(view.parameter_shape, type_num)
-    grad_bias = new_parameter(view.parameter_shape, type_num)
-    if x is None or PyArray_SIZE(<ndarray>data) == 0:
+    if of_input:
+        buffer = written(out, data)
+    if of_parameters:
+        type_num = PyArray_TYPE(<ndarray>data)
+        grad_weight = new_parameter(view.parameter_shape, type_num)
+        grad_bias = new_parameter(view.parameter_shape, type_num)
+    if of_parameters and (x is None or PyArray_SIZE(<ndarray>data) == 0):
         grad_weight[...] = 0
         grad_bias[...] = 0
     if PyArray_SIZE(<ndarray>data) > 0:
-        if x is None:
-            normalise_given(data, view, None, saved.statistics[2], None, None, saved.eps, buffer,
-                            threads_for)
-        else:
+        if x is not None and (of_parameters or not saved.frozen):
             gradients(data, saved, weight, buffer, grad_weight, grad_bias, threads_for)
+        elif of_input:   # x has no part in it
+            normalise_given(data, view, None, saved.statistics[2], weight, None, saved.eps, buffer,
+                            threads_for)
     if x is not None and is_over(out, given_x, over_x):
         saved.x = None
     return returned(out, buffer), grad_weight, grad_bias

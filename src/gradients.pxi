@@ -68,9 +68,11 @@ cdef void reduce_gradients(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) no
     cdef Py_ssize_t first = first_channel(g, strip), parts = parts_kept(g)
     cdef Sums* into = <Sums*>p.partial + (piece * g.channels + first) * parts
     if g.by_value:
-        clear_share(p, &sheet, share_of(p, strip, piece))
-        micro_of(p).share_products(p, &sheet, first, share_of(p, strip, piece))
-        reduce_by_value(p, sheet, first, into)
+        if p.shares != NULL:
+            clear_share(p, &sheet, share_of(p, strip, piece))
+            micro_of(p).share_products(p, &sheet, first, share_of(p, strip, piece))
+        if p.out != NULL:
+            reduce_by_value(p, sheet, first, into)
     else:
         micro_of(p).sum_products(p, &sheet, first, parts, into)
 
@@ -101,8 +103,6 @@ cdef inline Sums merge_channel(const Pass* p, Py_ssize_t c, double reciprocal) n
     cdef double* grad_bias
     cdef double* grad_weight
     cdef Sums sums
-    if g.by_value:
-        return merge_sums(found, g.pieces, g.channels)
     grad_bias = p.shares + c // g.period * 2 * g.parameters + weight
     grad_weight = grad_bias + g.parameters
     if g.parts == 1:

@@ -84,7 +84,7 @@ static void T(finish_gradients)(const struct Pass *p, ptrdiff_t first, ptrdiff_t
     const double count = (double)p->geometry.N * p->geometry.S;
     real *coefficient = (real *)p->coefficients + first;
     real *grad_weight = p->grad_weight, *grad_bias = p->grad_bias;
-    if (!p->shares)
+    if (!p->shares && grad_weight)
         for (ptrdiff_t c = 0; c < n; c++) {
             grad_bias[first + c] = (real)total[c];
             grad_weight[first + c] = (real)(product[c] * reciprocal[c]);

@@ -55,10 +55,12 @@ cdef void finish_channels(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcep
         micro.finish_moments(p, first, n, &found)
         if p.kind == STATISTICS:
             return
+    if g.by_value and p.out == NULL:   # the gradients of parameters are in their shares
+        return
     micro.finish_coefficients(p, first, n, reciprocal)
     if p.kind == GRADIENTS or p.kind == FROZEN_GRADIENTS:
         for c in range(n):
-            if p.shares == NULL:
+            if p.shares == NULL or g.by_value:
                 sums = merge_sums(<const Sums*>p.partial + first + c, g.pieces, g.channels)
             else:
                 sums = merge_channel(p, first + c, reciprocal[c])
@@ -80,7 +82,7 @@ cdef void finish_strip(const Pass* p, Py_ssize_t strip) noexcept nogil:
 cdef void write_tile(const Pass* p, const Geometry* g, Py_ssize_t strip,
                      Py_ssize_t piece) noexcept nogil:
     cdef Sheet sheet
-    if p.kind != STATISTICS:
+    if p.out != NULL:
         sheet = sheet_of(g, strip, piece)
         micro_of(p).write(p, &sheet, first_channel(g, strip))
 
@@ -136,8 +138,9 @@ cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:
     if p.kind == GRADIENTS:
         # Sums of the gradients of parameters are of SUMMED channels.
         span = min(AT_ONCE, max(SUMMED, span // SUMMED * SUMMED))
-        share = share_of(p, strip, 0)
-        clear_share(p, &sheet, share)
+        if p.shares != NULL:
+            share = share_of(p, strip, 0)
+            clear_share(p, &sheet, share)
     while first < end:
         n = sheet.channels = min(span, end - first)
         part.origin = first
@@ -155,11 +158,16 @@ cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:
             part.var = per_channel_from(p.var, first)
         if p.kind != STATISTICS:
             micro.finish_coefficients(&part, 0, n, reciprocal)
-        if p.kind == GRADIENTS:
+        if p.kind == GRADIENTS and p.out == NULL:
+            micro.share_products(&part, &sheet, 0, share)
+        elif p.kind == GRADIENTS:
             micro.row_products(&part, &sheet, 0, total, product)
             micro.finish_gradients(&part, 0, n, reciprocal, total, product)
-            micro.write_sharing(&part, &sheet, 0, share)
-        elif p.kind != STATISTICS:
+            if p.shares != NULL:
+                micro.write_sharing(&part, &sheet, 0, share)
+            else:
+                micro.write(&part, &sheet, 0)
+        elif p.out != NULL:
             micro.write(&part, &sheet, 0)
         first += n
         sheet.offset += n * g.S
@@ -271,7 +279,7 @@ cdef void run_rounds(const Pass* p, Team* team, int thread) noexcept nogil:
     while take(team, FINISHES, thread, 1, &k) > 0:
         finish_some(p, k * FINISHED, min(FINISHED, g.channels - k * FINISHED))
     wait_for(team)
-    if p.kind != STATISTICS:
+    if p.out != NULL:
         g = &p.writing
         pace += <int>WRITES * team.threads
         begin_round(team, pace)
@@ -290,7 +298,7 @@ cdef void work(const Pass* p, Team* team, bint by_strip, int thread) noexcept no
         run_strips(p, team, thread)
     else:
         run_rounds(p, team, thread)
-    if p.shares != NULL:
+    if p.shares != NULL and p.grad_weight != NULL:
         wait_for(team)
         while take(team, PARAMETERS, thread, 1, &k) > 0:
             micro_of(p).finish_parameters(p, k * AT_ONCE,
@@ -325,5 +333,5 @@ cdef void run(Pass* p, Team* team) noexcept nogil:
     team.seconds = seconds(CLOCK_MONOTONIC) - team.seconds
     if by_strip or p.kind != GIVEN:
         team.on_one_thread = alone_seconds(team.paces, team.threads)
-    if not by_strip and p.kind != STATISTICS:
+    if not by_strip and p.out != NULL:
         team.on_one_thread += alone_seconds(team.paces + <int>WRITES * team.threads, team.threads)

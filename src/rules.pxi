@@ -1,8 +1,11 @@
-# The rules of a call: what each argument must be. They stand here once. calls.pxi asks them of
-# every call, and cbn/ where it reads an argument by itself; what breaks a rule is worded there.
+# The rules of a call: what each argument must be. calls.pxi asks them of every call, and cbn/ where
+# it reads an argument by itself, and words what breaks them; rules of several arguments stand in
+# calls.pxi alone.
 
 cdef tuple nonfinite_names = ("propagate", "raise", "skip")
 NONFINITE = nonfinite_names
+cdef tuple wanted_names = ("all", "input", "parameters")   # gradients
+WANTED = wanted_names
 
 cdef enum:
     MOST_AXES = 64   # of an array of NumPy
@@ -27,6 +30,11 @@ cdef inline bint is_nonfinite(value):
     return type(value) is str and value in nonfinite_names
 
 
+cdef inline bint is_wanted(value):
+    """The name of the gradients that are wanted."""
+    return type(value) is str and value in wanted_names
+
+
 # ---------------------------------------------------------------------------------------- arrays
 
 
@@ -40,8 +48,14 @@ cpdef bint is_plain(array):
     return PyArray_CheckExact(array) and PyArray_ISCARRAY_RO(<ndarray>array)
 
 
-cdef inline bint is_data(array):
-    return is_plain(array) and storage_of(<ndarray>array) >= 0
+cpdef bint is_of(element, like):
+    """Whether an element type is that which is asked for, if any is."""
+    return like is None or element is like or element == like
+
+
+cdef inline bint is_data(array, like):
+    return (is_plain(array) and storage_of(<ndarray>array) >= 0
+            and is_of(<object>PyArray_DESCR(<ndarray>array), like))
 
 
 cpdef bint has_shape(ndarray array, tuple shape):

@@ -15,7 +15,7 @@ from cbn import _engine, _scalars, _schema
 from cbn._arrays import writable
 from cbn._docstrings import documented_by
 from cbn._state_dict import IncompatibleKeys, load_arrays
-from cbn._types import Array, Config, Expected, Shape, Target
+from cbn._types import Array, Config, Expected, Gradient, Shape, Target
 
 if TYPE_CHECKING:
     from cbn._core import Norm, Saved
@@ -177,7 +177,9 @@ class NormLayer(ABC):
             norm = next(base for base in cls.__mro__ if "_normalise" in vars(base))
             norm.__call__ = by_forward  # type: ignore[method-assign]
 
-    def backward(self, grad_output: ArrayLike, out: Array | None = None) -> Array:
+    def backward(
+        self, grad_output: ArrayLike, out: Array | None = None, *, wanted: str = "all"
+    ) -> Gradient:
         """Return the gradient of the last forward call with respect to its input.
 
         Sets ``weight_grad`` and ``bias_grad``. Running statistics that the call has normalised by
@@ -190,6 +192,9 @@ class NormLayer(ABC):
         out : ndarray, optional
             Array to write to: ``grad_output`` itself, the input of the forward call (which then
             cannot be differentiated again), or memory apart.
+        wanted : {"all", "input", "parameters"}
+            Which gradients to compute; what is not wanted becomes None. A frozen layer that only
+            passes gradients on takes "input", the first layer of a network "parameters".
 
         Returns
         -------
@@ -207,8 +212,10 @@ class NormLayer(ABC):
             raise RuntimeError(
                 "backward: expected a forward call before it, got none on this layer"
             )
+        if wanted == "all" and self.weight is None and self.bias is None:
+            wanted = "input"
         grad_input, weight_grad, bias_grad = _engine.backward(
-            self._forward, grad_output, self.weight, out
+            self._forward, grad_output, self.weight, out, wanted
         )
         self.weight_grad = None if self.weight is None else weight_grad
         self.bias_grad = None if self.bias is None else bias_grad
