@@ -152,7 +152,7 @@ cdef void short_moments(const Pass* p, Sheet sheet, Moments* into) noexcept nogi
     cdef Py_ssize_t rest = sheet.channels, c
     while rest > 0:
         sheet.channels = min(AT_ONCE, rest)
-        micro_of(p).channel_moments(p.x, &sheet, p.geometry.S, p.centred, smallest_of(p), &found)
+        micro_of(p).channel_moments(p, &sheet, smallest_of(p), &found)
         for c in range(sheet.channels):
             into[c].count = sheet.runs * sheet.length
             into[c].shift, into[c].mean, into[c].m2 = found.shift[c], found.mean[c], found.m2[c]

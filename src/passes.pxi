@@ -136,7 +136,8 @@ cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:
         part.var.double_ = statistics + 2 * AT_ONCE
     if p.kind == GRADIENTS:
         # Sums of the gradients of parameters are of SUMMED channels.
-        span = min(AT_ONCE, max(SUMMED, span // SUMMED * SUMMED))
+        span = SPAN // 2 // (g.N * g.S)
+        span = min(AT_ONCE, span // SUMMED * SUMMED if span >= SUMMED else EVEN)
         share = share_of(p, strip, 0)
         clear_share(p, &sheet, share)
     while first < end:
@@ -144,7 +145,7 @@ cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:
         part.origin = first
         part.ahead = n * g.S
         if finds:
-            micro.channel_moments(p.x, &sheet, g.S, p.centred, smallest_of(p), &found)
+            micro.channel_moments(p, &sheet, smallest_of(p), &found)
             micro.finish_moments(&part, 0, n, &found)
             if p.statistics != NULL:
                 for k in range(3):
