@@ -378,8 +378,8 @@ static void T(channel_moments)(const struct Pass *p, const struct Sheet *sheet, 
                                struct Columns *into) {
     const stored *x = (const stored *)p->x + sheet->offset;
     const ptrdiff_t S = p->geometry.S, to_out = (char *)p->out - (char *)p->x;
-    /* To write a line, it has to be read first, unless past the cache. */
-    const int fetches = p->kind == NORMALISE && !p->stream;
+    /* A store waits until its line is read, unless it goes past the cache. */
+    const int fetches = p->kind == NORMALISE && !p->stream && p->geometry.pieces == 1;
 #define FIND(fetches, width, centred)                                                              \
     T(moments_in_rows)(x, fetches, to_out, sheet, S, width, centred, smallest, into)
 #define FIND_IN(width)                                                                             \
