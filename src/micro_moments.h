@@ -200,9 +200,9 @@ INLINE void T(add_to_chains)(const doubles *sum, const int channels, const int g
    values, in rows of `width`: of at most SUMMED rows in the type that is computed in, and of those in
    float64. Of the values, times a factor, around a shift for each channel; without one, of the values
    alone. Meanwhile what will be written is fetched, where it lies so far from x. */
-INLINE void T(sum_runs)(const stored *x, const int fetches, ptrdiff_t to_out, ptrdiff_t stride, const int beside, ptrdiff_t runs,
-                        ptrdiff_t run_stride, ptrdiff_t length, const int width, const real *shift,
-                        const int scaled, real factor,
+INLINE void T(sum_runs)(const stored *x, const int fetches, ptrdiff_t to_out, ptrdiff_t stride,
+                        const int beside, ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length,
+                        const int width, const real *shift, const int scaled, real factor,
                         double *total, double *square) { /* OUT (beside, CHAINS), or NULL */
     enum { MOST = 4 * LANES_OF, HALVES = LANES_OF / DOUBLES };
     const int columns = width * beside < MOST ? width : MOST / beside;
@@ -223,10 +223,10 @@ INLINE void T(sum_runs)(const stored *x, const int fetches, ptrdiff_t to_out, pt
                     band_sum[v] = band_squares[v] = all(0);
                 for (end = min_of(j + SUMMED, rows); j < end; j++, row += width)
                     EACH (v, beside * vectors) {
-                        value = load(row + v / vectors * stride + v % vectors * LANES_OF);
+                        const stored *at = row + v / vectors * stride + v % vectors * LANES_OF;
+                        value = load(at);
                         if (fetches)
-                            __builtin_prefetch((const char *)(row + v / vectors * stride
-                                                              + v % vectors * LANES_OF) + to_out, 1);
+                            __builtin_prefetch((const char *)at + to_out, 1);
                         if (scaled)
                             value *= factor;
                         if (shift)
@@ -312,16 +312,17 @@ static double T(unit_of)(const void *data, const struct Sheet *sheet) {
 
 /* The sums of at most AT_ONCE channels, in rows of `width`. */
 INLINE void T(sum_channels)(const stored *x, const int fetches, ptrdiff_t to_out,
-                            const struct Sheet *sheet, ptrdiff_t S, const int width, const real *shift, double *total, double *square) {
+                            const struct Sheet *sheet, ptrdiff_t S, const int width,
+                            const real *shift, double *total, double *square) {
     enum { FIT = 4 * LANES_OF / FEW_LANES };
     const int beside = width == FEW_LANES && FIT > 1 ? FIT : 1;
     const ptrdiff_t n = sheet->channels;
     double totals[AT_ONCE * CHAINS], squares[AT_ONCE * CHAINS];
     ptrdiff_t c = 0;
 #define CHANNELS(beside)                                                                           \
-    T(sum_runs)(x + c * S, fetches, to_out, S, beside, sheet->runs, sheet->run_stride, sheet->length,     \
-                width, shift ? shift + c : NULL, 0, 1, total ? totals + c * CHAINS : NULL,         \
-                square ? squares + c * CHAINS : NULL)
+    T(sum_runs)(x + c * S, fetches, to_out, S, beside, sheet->runs, sheet->run_stride,             \
+                sheet->length, width, shift ? shift + c : NULL, 0, 1,                              \
+                total ? totals + c * CHAINS : NULL, square ? squares + c * CHAINS : NULL)
     for (; n - c >= beside; c += beside)
         CHANNELS(beside);
     for (; beside > 1 && c < n; c++)
@@ -335,7 +336,8 @@ INLINE void T(sum_channels)(const stored *x, const int fetches, ptrdiff_t to_out
 
 /* The moments of at most AT_ONCE channels of one block each, around their means, or around 0. */
 INLINE void T(moments_in_rows)(const stored *x, const int fetches, ptrdiff_t to_out,
-                               const struct Sheet *sheet, ptrdiff_t S, const int width, const int centred, double smallest, struct Columns *into) {
+                               const struct Sheet *sheet, ptrdiff_t S, const int width,
+                               const int centred, double smallest, struct Columns *into) {
     /* Pass by pass, because the second pass over a channel has to wait for its mean; meanwhile the
        CPU is at the next channel. */
     const double count = (double)sheet->runs * sheet->length;

@@ -107,7 +107,7 @@ cdef inline Py_ssize_t span_of(const Pass* p) noexcept nogil:
     if p.kind != GRADIENTS:
         return min(AT_ONCE, n // EVEN * EVEN if n >= EVEN else max(1, n))
     # Of gradients of parameters, sums of SUMMED channels are added up.
-    return min(AT_ONCE, n // 2 // SUMMED * SUMMED if n >= 2 * SUMMED else EVEN)
+    return min(AT_ONCE, max(SUMMED, n // 2 // SUMMED * SUMMED))
 
 
 cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:

@@ -1,4 +1,4 @@
-"""Passes that are given no statistics keep none: the same bits as with them, forward and backward."""
+"""Passes that are given no statistics keep none, and give the same bits, forward and backward."""
 
 import numpy as np
 import pytest
