@@ -247,7 +247,9 @@ cdef class Saved:
     cdef readonly tuple shape        # of x, and its dtype: both may have been changed since
     cdef readonly object dtype
     cdef readonly View view
-    cdef readonly ndarray statistics   # float64 (3, B * C): mean, what float64 rounds off it, var
+    # float64 (3, B * C): mean, what float64 rounds off it, var. None: found again from x, the same
+    # bits; not where they are frozen.
+    cdef readonly ndarray statistics
     cdef readonly object eps
     cdef readonly bint centred       # whether the mean is subtracted; if not, var is a mean square
     cdef readonly bint frozen        # whether the statistics do not depend on x
@@ -273,11 +275,14 @@ cpdef statistics_of(ndarray x, View view,
 
 
 cpdef normalise(ndarray x, View view, ndarray weight, ndarray bias, double eps, bint centred,
-                ndarray statistics, ndarray out,   # OUT
+                ndarray statistics,   # OUT, or None, where nobody keeps them
+                ndarray out,          # OUT
                 threads_for):
     """Normalise every channel by its own statistics."""
     cdef Pass p = new_pass(NORMALISE, view, weight, bias, None, None, eps)
     p.centred = centred
+    if statistics is None and not has_spans(&p):
+        statistics = new_statistics(p.geometry.channels)
     use_statistics(&p, statistics)
     p.statistics = <double*>data_of(statistics)
     run_pass(&p, x, None, out, threads_for)
@@ -307,8 +312,12 @@ cpdef gradients(ndarray grad_output, Saved saved, ndarray weight,
                 threads_for):
     cdef Pass p = new_pass(FROZEN_GRADIENTS if saved.frozen else GRADIENTS, saved.view,
                            weight, None, None, None, saved.eps)
+    cdef ndarray statistics = saved.statistics
     p.centred = saved.centred
-    use_statistics(&p, saved.statistics)
+    if statistics is None and not has_spans(&p):
+        statistics = new_statistics(p.geometry.channels)
+        statistics_of(saved.x, saved.view, saved.eps, saved.centred, statistics, threads_for)
+    use_statistics(&p, statistics)
     p.grad_weight = data_of(grad_weight)
     p.grad_bias = data_of(grad_bias)
     run_pass(&p, saved.x, grad_output, grad_input, threads_for)

@@ -59,15 +59,18 @@ cdef public enum:
     LONG_RUN = 512       # S from which a channel is walked by plane, ...
     FEW_ROWS = 8         # ... or from FEW_LANES, where N would leave a sheet fewer rows than this
     # Channels that share parameters and whose gradients a strip gathers: so many that the sums,
-    # 16 bytes a parameter and strip, are few beside the values, and that they have SMALL_PIECE
-    # values (of rows of 32, 64 took a fifth longer); in small arrays fewer, so that there are
-    # strips for all threads.
+    # 16 bytes a parameter and strip, are a tenth of the values at most, and that they have
+    # SMALL_PIECE values (of rows of 32, 64 took a fifth longer); in small arrays fewer, so that
+    # there are strips for all threads.
     GATHERED = 64
-    LEAST_GATHERED = 8
+    LEAST_GATHERED = 40
+    FEWEST_GATHERED = 8
+    GATHERED_FROM = 1 << 18   # values of an array that is not small
     GATHERING_STRIPS = 16
-    # Parameters in a piece of such channels: with LEAST_GATHERED channels two SMALL_PIECEs. With
-    # half as many, gradients of long rows took 3 to 8 % longer.
+    # Parameters in a piece of such channels, if they have more than are run as a whole. With half
+    # as many, gradients of long rows took 3 to 8 % longer.
     GATHERED_RUN = 4096
+    GATHERED_WHOLE = 16384
 
 
 cdef public struct Geometry:
@@ -173,11 +176,6 @@ cdef View view_of(Norm norm, tuple shape):
     return view
 
 
-cdef inline bint is_one_block(Py_ssize_t N, Py_ssize_t S) noexcept nogil:
-    """Whether a channel is summed by the mean of all its values, by plane."""
-    return N * (S // LANES) < FEW_LANES or N * S <= TALLEST * LANES
-
-
 cdef Geometry cut(View view,
                   bint reduces,    # False: with given statistics it only writes
                   bint gathers     # True: a pass that finds gradients of parameters
@@ -185,7 +183,7 @@ cdef Geometry cut(View view,
     """The strips and pieces of a non-empty array."""
     cdef Geometry g
     cdef Py_ssize_t N = view.N, C = view.C, S = view.S, B = view.B
-    cdef Py_ssize_t most = view.most(), sharing
+    cdef Py_ssize_t most = view.most(), sharing, strips, gathered, fewest
     if N == 1:   # nothing lies between the channels of one batch and those of the next
         B, C = 1, B * C
     g.B, g.N, g.C, g.S, g.parts, g.period = B, N, C, S, view.parts, view.period
@@ -211,16 +209,19 @@ cdef Geometry cut(View view,
         g.strip_channels = ceil_div(C, ceil_div(C, max(1, most // S)))
     elif gathers:
         sharing = C // g.period
-        g.strip_channels = g.period * min(sharing, max(LEAST_GATHERED, min(
-            max(GATHERED, SMALL_PIECE // g.parameters), PIECE // g.parameters,
-            ceil_div(sharing, GATHERING_STRIPS))))
+        strips = GATHERING_STRIPS
+        if N * C * S >= GATHERED_FROM:   # an even number, for two threads
+            strips = max(2, min(strips, sharing // LEAST_GATHERED // 2 * 2))
+        gathered = min(max(GATHERED, SMALL_PIECE // g.parameters), ceil_div(sharing, strips))
+        fewest = min(FEWEST_GATHERED, ceil_div(2 * SMALL_PIECE, g.parameters))
+        g.strip_channels = g.period * min(sharing, max(fewest, gathered))
     elif N * S < SMALL_STRIP:
         g.strip_channels = ceil_div(C, ceil_div(C, min(WIDTH, SMALL_STRIP // (N * S))))
     g.batch_strips = ceil_div(C, g.strip_channels)
     g.strips = B * g.batch_strips
     g.inner_pieces = 1
     if gathers and N == 1:   # the channels of a strip may be of many samples: they do not count
-        g.inner_pieces = 1 if is_one_block(N, S) else ceil_div(g.parameters, GATHERED_RUN)
+        g.inner_pieces = 1 if S <= GATHERED_WHOLE else ceil_div(g.parameters, GATHERED_RUN)
     elif g.by_plane:
         g.inner_pieces = ceil_div(S * g.strip_channels if gathers else S, most)
     g.inner_pieces = min(g.inner_pieces, ceil_div(S, LANES))

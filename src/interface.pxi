@@ -105,8 +105,8 @@ cdef public struct Micro:
                       double unit, double* shift, double* total, double* square) noexcept nogil
     double (*unit_of)(const void* x, const Sheet* sheet) noexcept nogil
     # The moments of at most AT_ONCE channels of one block each; the statistics of as many.
-    void (*channel_moments)(const void* x, const Sheet* sheet, Py_ssize_t S, bint centred,
-                            double smallest, Columns* into) noexcept nogil
+    void (*channel_moments)(const Pass* p, const Sheet* sheet, double smallest,
+                            Columns* into) noexcept nogil
     void (*finish_moments)(const Pass* p, Py_ssize_t first, Py_ssize_t n,
                            const Columns* found) noexcept nogil
     # The sums of channels for gradients, each in so many parts.

@@ -9,7 +9,7 @@ struct T(Normal) {
 
 /* Where loops are; weight is of each value of a run, mean and unit of each column or of all. */
 struct T(Pair) {
-    const stored *grad_output, *x;
+    const stored *grad_output, *x, *out;
     const real *weight, *mean, *unit;
     const struct T(Normal) *normal;
 };
@@ -17,6 +17,8 @@ struct T(Pair) {
 INLINE void T(move_pair)(struct T(Pair) *at, ptrdiff_t by, const int way) {
     at->grad_output += by;
     at->x += by;
+    if (way & FETCH)
+        at->out += by;
     if (way & BY_VALUE)
         at->weight += by;
     if (way & BY_COLUMN && way & MEANS) {
@@ -34,6 +36,8 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
         const ptrdiff_t k = v * LANES_OF;
         vector grad = whole ? load(at->grad_output + k) : load_some(at->grad_output + k, lanes - k);
         vector x = whole ? load(at->x + k) : load_some(at->x + k, lanes - k);
+        if (way & FETCH)
+            __builtin_prefetch(at->out + k, 1);
         if (way & BY_VALUE)
             grad *= T(reals)(at->weight + k, lanes - k);
         if (way & BY_ROW)
@@ -143,6 +147,8 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
         channel = row;                                                                             \
         channel.grad_output += r * stride;                                                         \
         channel.x += r * stride;                                                                   \
+        if (way & FETCH)                                                                           \
+            channel.out += r * stride;                                                             \
         T(multiply_row)(&channel, 0, vectors, lanes, mean + r, unit + r, way,                      \
                         band_total + r * vectors, band_product + r * vectors);                     \
     }
@@ -287,7 +293,8 @@ static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptr
 /* The sums of at most AT_ONCE channels that have a weight for each value; side by side where it is the
    same for all. */
 INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
-                               const int width, double *total, double *product) {
+                               const int width, const int way, double *total,
+                               double *product) {
     enum { FIT = 4 * LANES_OF / FEW_LANES };
     const int beside = width == FEW_LANES && FIT > 1 ? FIT : 1;
     const ptrdiff_t n = sheet->channels, S = p->geometry.S;
@@ -296,14 +303,16 @@ INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, 
     double totals[AT_ONCE * CHAINS], products[AT_ONCE * CHAINS];
     ptrdiff_t c = 0;
     T(take_units)(p, first, n, &units);
+    at.out = (const stored *)p->out + sheet->offset;
 #define CHANNELS(beside)                                                                           \
     at.weight = T(weights_of)(p, first + c) + sheet->start;                                        \
     at.mean = units.high + c;                                                                      \
     at.unit = units.per_unit + c;                                                                  \
-    T(sum_pairs)(&at, S, beside, sheet->runs, sheet->run_stride, sheet->length, width, BY_VALUE,   \
+    T(sum_pairs)(&at, S, beside, sheet->runs, sheet->run_stride, sheet->length, width, way,        \
                  totals + c * CHAINS, products + c * CHAINS);                                      \
     at.grad_output += beside * S;                                                                  \
-    at.x += beside * S
+    at.x += beside * S;                                                                            \
+    at.out += beside * S
     if (p->geometry.period == 1)
         for (; n - c >= beside; c += beside) {
             CHANNELS(beside);
@@ -321,9 +330,11 @@ INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, 
 static void T(row_products)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                             double *total, double *product) {
     if (sheet->length < SHORT_RUN)
-        T(row_products_in)(p, sheet, first, FEW_LANES, total, product);
+        T(row_products_in)(p, sheet, first, FEW_LANES, BY_VALUE | FETCH, total, product);
+    else if (p->stream)
+        T(row_products_in)(p, sheet, first, LANES, BY_VALUE, total, product);
     else
-        T(row_products_in)(p, sheet, first, LANES, total, product);
+        T(row_products_in)(p, sheet, first, LANES, BY_VALUE | FETCH, total, product);
 }
 
 /* Add up what channels share: the gradients of weights and biases by value. */

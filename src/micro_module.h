@@ -12,15 +12,15 @@ enum { /* what `way` says of a loop, as a literal: the compiler keeps what it ne
     BY_COLUMN = 8,  /* coefficients, or means, are for a column each, not one for all */
     BY_VALUE = 16,  /* a weight and a bias beside each value of a run */
     BY_PART = 32,   /* a weight and a bias for several values of a run each */
-    MEANS = 128,    /* means go along with the columns */
     BY_ROW = 64,    /* x is normalised first, by what each row has */
+    MEANS = 128,    /* means go along with the columns */
+    FETCH = 256,    /* what will be written is fetched: a store waits for its line to be read */
 };
 
 enum {
     /* Vectors that are written side by side: two, but no less than a cache line. */
     ACROSS = 2 * VECTOR_BYTES < LINE ? LINE / VECTOR_BYTES : 2,
     WORTH_A_TABLE = 4096, /* values */
-    FEW_VECTORS = 64,     /* values below which several rows are written side by side */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
 };
 

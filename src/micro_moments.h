@@ -193,10 +193,10 @@ INLINE void T(add_to_chains)(const doubles *sum, const int channels, const int g
 /* The sums of channels that lie `stride` apart, `beside` of them side by side, each of runs of so many
    values, in rows of `width`: of at most SUMMED rows in the type that is computed in, and of those in
    float64. Of the values, times a factor, around a shift for each channel; without one, of the values
-   alone. */
-INLINE void T(sum_runs)(const stored *x, ptrdiff_t stride, const int beside, ptrdiff_t runs,
-                        ptrdiff_t run_stride, ptrdiff_t length, const int width, const real *shift,
-                        const int scaled, real factor,
+   alone. Meanwhile what will be written is fetched, where it lies so far from x. */
+INLINE void T(sum_runs)(const stored *x, const int fetches, ptrdiff_t to_out, ptrdiff_t stride,
+                        const int beside, ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length,
+                        const int width, const real *shift, const int scaled, real factor,
                         double *total, double *square) { /* OUT (beside, CHAINS), or NULL */
     enum { MOST = 4 * LANES_OF, HALVES = LANES_OF / DOUBLES };
     const int columns = width * beside < MOST ? width : MOST / beside;
@@ -217,7 +217,10 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t stride, const int beside, ptr
                     band_sum[v] = band_squares[v] = all(0);
                 for (end = min_of(j + SUMMED, rows); j < end; j++, row += width)
                     EACH (v, beside * vectors) {
-                        value = load(row + v / vectors * stride + v % vectors * LANES_OF);
+                        const stored *at = row + v / vectors * stride + v % vectors * LANES_OF;
+                        value = load(at);
+                        if (fetches)
+                            __builtin_prefetch((const char *)at + to_out, 1);
                         if (scaled)
                             value *= factor;
                         if (shift)
@@ -265,12 +268,12 @@ INLINE void T(sum_around)(const stored *x, const struct Sheet *block, ptrdiff_t 
     double totals[CHAINS] = {0}, squares[CHAINS] = {0};
     real rounded = 0;
     if (!centred) {
-        T(sum_runs)(x, 0, 1, block->runs, block->run_stride, length, width, NULL, scaled, factor,
+        T(sum_runs)(x, 0, 0, 0, 1, block->runs, block->run_stride, length, width, NULL, scaled, factor,
                     totals, NULL);
         *shift = sum_of_chains(totals) / ((double)block->runs * length);
     }
     *shift = rounded = (real)*shift;
-    T(sum_runs)(x, 0, 1, block->runs, block->run_stride, length, width, &rounded, scaled, factor,
+    T(sum_runs)(x, 0, 0, 0, 1, block->runs, block->run_stride, length, width, &rounded, scaled, factor,
                 totals, squares);
     *total = sum_of_chains(totals);
     *square = sum_of_chains(squares);
@@ -302,17 +305,18 @@ static double T(unit_of)(const void *data, const struct Sheet *sheet) {
 }
 
 /* The sums of at most AT_ONCE channels, in rows of `width`. */
-INLINE void T(sum_channels)(const stored *x, const struct Sheet *sheet, ptrdiff_t S,
-                            const int width, const real *shift, double *total, double *square) {
+INLINE void T(sum_channels)(const stored *x, const int fetches, ptrdiff_t to_out,
+                            const struct Sheet *sheet, ptrdiff_t S, const int width,
+                            const real *shift, double *total, double *square) {
     enum { FIT = 4 * LANES_OF / FEW_LANES };
     const int beside = width == FEW_LANES && FIT > 1 ? FIT : 1;
     const ptrdiff_t n = sheet->channels;
     double totals[AT_ONCE * CHAINS], squares[AT_ONCE * CHAINS];
     ptrdiff_t c = 0;
 #define CHANNELS(beside)                                                                           \
-    T(sum_runs)(x + c * S, S, beside, sheet->runs, sheet->run_stride, sheet->length,     \
-                width, shift ? shift + c : NULL, 0, 1, total ? totals + c * CHAINS : NULL,         \
-                square ? squares + c * CHAINS : NULL)
+    T(sum_runs)(x + c * S, fetches, to_out, S, beside, sheet->runs, sheet->run_stride,             \
+                sheet->length, width, shift ? shift + c : NULL, 0, 1,                              \
+                total ? totals + c * CHAINS : NULL, square ? squares + c * CHAINS : NULL)
     for (; n - c >= beside; c += beside)
         CHANNELS(beside);
     for (; beside > 1 && c < n; c++)
@@ -325,8 +329,9 @@ INLINE void T(sum_channels)(const stored *x, const struct Sheet *sheet, ptrdiff_
 }
 
 /* The moments of at most AT_ONCE channels of one block each, around their means, or around 0. */
-INLINE void T(moments_in_rows)(const stored *x, const struct Sheet *sheet, ptrdiff_t S,
-                               const int width, const int centred, double smallest, struct Columns *into) {
+INLINE void T(moments_in_rows)(const stored *x, const int fetches, ptrdiff_t to_out,
+                               const struct Sheet *sheet, ptrdiff_t S, const int width,
+                               const int centred, double smallest, struct Columns *into) {
     /* Pass by pass, because the second pass over a channel has to wait for its mean; meanwhile the
        CPU is at the next channel. */
     const double count = (double)sheet->runs * sheet->length;
@@ -335,12 +340,12 @@ INLINE void T(moments_in_rows)(const stored *x, const struct Sheet *sheet, ptrdi
     real shifts[AT_ONCE];
     int outside = 0;
     if (centred) {
-        T(sum_channels)(x, sheet, S, width, NULL, total, NULL);
+        T(sum_channels)(x, fetches, to_out, sheet, S, width, NULL, total, NULL);
         for (ptrdiff_t c = 0; c < n; c++)
             shifts[c] = (real)(total[c] / count);
-        T(sum_channels)(x, sheet, S, width, shifts, total, square);
+        T(sum_channels)(x, 0, 0, sheet, S, width, shifts, total, square);
     } else
-        T(sum_channels)(x, sheet, S, width, NULL, NULL, square);
+        T(sum_channels)(x, fetches, to_out, sheet, S, width, NULL, NULL, square);
     for (ptrdiff_t c = 0; c < n; c++) {
         into->shift[c] = centred ? shifts[c] : 0;
         into->mean[c] = centred ? total[c] / count : 0;
@@ -365,15 +370,29 @@ INLINE void T(moments_in_rows)(const stored *x, const struct Sheet *sheet, ptrdi
         }
 }
 
-static void T(channel_moments)(const void *data, const struct Sheet *sheet, ptrdiff_t S, int centred,
-                               double smallest, struct Columns *into) {
-    const stored *x = (const stored *)data + sheet->offset;
-    if (sheet->width == FEW_LANES && centred)
-        T(moments_in_rows)(x, sheet, S, FEW_LANES, 1, smallest, into);
-    else if (sheet->width == FEW_LANES)
-        T(moments_in_rows)(x, sheet, S, FEW_LANES, 0, smallest, into);
-    else if (centred)
-        T(moments_in_rows)(x, sheet, S, LANES, 1, smallest, into);
+static void T(channel_moments)(const struct Pass *p, const struct Sheet *sheet, double smallest,
+                               struct Columns *into) {
+    const stored *x = (const stored *)p->x + sheet->offset;
+    const ptrdiff_t S = p->geometry.S, to_out = (char *)p->out - (char *)p->x;
+    /* A store waits until its line is read, unless it goes past the cache. */
+    const int fetches = p->kind == NORMALISE && !p->stream && p->geometry.pieces == 1;
+#define FIND(fetches, width, centred)                                                              \
+    T(moments_in_rows)(x, fetches, to_out, sheet, S, width, centred, smallest, into)
+#define FIND_IN(width)                                                                             \
+    do {                                                                                           \
+        if (fetches && p->centred)                                                                 \
+            FIND(1, width, 1);                                                                     \
+        else if (fetches)                                                                          \
+            FIND(1, width, 0);                                                                     \
+        else if (p->centred)                                                                       \
+            FIND(0, width, 1);                                                                     \
+        else                                                                                       \
+            FIND(0, width, 0);                                                                     \
+    } while (0)
+    if (sheet->width == FEW_LANES)
+        FIND_IN(FEW_LANES);
     else
-        T(moments_in_rows)(x, sheet, S, LANES, 0, smallest, into);
+        FIND_IN(LANES);
+#undef FIND_IN
+#undef FIND
 }

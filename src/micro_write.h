@@ -78,7 +78,7 @@ INLINE struct T(Loaded) T(load_vectors)(const struct T(Place) *at, ptrdiff_t k, 
         if (way & BACKWARD)
             values.grad[v] =
                 whole ? load(at->grad_output + i) : load_some(at->grad_output + i, lanes);
-        if (way & BY_VALUE && way & STREAM) { /* what comes from memory next, while this is computed */
+        if (way & BY_VALUE) { /* what comes from memory next, while this is computed */
             __builtin_prefetch(at->x + i + at->ahead);
             if (way & BACKWARD)
                 __builtin_prefetch(at->grad_output + i + at->ahead);
@@ -224,8 +224,8 @@ INLINE void T(write_parts)(struct T(Place) place, const struct Pass *p, const st
    the same for all, and all begin alike in their cache lines, or are too short for it to matter. */
 INLINE int T(lie_alike)(const struct Pass *p, const int way) {
     const ptrdiff_t S = p->geometry.S;
-    return p->geometry.period == 1 && (way & STREAM || S < FEW_VECTORS)
-           && (S * sizeof(stored) % LINE == 0 || (!(way & STREAM) && S < ALIGNED_RUN));
+    return p->geometry.period == 1
+           && (way & STREAM ? S * sizeof(stored) % LINE == 0 : S < ALIGNED_RUN);
 }
 
 INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
@@ -499,12 +499,13 @@ INLINE void T(write_sharing_way)(const struct Pass *p, const struct Sheet *sheet
 
 static void T(write_sharing)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                              double *share) {
-    if (!T(lie_alike)(p, p->stream ? STREAM : 0)) {
-        T(share_products)(p, sheet, first, share);
-        T(write)(p, sheet, first);
-    } else if (p->stream) {
+    if (!p->stream)
+        T(write_sharing_way)(p, sheet, first, share, BACKWARD | BY_VALUE);
+    else if (p->geometry.S * sizeof(stored) % LINE == 0) {
         T(write_sharing_way)(p, sheet, first, share, BACKWARD | BY_VALUE | STREAM);
         stream_fence();
-    } else
-        T(write_sharing_way)(p, sheet, first, share, BACKWARD | BY_VALUE);
+    } else { /* rows that do not all begin alike in their cache lines are streamed one by one */
+        T(share_products)(p, sheet, first, share);
+        T(write)(p, sheet, first);
+    }
 }

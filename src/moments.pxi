@@ -105,14 +105,27 @@ cdef inline Columns columns_in(double* values, Py_ssize_t n) noexcept nogil:
     return columns
 
 
-cdef void short_moments(const Pass* p, Sheet sheet, Moments* into) noexcept nogil:
-    """The moments of channels of few values."""
+cdef void sheet_moments(const Pass* p, Sheet sheet, Columns* found) noexcept nogil:   # OUT
+    """The moments of at most AT_ONCE channels by plane."""
+    cdef double smallest = smallest_of(p)
+    cdef Moments m
+    cdef Py_ssize_t c
+    if sheet.width == FEW_LANES or sheet.runs * sheet.length <= TALLEST * LANES:   # one block
+        micro_of(p).channel_moments(p, &sheet, smallest, found)
+        return
+    for c in range(sheet.channels):
+        m = plane_moments(p, &sheet, smallest)
+        found.shift[c], found.mean[c], found.m2[c] = m.shift, m.mean, m.m2
+        sheet.offset += p.geometry.S
+
+
+cdef void reduce_planes(const Pass* p, Sheet sheet, Moments* into) noexcept nogil:   # OUT
     cdef double[3 * AT_ONCE] values
     cdef Columns found = columns_in(values, AT_ONCE)
     cdef Py_ssize_t rest = sheet.channels, c
     while rest > 0:
         sheet.channels = min(AT_ONCE, rest)
-        micro_of(p).channel_moments(p.x, &sheet, p.geometry.S, p.centred, smallest_of(p), &found)
+        sheet_moments(p, sheet, &found)
         for c in range(sheet.channels):
             into[c].count = sheet.runs * sheet.length
             into[c].shift, into[c].mean, into[c].m2 = found.shift[c], found.mean[c], found.m2[c]
@@ -122,22 +135,14 @@ cdef void short_moments(const Pass* p, Sheet sheet, Moments* into) noexcept nogi
 
 
 cdef void reduce_moments(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noexcept nogil:
-    cdef double smallest = smallest_of(p)
     cdef const Geometry* g = &p.geometry
-    cdef const Micro* micro = micro_of(p)
     cdef double[3 * WIDTH] values
     cdef Columns columns = columns_in(values, WIDTH)
     cdef Sheet sheet = sheet_of(g, strip, piece)
     cdef Moments* into = <Moments*>p.partial + piece * g.channels + first_channel(g, strip)
-    cdef Py_ssize_t c
 
-    if g.by_plane and sheet.width == FEW_LANES:
-        short_moments(p, sheet, into)
-        return
     if g.by_plane:
-        for c in range(sheet.channels):
-            into[c] = plane_moments(p, &sheet, smallest)
-            sheet.offset += g.S
+        reduce_planes(p, sheet, into)
         return
-    column_moments(p, &sheet, smallest, &columns)
-    micro.fold(&sheet, &columns, into)
+    column_moments(p, &sheet, smallest_of(p), &columns)
+    micro_of(p).fold(&sheet, &columns, into)

@@ -90,8 +90,7 @@ cdef void write_tile(const Pass* p, const Geometry* g, Py_ssize_t strip,
 cdef inline bint has_spans(const Pass* p) noexcept nogil:
     """Whether strips are run some channels at a time."""
     cdef const Geometry* g = &p.geometry
-    return (g.by_value and g.pieces == 1 and is_one_block(g.N, g.S)
-            and p.kind != FROZEN_GRADIENTS)
+    return g.by_value and g.pieces == 1 and p.kind != FROZEN_GRADIENTS
 
 
 cdef inline PerChannel per_channel_from(PerChannel values, Py_ssize_t first) noexcept nogil:
@@ -102,10 +101,14 @@ cdef inline PerChannel per_channel_from(PerChannel values, Py_ssize_t first) noe
     return values
 
 
-cdef Py_ssize_t span_of(const Geometry* g) noexcept nogil:
-    """How many channels are run at a time."""
-    cdef Py_ssize_t n = SPAN // (g.N * g.S)
-    return min(AT_ONCE, n // EVEN * EVEN if n >= EVEN else max(1, n))
+cdef inline Py_ssize_t span_of(const Pass* p) noexcept nogil:
+    """How many channels are run at a time: those whose values, of x or of both arrays, are SPAN."""
+    cdef Py_ssize_t each = p.geometry.N * p.geometry.S
+    cdef Py_ssize_t n = SPAN // each
+    if p.kind != GRADIENTS:
+        return min(AT_ONCE, n // EVEN * EVEN if n >= EVEN else max(1, n))
+    # Of gradients of parameters, sums of SUMMED channels are added up.
+    return min(AT_ONCE, max(SUMMED, n // 2 // SUMMED * SUMMED))
 
 
 cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:
@@ -125,7 +128,7 @@ cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:
     cdef Pass part = p[0]
     cdef Sheet sheet = sheet_of(g, strip, 0)
     cdef Py_ssize_t first = first_channel(g, strip), end = first + sheet.channels, n, k
-    cdef Py_ssize_t span = span_of(g)
+    cdef Py_ssize_t span = span_of(p)
     cdef bint finds = finds_statistics(p)
 
     part.geometry.channels = AT_ONCE
@@ -135,18 +138,15 @@ cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:
         part.mean.double_ = statistics
         part.mean_low.double_ = statistics + AT_ONCE
         part.var.double_ = statistics + 2 * AT_ONCE
-    if p.kind == GRADIENTS:
-        # Sums of the gradients of parameters are of SUMMED channels.
-        span = min(AT_ONCE, max(SUMMED, span // SUMMED * SUMMED))
-        if p.shares != NULL:
-            share = share_of(p, strip, 0)
-            clear_share(p, &sheet, share)
+    if p.kind == GRADIENTS and p.shares != NULL:
+        share = share_of(p, strip, 0)
+        clear_share(p, &sheet, share)
     while first < end:
         n = sheet.channels = min(span, end - first)
         part.origin = first
         part.ahead = n * g.S
         if finds:
-            micro.channel_moments(p.x, &sheet, g.S, p.centred, smallest_of(p), &found)
+            sheet_moments(p, sheet, &found)
             micro.finish_moments(&part, 0, n, &found)
             if p.statistics != NULL:
                 for k in range(3):
