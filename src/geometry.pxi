@@ -30,8 +30,8 @@
 #                        of the array side by side where they are short; the last one may be
 #                        shorter.
 #
-# Planes of 14x14, N = 50, are read two to three times as fast by row as by plane on two cores: the
-# runs of one channel lie a page and more apart, and a strip of several channels has longer ones.
+# Short planes of many samples are read faster by row than by plane: the runs of one channel lie a
+# page and more apart, and a strip of several channels has longer ones.
 #
 # Every cut depends on the shape alone, never on the number of threads. Where a channel is of one
 # sample, what its values are added up by (lanes, rows, blocks, pieces) depends on the shape of that
@@ -57,13 +57,11 @@ cdef public enum:
     FEW_ROWS = 8         # ... or from FEW_LANES, where N would leave a sheet fewer rows than this
     # Channels that share parameters and whose gradients a strip gathers: so many that the sums,
     # 16 bytes a parameter and strip, are few beside the values, and that they have SMALL_PIECE
-    # values (of rows of 32, 64 took a fifth longer); in small arrays fewer, so that there are
-    # strips for all threads.
+    # values; in small arrays fewer, so that there are strips for all threads.
     GATHERED = 64
     LEAST_GATHERED = 8
     GATHERING_STRIPS = 16
-    # Parameters in a piece of such channels: with LEAST_GATHERED channels two SMALL_PIECEs. With
-    # half as many, gradients of long rows took 3 to 8 % longer.
+    # Parameters in a piece of such channels: with LEAST_GATHERED channels two SMALL_PIECEs.
     GATHERED_RUN = 4096
 
 

@@ -240,10 +240,9 @@ INLINE void T(write_sheet)(struct T(Place) place, const struct Sheet *sheet, con
     enum { LINE_OF = LINE / VECTOR_BYTES };
     const int rows = way & STREAM ? 4 / LINE_OF : 4;
     ptrdiff_t rest = sheet->rows;
-    /* One by one where they are long and without gaps, in the order of the memory, and where they do
-       not all begin alike in their cache lines and are streamed. */
-    if (!(sheet->width > WIDTH && sheet->row_stride == sheet->width)
-        && !(way & STREAM && sheet->row_stride * sizeof(stored) % LINE))
+    /* Not rows that begin at different places of their cache lines, if they are streamed or long: one
+       by one they are written from line to line. */
+    if (sheet->row_stride * sizeof(stored) % LINE == 0 || !(way & STREAM || sheet->width > WIDTH))
         for (; rest >= rows; rest -= rows) {
             T(write_aligned)(&place, sheet->width, rows, sheet->row_stride, 4 / rows, way);
             T(move)(&place, rows * sheet->row_stride, way);
