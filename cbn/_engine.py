@@ -36,17 +36,19 @@ def forward(
     momentum: float | None = 0.0,
     correction: float = 0.0,
     nonfinite: str = "propagate",
+    keeps: bool = True,
 ) -> tuple[Array, Saved]:
     """Normalise x by its own statistics, and let the running statistics learn them.
 
     least: the values that each mean should be of. Fewer than two are refused where it is not 1;
     fewer than four are warned of where it is four, once all checks have passed and before anything
     is computed. With a counter of batches, momentum may be None: the average over all of them.
-    nonfinite is that of a layer.
+    nonfinite is that of a layer. keeps: whether there may be a backward pass; if not, nothing is kept
+    for it, and there is no Saved.
     """
     given = (
         x, norm, dtype, weight, bias, eps, out, least, running_mean, running_var,
-        num_batches_tracked, momentum, correction, nonfinite, threads_for,
+        num_batches_tracked, momentum, correction, nonfinite, keeps, threads_for,
     )  # fmt: skip
     done: Any = kernels.forward(*given)
     return done if type(done) is tuple else mended(kernels.forward, given, done)

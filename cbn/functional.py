@@ -114,7 +114,7 @@ def batch_norm(
     norm = _norms.any_batch(channel_axis)
     if _scalars.flag("training", training):
         learning = running_mean, running_var, None, momentum, correction
-        return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning)[0]
+        return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning, keeps=False)[0]
     _scalars.unused(momentum, correction)
     given = running_mean, running_var, weight, bias, eps, out
     return _engine.forward_given(x, norm, None, *given)[0]
@@ -276,7 +276,7 @@ def group_norm(
     array([[-1.,  1., -1.,  1.]])
     """
     norm = _norms.any_group(num_groups, channel_axis)
-    return _engine.forward(x, norm, None, weight, bias, eps, out)[0]
+    return _engine.forward(x, norm, None, weight, bias, eps, out, keeps=False)[0]
 
 
 @documented_by(batch_norm_backward, group_norm)
@@ -382,7 +382,7 @@ def instance_norm(
     norm, given_norm = _norms.any_instance(channel_axis)
     if _scalars.flag("use_input_stats", use_input_stats):
         learning = running_mean, running_var, None, momentum, correction
-        return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning)[0]
+        return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning, keeps=False)[0]
     _scalars.unused(momentum, correction)
     given = running_mean, running_var, weight, bias, eps, out
     return _engine.forward_given(x, given_norm, None, *given)[0]
@@ -464,7 +464,7 @@ def layer_norm(
            [-1.,  1.]])
     """
     norm = _norms.any_layer(normalized_shape)
-    return _engine.forward(x, norm, None, weight, bias, eps, out)[0]
+    return _engine.forward(x, norm, None, weight, bias, eps, out, keeps=False)[0]
 
 
 @documented_by(group_norm_backward, layer_norm)
@@ -546,7 +546,7 @@ def rms_norm(
     """
     norm, x = _norms.any_layer(normalized_shape, centred=False), _arrays.array("x", x)
     eps = _norms.default_eps(x.dtype) if eps is None else eps
-    return _engine.forward(x, norm, None, weight, None, eps, out)[0]
+    return _engine.forward(x, norm, None, weight, None, eps, out, keeps=False)[0]
 
 
 @documented_by(layer_norm_backward, rms_norm)

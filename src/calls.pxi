@@ -122,8 +122,9 @@ cpdef object forward(
         x, Norm norm, dtype, weight, bias, eps, out,
         Py_ssize_t least,   # values that each mean should be of; with 1, an unbiased one is none
         running_mean, running_var, num_batches_tracked, momentum, correction, nonfinite,
+        bint keeps,         # whether there may be a backward pass
         threads_for, data=None, over_x=None, bint spread=False):
-    """Normalise by the statistics of x: return the output and a Saved.
+    """Normalise by the statistics of x: return the output and a Saved, or None if none is kept.
 
     Where statistics that are not finite are refused, their channels are returned, in a list.
     """
@@ -131,8 +132,8 @@ cpdef object forward(
     cdef tuple parameter_shape
     cdef View view
     cdef Py_ssize_t count
-    cdef ndarray statistics, learnt, buffer
-    cdef bint empty, raises, looks_first
+    cdef ndarray statistics = None, learnt = None, buffer
+    cdef bint empty, learns, raises, looks_first
     if num_batches_tracked is not None:
         if not is_count(num_batches_tracked):
             return "count"
@@ -171,9 +172,11 @@ cpdef object forward(
         return "few_values"
 
     buffer = written(out, data)
-    statistics = learnt = new_statistics(view.B * view.C)
     empty = PyArray_SIZE(<ndarray>data) == 0
     raises = nonfinite == "raise"
+    learns = running_mean is not None or num_batches_tracked is not None
+    if learns or raises or empty or (keeps and not view.keeps_none):
+        statistics = learnt = new_statistics(view.B * view.C)
     looks_first = raises and out is not None   # what is written to it could not be taken back
     if empty:
         statistics[...] = 0
@@ -181,7 +184,7 @@ cpdef object forward(
         statistics_of(data, view, eps, norm.centred, statistics, threads_for)
     else:
         normalise(data, view, weight, bias, eps, norm.centred, statistics, buffer, threads_for)
-    if not empty and (running_mean is not None or num_batches_tracked is not None or raises):
+    if not empty and (learns or raises):
         if view.of_samples:
             learnt = averages(statistics, parameter_shape[0])
         if raises:
@@ -192,6 +195,8 @@ cpdef object forward(
             normalise_by(data, view, statistics, weight, bias, eps, buffer, threads_for)
         learn(running_mean, running_var, num_batches_tracked, learnt, momentum, count, correction,
               nonfinite == "skip")
+    if not keeps:
+        return returned(out, buffer), None
     return returned(out, buffer), new_saved(
         None if is_over(out, x, over_x) else data, data.shape, <object>PyArray_DESCR(<ndarray>data),
         view, statistics, eps, norm.centred, False)
@@ -259,7 +264,7 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
     norm = norms[channel_axis]
     if training is True:
         done = forward(x, norm, None, weight, bias, eps, out, 2, running_mean, running_var, None,
-                       momentum, correction, "propagate", threads_for)
+                       momentum, correction, "propagate", False, threads_for)
         return (<tuple>done)[0] if type(done) is tuple else None
     if not (training is False and is_finite(momentum) and is_non_negative(correction)
             and amiss_in_data("x", x, None) is None):
@@ -273,7 +278,7 @@ def saved_statistics(x, Norm norm, eps, threads_for, data=None):
     """Return the Saved that a forward pass would have kept."""
     cdef str amiss
     cdef View view
-    cdef ndarray statistics
+    cdef ndarray statistics = None   # where backward finds them
     if data is None:
         data = x
     found = seen(data, norm, None)
@@ -282,11 +287,12 @@ def saved_statistics(x, Norm norm, eps, threads_for, data=None):
     view = found
     if not is_non_negative(eps):
         return "non_negative:eps"
-    statistics = new_statistics(view.B * view.C)
-    if PyArray_SIZE(<ndarray>data) > 0:
-        statistics_of(data, view, eps, norm.centred, statistics, threads_for)
-    else:
-        statistics[...] = 0
+    if not view.finds_statistics:
+        statistics = new_statistics(view.B * view.C)
+        if PyArray_SIZE(<ndarray>data) > 0:
+            statistics_of(data, view, eps, norm.centred, statistics, threads_for)
+        else:
+            statistics[...] = 0
     return new_saved(data, data.shape, <object>PyArray_DESCR(<ndarray>data), view, statistics, eps,
                      norm.centred, False)
 

@@ -30,8 +30,8 @@
 #                        of the array side by side where they are short; the last one may be
 #                        shorter.
 #
-# Planes of 14x14, N = 50, are read two to three times as fast by row as by plane on two cores: the
-# runs of one channel lie a page and more apart, and a strip of several channels has longer ones.
+# Short planes of many samples are read faster by row than by plane: the runs of one channel lie a
+# page and more apart, and a strip of several channels has longer ones.
 #
 # Every cut depends on the shape alone, never on the number of threads. Where a channel is of one
 # sample, what its values are added up by (lanes, rows, blocks, pieces) depends on the shape of that
@@ -60,15 +60,13 @@ cdef public enum:
     FEW_ROWS = 8         # ... or from FEW_LANES, where N would leave a sheet fewer rows than this
     # Channels that share parameters and whose gradients a strip gathers: so many that the sums,
     # 16 bytes a parameter and strip, are a tenth of the values at most, and that they have
-    # SMALL_PIECE values (of rows of 32, 64 took a fifth longer); in small arrays fewer, so that
-    # there are strips for all threads.
+    # SMALL_PIECE values; in small arrays fewer, so that there are strips for all threads.
     GATHERED = 64
     LEAST_GATHERED = 40
     FEWEST_GATHERED = 8
     GATHERED_FROM = 1 << 18   # values of an array that is not small
     GATHERING_STRIPS = 16
-    # Parameters in a piece of such channels, if they have more than are run as a whole. With half
-    # as many, gradients of long rows took 3 to 8 % longer.
+    # Parameters in a piece of such channels, if they have more than are run as a whole.
     GATHERED_RUN = 4096
     GATHERED_WHOLE = 16384
 
@@ -127,6 +125,10 @@ cdef class View:
     cdef readonly bint of_samples         # whether each channel is of one sample
     cdef readonly tuple parameter_shape   # of weight, bias, and running statistics
     cdef readonly Py_ssize_t values       # that a mean is of
+    # Whether backward finds statistics that were not kept on its way, and whether they are better not
+    # kept: three of float64 would be more than a tenth of a channel of float32.
+    cdef readonly bint finds_statistics
+    cdef readonly bint keeps_none
     cdef Geometry writing
     cdef Geometry reducing
     cdef Geometry gathering
@@ -141,6 +143,8 @@ cdef class View:
             self.writing = cut(self, False, False)
             self.reducing = cut(self, True, False)
             self.gathering = cut(self, True, True)
+        self.finds_statistics = self.values > 0 and runs_spans(&self.gathering)
+        self.keeps_none = self.finds_statistics and S < 60
 
     cdef inline Py_ssize_t most(self):
         """The values in a piece."""
@@ -296,6 +300,11 @@ cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece
             sheet.rows, sheet.row_stride = outer // g.repeat, line * g.repeat
             sheet.tail = outer % g.repeat * line
     return sheet
+
+
+cdef inline bint runs_spans(const Geometry* g) noexcept nogil:
+    """Whether a strip is run some channels at a time, each with all that belongs to it."""
+    return g.by_value and g.pieces == 1
 
 
 cdef inline Py_ssize_t shortest_run(const Geometry* g) noexcept nogil:

@@ -57,7 +57,7 @@ static void T(finish_coefficients)(const struct Pass *p, ptrdiff_t first, ptrdif
                                    double *reciprocal) {
     const ptrdiff_t C = p->geometry.channels, period = p->geometry.period;
     real *coefficient = (real *)p->coefficients + first;
-    double mean[AT_ONCE], mean_low[AT_ONCE], weight[AT_ONCE], bias[AT_ONCE];
+    double mean[AT_ONCE], mean_low[AT_ONCE], weight[AT_ONCE], bias[AT_ONCE], low;
     take_values(&p->mean, first, n, mean);
     take_values(&p->mean_low, first, n, mean_low);
     take_values(&p->var, first, n, reciprocal);
@@ -68,11 +68,14 @@ static void T(finish_coefficients)(const struct Pass *p, ptrdiff_t first, ptrdif
     for (ptrdiff_t c = 0; c < n; c++) {
         coefficient[MEAN * C + c] = (real)mean[c];
         coefficient[SCALE * C + c] = (real)(weight[c] * reciprocal[c]);
-        coefficient[BIAS * C + c] = (real)bias[c];
     }
-    for (ptrdiff_t c = 0; c < n; c++)
-        coefficient[MEAN_LOW * C + c] =
-            T(low_part)(coefficient[MEAN * C + c], mean[c], mean_low[c]);
+    for (ptrdiff_t c = 0; c < n; c++) {
+        low = T(low_part)(coefficient[MEAN * C + c], mean[c], mean_low[c]);
+        coefficient[MEAN_LOW * C + c] = (real)low;
+        /* No product of 0 and a weight that is not finite. */
+        coefficient[BIAS * C + c] =
+            (real)(low == 0 ? bias[c] : bias[c] - low * (weight[c] * reciprocal[c]));
+    }
 }
 
 /* The coefficients of grad_input of at most AT_ONCE channels, from the sums of each, and the
@@ -84,6 +87,7 @@ static void T(finish_gradients)(const struct Pass *p, ptrdiff_t first, ptrdiff_t
     const double count = (double)p->geometry.N * p->geometry.S;
     real *coefficient = (real *)p->coefficients + first;
     real *grad_weight = p->grad_weight, *grad_bias = p->grad_bias;
+    double slope, mean_grad;
     if (!p->shares && grad_weight)
         for (ptrdiff_t c = 0; c < n; c++) {
             grad_bias[first + c] = (real)total[c];
@@ -95,9 +99,12 @@ static void T(finish_gradients)(const struct Pass *p, ptrdiff_t first, ptrdiff_t
             coefficient[MEAN * C + c] = coefficient[MEAN_LOW * C + c] = 0;
             coefficient[BIAS * C + c] = 0;
         } else {
-            coefficient[MEAN_GRAD * C + c] = p->centred ? (real)(total[c] / count) : 0;
-            coefficient[SLOPE * C + c] =
-                (real)(product[c] / count * reciprocal[c] * reciprocal[c]);
+            slope = product[c] / count * reciprocal[c] * reciprocal[c];
+            mean_grad = p->centred ? total[c] / count : 0;
+            if (!p->geometry.by_value && coefficient[MEAN_LOW * C + c] != 0)
+                mean_grad -= coefficient[MEAN_LOW * C + c] * slope;
+            coefficient[MEAN_GRAD * C + c] = (real)mean_grad;
+            coefficient[SLOPE * C + c] = (real)slope;
         }
 }
 

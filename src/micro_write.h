@@ -1,18 +1,22 @@
 /* The two passes that write, with a few coefficients for each channel:
 
-     y          = ((x - mean) - mean_low) * scale + bias
-     grad_input = ((grad_output - mean_grad) - ((x - mean) - mean_low) * slope) * scale
+     y          = (x - mean) * scale + bias
+     grad_input = ((grad_output - mean_grad) - (x - mean) * slope) * scale
 
-   x is centred before it is scaled, by a mean in two parts: x * alpha + beta would lose as many
-   digits as the mean is larger than the standard deviation.
+   x is centred before it is scaled: x * alpha + beta would lose as many digits as the mean is larger
+   than the standard deviation. mean is rounded; what is left of it, mean_low, is in the others: in
+   bias is -mean_low * scale too, in mean_grad -mean_low * slope.
 
    scale is weight / std where a channel has one weight. Where it has several, scale is 1 / std, and
 
-     y          = ((x - mean) - mean_low) * scale * weight + bias
-     grad_input = ((grad_output * weight - mean_grad) - ((x - mean) - mean_low) * slope) * scale
+     y          = (x - mean) * (scale * weight) + (the bias above, of a bias of 0) * weight + bias
+     grad_input = ((grad_output * weight - mean_grad) - (x - mean) * slope) * scale
 
-   with weight and bias beside x, value by value, or, where they are for several values each, of the
-   columns of a table: there y has weight in its scale, and grad_input finds it in WEIGHT. */
+   with the weight and the bias of the columns of a table, or of a part of a plane: y has both in its
+   coefficients, and grad_input finds the weight in WEIGHT. Or they are beside x, value by value:
+
+     y          = ((x - mean) - mean_low) * scale * weight + bias
+     grad_input = ((grad_output * weight - mean_grad) - ((x - mean) - mean_low) * slope) * scale  */
 
 /* Where loops are, and what they write with. */
 struct T(Place) {
@@ -36,7 +40,8 @@ INLINE struct T(Coefficients) T(coefficients)(const struct T(Place) *at, ptrdiff
 #define COEFFICIENT(row)                                                                           \
     way & BY_COLUMN ? T(reals)(table + row * at->stride, lanes) : all(table[row * at->stride])
     c.mean = COEFFICIENT(MEAN);
-    c.mean_low = COEFFICIENT(MEAN_LOW);
+    if (way & BY_VALUE)
+        c.mean_low = COEFFICIENT(MEAN_LOW);
     c.scale = COEFFICIENT(SCALE);
     c.bias = COEFFICIENT(BIAS);
     if (way & BACKWARD)
@@ -50,7 +55,7 @@ INLINE struct T(Coefficients) T(coefficients)(const struct T(Place) *at, ptrdiff
 /* Here an epilogue belongs: what becomes of a value before it is stored. What it makes of
    grad_output, multiply_row (micro_gradients.h) has to make of it too. */
 INLINE vector T(result)(vector x, vector grad, const struct T(Coefficients) *c, const int way) {
-    const vector centred = (x - c->mean) - c->mean_low;
+    const vector centred = way & BY_VALUE ? (x - c->mean) - c->mean_low : x - c->mean;
     if (way & BACKWARD) {
         if (way & (BY_VALUE | WEIGHTED))
             grad *= c->weight;
@@ -203,7 +208,7 @@ INLINE void T(write_parts)(struct T(Place) place, const struct Pass *p, const st
     ptrdiff_t begin, end;
     for (int k = 0; k < COEFFICIENTS; k++)
         of_part[k] = place.coefficients[k * place.stride];
-    const real scale = of_part[SCALE];
+    const real scale = of_part[SCALE], shift = of_part[BIAS];
     place.coefficients = of_part;
     place.stride = 1;
     for (ptrdiff_t q = start / length; q * length < stop; q++) {
@@ -213,7 +218,7 @@ INLINE void T(write_parts)(struct T(Place) place, const struct Pass *p, const st
             of_part[WEIGHT] = weight[q];
         else {
             of_part[SCALE] = scale * weight[q];
-            of_part[BIAS] = bias[q];
+            of_part[BIAS] = bias[q] + shift * weight[q];
         }
         T(write_aligned)(&place, end - begin, 1, 0, ACROSS, way);
         T(move)(&place, end - begin, way);
@@ -261,10 +266,9 @@ INLINE void T(write_sheet)(struct T(Place) place, const struct Sheet *sheet, con
     enum { LINE_OF = LINE / VECTOR_BYTES };
     const int rows = way & STREAM ? 4 / LINE_OF : 4;
     ptrdiff_t rest = sheet->rows;
-    /* One by one where they are long and without gaps, in the order of the memory, and where they do
-       not all begin alike in their cache lines and are streamed. */
-    if (!(sheet->width > WIDTH && sheet->row_stride == sheet->width)
-        && !(way & STREAM && sheet->row_stride * sizeof(stored) % LINE))
+    /* Not rows that begin at different places of their cache lines, if they are streamed or long: one
+       by one they are written from line to line. */
+    if (sheet->row_stride * sizeof(stored) % LINE == 0 || !(way & STREAM || sheet->width > WIDTH))
         for (; rest >= rows; rest -= rows) {
             T(write_aligned)(&place, sheet->width, rows, sheet->row_stride, 4 / rows, way);
             T(move)(&place, rows * sheet->row_stride, way);
@@ -315,7 +319,7 @@ INLINE void T(write_table)(const struct Pass *p, struct Sheet sheet, ptrdiff_t f
        whole pages apart would fight for the same places of the L1 cache. */
     enum { TABLE_WIDTH = WIDTH + 6 * LINE / 4, BACK = BACKWARD | WEIGHTED };
     real space[ALL_COEFFICIENTS * TABLE_WIDTH] __attribute__((aligned(LINE))), *table = space;
-    real weight[WIDTH];
+    real weight[WIDTH], bias[WIDTH];
     const ptrdiff_t C = p->geometry.channels, parts = p->geometry.parts;
     const real *weights = T(weights_of)(p, first), *coefficients = (real *)p->coefficients + first;
     const int rows = (way & BACK) == BACK ? ALL_COEFFICIENTS : way & BACKWARD ? COEFFICIENTS : SLOPE;
@@ -329,19 +333,24 @@ INLINE void T(write_table)(const struct Pass *p, struct Sheet sheet, ptrdiff_t f
         table += -head & (LINE / sizeof(real) - 1);
     }
     for (int q = 0; q < min_of(rows, COEFFICIENTS); q++)
-        T(spread)(coefficients + q * C, sheet.channels, sheet.span, sheet.repeat,
+        if (q != MEAN_LOW)
+            T(spread)(coefficients + q * C, sheet.channels, sheet.span, sheet.repeat,
                   table + q * TABLE_WIDTH);
     if (parts > 1) {
         columns = way & BACKWARD ? table + WEIGHT * TABLE_WIDTH : weight;
         T(spread)(weights, sheet.channels * parts, sheet.span / parts, sheet.repeat, columns);
         if (!(way & BACKWARD)) {
             T(spread)(weights + p->geometry.parameters, sheet.channels * parts, sheet.span / parts,
-                      sheet.repeat, table + BIAS * TABLE_WIDTH);
-            for (ptrdiff_t k = 0; k < sheet.width; k++)
+                      sheet.repeat, bias);
+            for (ptrdiff_t k = 0; k < sheet.width; k++) {
                 table[SCALE * TABLE_WIDTH + k] *= weight[k];
+                table[BIAS * TABLE_WIDTH + k] = bias[k] + table[BIAS * TABLE_WIDTH + k] * weight[k];
+            }
         }
     }
     for (int q = 0; q < rows; q++) {
+        if (q == MEAN_LOW)
+            continue;
         columns = table + q * TABLE_WIDTH;
         for (ptrdiff_t k = 0; k < head + ACROSS * LANES_OF; k++)
             columns[sheet.width + k] = columns[k];

@@ -2,8 +2,8 @@
 #
 # The first block of rows is read twice: its column sums give each column a shift close to its mean,
 # so that the sums of (x - shift) and (x - shift)^2 lose nothing to cancellation. A later one is
-# summed around the mean of those before it. Blocks are merged in float64 by the formula of Chan, Golub and LeVeque (1983), and so are columns
-# and pieces, always in the same order.
+# summed around the mean of those before it. Blocks are merged in float64 by the formula of Chan,
+# Golub and LeVeque (1983), and so are columns and pieces, always in the same order.
 
 cdef void column_moments(const Pass* p, const Sheet* sheet, double smallest,
                          Columns* columns) noexcept nogil:  # OUT
