@@ -43,8 +43,8 @@ def forward(
     least: the values that each mean should be of. Fewer than two are refused where it is not 1;
     fewer than four are warned of where it is four, once all checks have passed and before anything
     is computed. With a counter of batches, momentum may be None: the average over all of them.
-    nonfinite is that of a layer. keeps: whether there may be a backward pass; if not, nothing is kept
-    for it, and there is no Saved.
+    nonfinite is that of a layer. keeps: whether a backward pass may follow; if not, nothing is
+    kept for it, and there is no Saved.
     """
     given = (
         x, norm, dtype, weight, bias, eps, out, least, running_mean, running_var,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,18 +12,27 @@ from cbn import _arrays, _dispatch, _engine, _norms, _scalars, _threads
 from cbn._docstrings import documented_by
 from cbn._types import Array, Gradient
 
+if TYPE_CHECKING:
+    from cbn._core import Saved
+
 __all__ = [
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_forward",
     "batch_norm_stats",
     "group_norm",
     "group_norm_backward",
+    "group_norm_forward",
     "instance_norm",
     "instance_norm_backward",
+    "instance_norm_forward",
     "layer_norm",
     "layer_norm_backward",
+    "layer_norm_forward",
+    "norm_backward",
     "rms_norm",
     "rms_norm_backward",
+    "rms_norm_forward",
 ]
 
 
@@ -111,13 +121,70 @@ def batch_norm(
     )  # fmt: skip
     if done is not None:
         return done
+    return _batch_norm(
+        x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
+        correction, out, False,
+    )[0]  # fmt: skip
+
+
+@documented_by(batch_norm)
+def batch_norm_forward(
+    x: ArrayLike,
+    running_mean: ArrayLike | None,
+    running_var: ArrayLike | None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    channel_axis: int = 1,
+    correction: float = 1,
+    out: Array | None = None,
+) -> tuple[Array, Saved]:
+    """Do as :func:`batch_norm`, and return also what :func:`norm_backward` needs.
+
+    Returns
+    -------
+    y : ndarray
+        As :func:`batch_norm` returns it.
+    saved : Saved
+        Holds ``x`` itself, not a copy of it, and the statistics.
+
+    Examples
+    --------
+    >>> from cbn.functional import batch_norm_forward, norm_backward
+    >>> y, saved = batch_norm_forward([[1.0], [2.0], [3.0]], None, None, training=True, eps=0.0)
+    >>> [grad.round(3).ravel().tolist() for grad in norm_backward([[1.0], [0.0], [0.0]], saved)]
+    [[0.204, -0.408, 0.204], [-1.225], [1.0]]
+    """
+    return _batch_norm(
+        x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
+        correction, out, True,
+    )  # fmt: skip
+
+
+def _batch_norm(
+    x: ArrayLike,
+    running_mean: ArrayLike | None,
+    running_var: ArrayLike | None,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    channel_axis: int,
+    correction: float,
+    out: Array | None,
+    keeps: bool,
+) -> tuple[Array, Saved]:
     norm = _norms.any_batch(channel_axis)
     if _scalars.flag("training", training):
         learning = running_mean, running_var, None, momentum, correction
-        return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning, keeps=False)[0]
+        return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning, keeps=keeps)
     _scalars.unused(momentum, correction)
     given = running_mean, running_var, weight, bias, eps, out
-    return _engine.forward_given(x, norm, None, *given)[0]
+    return _engine.forward_given(x, norm, None, *given)
 
 
 @documented_by(batch_norm)
@@ -231,6 +298,49 @@ def batch_norm_backward(
     return _engine.backward(saved, grad_output, weight, out, wanted, x)
 
 
+@documented_by(batch_norm_backward)
+def norm_backward(
+    grad_output: ArrayLike,
+    saved: Saved,
+    weight: ArrayLike | None = None,
+    *,
+    out: Array | None = None,
+    wanted: str = "all",
+) -> tuple[Gradient, Gradient, Gradient]:
+    """Return the gradients of a loss with respect to the input, the weight and the bias.
+
+    They are those of the function of gradients of the same norm, which reads ``x`` once more.
+
+    Parameters
+    ----------
+    saved : Saved
+        Of the forward call, whose ``x`` must be as it was.
+
+    Returns
+    -------
+    grad_input : ndarray, shape and dtype of x
+        None, as the next two, where it is not wanted.
+    grad_weight, grad_bias : ndarray of the shape of the parameters, dtype of x
+        RMS norm has no bias; its gradient is that of one that would be added.
+
+    Raises
+    ------
+    RuntimeError
+        If ``x`` has been changed or written over.
+    TypeError, ValueError
+        If an argument is not as above.
+
+    Examples
+    --------
+    >>> from cbn.functional import layer_norm_forward, norm_backward
+    >>> y, saved = layer_norm_forward([[1.0, 2.0, 3.0]], 3, eps=0.0)
+    >>> gradients = norm_backward([[1.0, 0.0, 0.0]], saved)
+    >>> [gradient.round(3).tolist() for gradient in gradients]
+    [[[0.204, -0.408, 0.204]], [-1.225, 0.0, 0.0], [1.0, 0.0, 0.0]]
+    """
+    return _engine.backward(saved, grad_output, weight, out, wanted)
+
+
 @documented_by(batch_norm)
 def group_norm(
     x: ArrayLike,
@@ -277,6 +387,37 @@ def group_norm(
     """
     norm = _norms.any_group(num_groups, channel_axis)
     return _engine.forward(x, norm, None, weight, bias, eps, out, keeps=False)[0]
+
+
+@documented_by(group_norm)
+def group_norm_forward(
+    x: ArrayLike,
+    num_groups: int,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    channel_axis: int = 1,
+    out: Array | None = None,
+) -> tuple[Array, Saved]:
+    """Do as :func:`group_norm`, and return also what :func:`norm_backward` needs.
+
+    Returns
+    -------
+    y : ndarray
+        As :func:`group_norm` returns it.
+    saved : Saved
+        Holds ``x`` itself, not a copy of it, and statistics where they are worth it.
+
+    Examples
+    --------
+    >>> from cbn.functional import group_norm_forward, norm_backward
+    >>> y, saved = group_norm_forward([[1.0, 3.0, 10.0, 30.0]], num_groups=2, eps=0.0)
+    >>> norm_backward([[1.0, 0.0, 0.0, 0.0]], saved, wanted="input")[0].round(3)
+    array([[0., 0., 0., 0.]])
+    """
+    norm = _norms.any_group(num_groups, channel_axis)
+    return _engine.forward(x, norm, None, weight, bias, eps, out)
 
 
 @documented_by(batch_norm_backward, group_norm)
@@ -379,13 +520,70 @@ def instance_norm(
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
+    return _instance_norm(
+        x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, channel_axis,
+        correction, out, False,
+    )[0]  # fmt: skip
+
+
+@documented_by(instance_norm)
+def instance_norm_forward(
+    x: ArrayLike,
+    running_mean: ArrayLike | None = None,
+    running_var: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    channel_axis: int = 1,
+    correction: float = 1,
+    out: Array | None = None,
+) -> tuple[Array, Saved]:
+    """Do as :func:`instance_norm`, and return also what :func:`norm_backward` needs.
+
+    Returns
+    -------
+    y : ndarray
+        As :func:`instance_norm` returns it.
+    saved : Saved
+        Holds ``x`` itself, not a copy of it, and statistics where they are worth it.
+
+    Examples
+    --------
+    >>> from cbn.functional import instance_norm_forward, norm_backward
+    >>> y, saved = instance_norm_forward([[[1.0, 2.0, 3.0]]], eps=0.0)
+    >>> norm_backward([[[1.0, 0.0, 0.0]]], saved, wanted="input")[0].round(3)
+    array([[[ 0.204, -0.408,  0.204]]])
+    """
+    return _instance_norm(
+        x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, channel_axis,
+        correction, out, True,
+    )  # fmt: skip
+
+
+def _instance_norm(
+    x: ArrayLike,
+    running_mean: ArrayLike | None,
+    running_var: ArrayLike | None,
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    channel_axis: int,
+    correction: float,
+    out: Array | None,
+    keeps: bool,
+) -> tuple[Array, Saved]:
     norm, given_norm = _norms.any_instance(channel_axis)
     if _scalars.flag("use_input_stats", use_input_stats):
         learning = running_mean, running_var, None, momentum, correction
-        return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning, keeps=False)[0]
+        return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning, keeps=keeps)
     _scalars.unused(momentum, correction)
     given = running_mean, running_var, weight, bias, eps, out
-    return _engine.forward_given(x, given_norm, None, *given)[0]
+    return _engine.forward_given(x, given_norm, None, *given)
 
 
 @documented_by(group_norm_backward)
@@ -465,6 +663,36 @@ def layer_norm(
     """
     norm = _norms.any_layer(normalized_shape)
     return _engine.forward(x, norm, None, weight, bias, eps, out, keeps=False)[0]
+
+
+@documented_by(layer_norm)
+def layer_norm_forward(
+    x: ArrayLike,
+    normalized_shape: int | Sequence[int],
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    out: Array | None = None,
+) -> tuple[Array, Saved]:
+    """Do as :func:`layer_norm`, and return also what :func:`norm_backward` needs.
+
+    Returns
+    -------
+    y : ndarray
+        As :func:`layer_norm` returns it.
+    saved : Saved
+        Holds ``x`` itself, not a copy of it, and statistics where they are worth it.
+
+    Examples
+    --------
+    >>> from cbn.functional import layer_norm_forward, norm_backward
+    >>> y, saved = layer_norm_forward([[1.0, 2.0, 3.0]], 3, eps=0.0)
+    >>> norm_backward([[1.0, 0.0, 0.0]], saved, wanted="input")[0].round(3)
+    array([[ 0.204, -0.408,  0.204]])
+    """
+    norm = _norms.any_layer(normalized_shape)
+    return _engine.forward(x, norm, None, weight, bias, eps, out)
 
 
 @documented_by(group_norm_backward, layer_norm)
@@ -547,6 +775,36 @@ def rms_norm(
     norm, x = _norms.any_layer(normalized_shape, centred=False), _arrays.array("x", x)
     eps = _norms.default_eps(x.dtype) if eps is None else eps
     return _engine.forward(x, norm, None, weight, None, eps, out, keeps=False)[0]
+
+
+@documented_by(rms_norm)
+def rms_norm_forward(
+    x: ArrayLike,
+    normalized_shape: int | Sequence[int],
+    weight: ArrayLike | None = None,
+    eps: float | None = None,
+    *,
+    out: Array | None = None,
+) -> tuple[Array, Saved]:
+    """Do as :func:`rms_norm`, and return also what :func:`norm_backward` needs.
+
+    Returns
+    -------
+    y : ndarray
+        As :func:`rms_norm` returns it.
+    saved : Saved
+        Holds ``x`` itself, not a copy of it, and statistics where they are worth it.
+
+    Examples
+    --------
+    >>> from cbn.functional import norm_backward, rms_norm_forward
+    >>> y, saved = rms_norm_forward([[3.0, 4.0]], 2, eps=0.0)
+    >>> norm_backward([[1.0, 0.0]], saved, wanted="input")[0].round(3)
+    array([[ 0.181, -0.136]])
+    """
+    norm, x = _norms.any_layer(normalized_shape, centred=False), _arrays.array("x", x)
+    eps = _norms.default_eps(x.dtype) if eps is None else eps
+    return _engine.forward(x, norm, None, weight, None, eps, out)
 
 
 @documented_by(layer_norm_backward, rms_norm)

@@ -125,8 +125,8 @@ cdef class View:
     cdef readonly bint of_samples         # whether each channel is of one sample
     cdef readonly tuple parameter_shape   # of weight, bias, and running statistics
     cdef readonly Py_ssize_t values       # that a mean is of
-    # Whether backward finds statistics that were not kept on its way, and whether they are better not
-    # kept: three of float64 would be more than a tenth of a channel of float32.
+    # Whether backward finds statistics on its way that were not kept, and whether they are better
+    # not kept: three of float64 would be more than a tenth of a channel of float32.
     cdef readonly bint finds_statistics
     cdef readonly bint keeps_none
     cdef Geometry writing

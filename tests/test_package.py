@@ -94,7 +94,8 @@ def test_public_names():
     )
     assert all(hasattr(cbn, name) for name in cbn.__all__)
     norms = [f"{kind}_norm" for kind in ("batch", "group", "instance", "layer", "rms")]
-    functions = [*norms, *(f"{norm}_backward" for norm in norms), "batch_norm_stats"]
+    functions = [f"{norm}{what}" for norm in norms for what in ("", "_forward", "_backward")]
+    functions += ["batch_norm_stats", "norm_backward"]
     assert sorted(cbn.functional.__all__) == sorted(functions)
 
 
