@@ -22,7 +22,7 @@ from cbn._types import Axes, Shape
 if TYPE_CHECKING:
     from cbn._core import Norm, View
 
-MOST_AXES = 64  # of NumPy's arrays
+MOST_AXES: int = kernels.MOST_AXES
 
 
 # ----------------------------------------------------------------------------------- the rows
@@ -178,24 +178,24 @@ _AXES = {
 BATCH = {axis: batch(axes) for axis, axes in _AXES.items()}
 
 
-def any_batch(channel_axis: int) -> Norm:
+def batch_of_function(channel_axis: int) -> Norm:
     """Batch norm of an array of at least two axes."""
     return BATCH[_scalars.channel_axis(channel_axis)]
 
 
-def any_instance(channel_axis: int) -> tuple[Norm, Norm]:
+def instance_of_function(channel_axis: int) -> tuple[Norm, Norm]:
     """Instance norm of an array of at least three axes, and the norm by given statistics of it."""
     axis = _scalars.channel_axis(channel_axis)
     return instance(_AXES[axis], axis, None, 3), batch(_AXES[axis], 3)
 
 
-def any_group(num_groups: int, channel_axis: int) -> Norm:
+def group_of_function(num_groups: int, channel_axis: int) -> Norm:
     """Group norm of an array of at least two axes."""
     groups = _scalars.positive_integer("num_groups", num_groups)
     return group(groups, _scalars.channel_axis(channel_axis))
 
 
-def any_layer(normalized_shape: int | Sequence[int], centred: bool = True) -> Norm:
+def layer_of_function(normalized_shape: int | Sequence[int], centred: bool = True) -> Norm:
     """Layer norm, or RMS norm, over the last axes."""
     return layer(lengths_of(normalized_shape), centred)
 

@@ -178,7 +178,7 @@ def _batch_norm(
     out: Array | None,
     keeps: bool,
 ) -> tuple[Array, Saved]:
-    norm = _norms.any_batch(channel_axis)
+    norm = _norms.batch_of_function(channel_axis)
     if _scalars.flag("training", training):
         learning = running_mean, running_var, None, momentum, correction
         return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning, keeps=keeps)
@@ -218,7 +218,7 @@ def batch_norm_stats(
     >>> mean.tolist(), var.tolist(), count
     ([2.0, 5.0], [1.0, 0.0], 2)
     """
-    saved = _engine.statistics(x, _norms.any_batch(channel_axis))
+    saved = _engine.statistics(x, _norms.batch_of_function(channel_axis))
     return saved.statistics[0].copy(), saved.statistics[2].copy(), saved.view.values
 
 
@@ -293,7 +293,7 @@ def batch_norm_backward(
     >>> [grad.round(3).ravel().tolist() for grad in grads]
     [[0.204, -0.408, 0.204], [-1.225], [1.0]]
     """
-    norm, x = _norms.any_batch(channel_axis), _arrays.array("x", x)
+    norm, x = _norms.batch_of_function(channel_axis), _arrays.array("x", x)
     saved = _engine.given_statistics(x, norm, mean, var, eps, training)
     return _engine.backward(saved, grad_output, weight, out, wanted, x)
 
@@ -385,7 +385,7 @@ def group_norm(
     >>> group_norm([[1.0, 3.0, 10.0, 30.0]], num_groups=2, eps=0.0)
     array([[-1.,  1., -1.,  1.]])
     """
-    norm = _norms.any_group(num_groups, channel_axis)
+    norm = _norms.group_of_function(num_groups, channel_axis)
     return _engine.forward(x, norm, None, weight, bias, eps, out, keeps=False)[0]
 
 
@@ -416,7 +416,7 @@ def group_norm_forward(
     >>> norm_backward([[1.0, 0.0, 0.0, 0.0]], saved, wanted="input")[0].round(3)
     array([[0., 0., 0., 0.]])
     """
-    norm = _norms.any_group(num_groups, channel_axis)
+    norm = _norms.group_of_function(num_groups, channel_axis)
     return _engine.forward(x, norm, None, weight, bias, eps, out)
 
 
@@ -457,7 +457,7 @@ def group_norm_backward(
     >>> [gradient.round(3).tolist() for gradient in gradients]
     [[[0.204, -0.408, 0.204]], [-1.225, 0.0, 0.0], [1.0, 0.0, 0.0]]
     """
-    norm, x = _norms.any_group(num_groups, channel_axis), _arrays.array("x", x)
+    norm, x = _norms.group_of_function(num_groups, channel_axis), _arrays.array("x", x)
     saved = _engine.statistics(x, norm, eps)
     return _engine.backward(saved, grad_output, weight, out, wanted, x)
 
@@ -577,7 +577,7 @@ def _instance_norm(
     out: Array | None,
     keeps: bool,
 ) -> tuple[Array, Saved]:
-    norm, given_norm = _norms.any_instance(channel_axis)
+    norm, given_norm = _norms.instance_of_function(channel_axis)
     if _scalars.flag("use_input_stats", use_input_stats):
         learning = running_mean, running_var, None, momentum, correction
         return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning, keeps=keeps)
@@ -619,7 +619,7 @@ def instance_norm_backward(
     >>> [gradient.round(3).tolist() for gradient in gradients]
     [[[[0.204, -0.408, 0.204]]], [-1.225], [1.0]]
     """
-    (norm, _), x = _norms.any_instance(channel_axis), _arrays.array("x", x)
+    (norm, _), x = _norms.instance_of_function(channel_axis), _arrays.array("x", x)
     saved = _engine.statistics(x, norm, eps)
     return _engine.backward(saved, grad_output, weight, out, wanted, x)
 
@@ -661,7 +661,7 @@ def layer_norm(
     array([[-1.,  1.],
            [-1.,  1.]])
     """
-    norm = _norms.any_layer(normalized_shape)
+    norm = _norms.layer_of_function(normalized_shape)
     return _engine.forward(x, norm, None, weight, bias, eps, out, keeps=False)[0]
 
 
@@ -691,7 +691,7 @@ def layer_norm_forward(
     >>> norm_backward([[1.0, 0.0, 0.0]], saved, wanted="input")[0].round(3)
     array([[ 0.204, -0.408,  0.204]])
     """
-    norm = _norms.any_layer(normalized_shape)
+    norm = _norms.layer_of_function(normalized_shape)
     return _engine.forward(x, norm, None, weight, bias, eps, out)
 
 
@@ -736,7 +736,7 @@ def layer_norm_backward(
     >>> [gradient.round(3).tolist() for gradient in gradients]
     [[[0.204, -0.408, 0.204]], [-1.225, 0.0, 0.0], [1.0, 0.0, 0.0]]
     """
-    norm, x = _norms.any_layer(normalized_shape), _arrays.array("x", x)
+    norm, x = _norms.layer_of_function(normalized_shape), _arrays.array("x", x)
     saved = _engine.statistics(x, norm, eps)
     return _engine.backward(saved, grad_output, weight, out, wanted, x)
 
@@ -772,7 +772,7 @@ def rms_norm(
     >>> rms_norm([[1.0, 7.0]], 2, eps=0.0)
     array([[0.2, 1.4]])
     """
-    norm, x = _norms.any_layer(normalized_shape, centred=False), _arrays.array("x", x)
+    norm, x = _norms.layer_of_function(normalized_shape, centred=False), _arrays.array("x", x)
     eps = _norms.default_eps(x.dtype) if eps is None else eps
     return _engine.forward(x, norm, None, weight, None, eps, out, keeps=False)[0]
 
@@ -802,7 +802,7 @@ def rms_norm_forward(
     >>> norm_backward([[1.0, 0.0]], saved, wanted="input")[0].round(3)
     array([[ 0.181, -0.136]])
     """
-    norm, x = _norms.any_layer(normalized_shape, centred=False), _arrays.array("x", x)
+    norm, x = _norms.layer_of_function(normalized_shape, centred=False), _arrays.array("x", x)
     eps = _norms.default_eps(x.dtype) if eps is None else eps
     return _engine.forward(x, norm, None, weight, None, eps, out)
 
@@ -848,7 +848,7 @@ def rms_norm_backward(
     >>> [gradient.round(3).tolist() for gradient in gradients]
     [[[0.196, -0.028]], [0.2, 0.0]]
     """
-    norm, x = _norms.any_layer(normalized_shape, centred=False), _arrays.array("x", x)
+    norm, x = _norms.layer_of_function(normalized_shape, centred=False), _arrays.array("x", x)
     eps = _norms.default_eps(x.dtype) if eps is None else eps
     saved = _engine.statistics(x, norm, eps)
     return _engine.backward(saved, grad_output, weight, out, wanted, x)[:2]

@@ -255,8 +255,8 @@ cdef class Saved:
     cdef readonly bint frozen        # whether the statistics do not depend on x
 
 
-cdef Saved new_saved(x, tuple shape, dtype, View view, ndarray statistics, eps, bint centred,
-                     bint frozen):
+cpdef Saved new_saved(x, tuple shape, dtype, View view, ndarray statistics, eps, bint centred,
+                      bint frozen):
     cdef Saved saved = Saved.__new__(Saved)
     saved.x, saved.shape, saved.dtype, saved.view = x, shape, dtype, view
     saved.statistics, saved.eps, saved.centred, saved.frozen = statistics, eps, centred, frozen

@@ -42,7 +42,7 @@ cdef enum:
 
 cdef public enum:
     LANES = 64           # values in a row of a plane: 4 vectors of 512 bits of float, ...
-    FEW_LANES = 16       # ... or fewer, where a channel is too small to be worth folding so many
+    SHORT_LANES = 16     # ... or fewer, where a channel is too small to be worth folding so many
     WIDTH = 1024         # most columns of a sheet: 4 KiB of float from each row of the array
     NARROW = 128         # columns from which there is nothing to gain from more
     # Rows of a block, which is summed in the element type of the array. LANES float columns of so
@@ -57,7 +57,7 @@ cdef public enum:
     SMALL_PIECE = 16384  # ... and where an array has few of them
     SMALL_STRIP = 8192   # values that channels of few values are gathered to
     LONG_RUN = 512       # S from which a channel is walked by plane, ...
-    FEW_ROWS = 8         # ... or from FEW_LANES, where N would leave a sheet fewer rows than this
+    LEAST_ROWS = 8       # ... or from SHORT_LANES, where N would leave a sheet fewer rows
     # Channels that share parameters and whose gradients a strip gathers: so many that the sums,
     # 16 bytes a parameter and strip, are a tenth of the values at most, and that they have
     # SMALL_PIECE values; in small arrays fewer, so that there are strips for all threads.
@@ -84,7 +84,7 @@ cdef public struct Geometry:
     # Whether parameters change from value to value along a run, so that they are read beside x, and
     # their gradients are gathered down the channels that share them.
     bint by_value
-    Py_ssize_t lanes           # by plane, values in a row: LANES or FEW_LANES
+    Py_ssize_t lanes           # by plane, values in a row: LANES or SHORT_LANES
     Py_ssize_t strip_channels
     Py_ssize_t batch_strips    # of one batch
     Py_ssize_t strips          # of all
@@ -193,10 +193,10 @@ cdef Geometry cut(View view,
     g.B, g.N, g.C, g.S, g.parts, g.period = B, N, C, S, view.parts, view.period
     g.channels, g.parameters = B * C, view.period * view.parts
     g.by_plane = S >= LONG_RUN or (
-        (N < FEW_ROWS or not reduces) and (S >= FEW_LANES or g.parts > 1))
+        (N < LEAST_ROWS or not reduces) and (S >= SHORT_LANES or g.parts > 1))
     g.by_value = g.by_plane and g.parts > 1 and g.parts == S
     gathers = gathers and g.by_value
-    g.lanes = LANES if N * (S // LANES) >= FEW_LANES else FEW_LANES
+    g.lanes = LANES if N * (S // LANES) >= SHORT_LANES else SHORT_LANES
     g.repeat = 1
     g.strip_channels = 1
     if not g.by_plane:
@@ -206,7 +206,7 @@ cdef Geometry cut(View view,
             # No accumulators, so nothing forbids whole rows, and memory likes them best.
             g.strip_channels = C
         elif g.strip_channels == C:
-            while C * S * g.repeat < NARROW and N >= 2 * FEW_ROWS * g.repeat:
+            while C * S * g.repeat < NARROW and N >= 2 * LEAST_ROWS * g.repeat:
                 g.repeat *= 2
     elif not reduces:
         # Nothing is summed along a channel, so the array is walked in the order of the memory.
@@ -288,7 +288,7 @@ cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece
         if g.lanes == LANES:   # literals, so that these are no divisions
             sheet.rows, sheet.tail = inner // LANES, inner % LANES
         else:
-            sheet.rows, sheet.tail = inner // FEW_LANES, inner % FEW_LANES
+            sheet.rows, sheet.tail = inner // SHORT_LANES, inner % SHORT_LANES
     else:
         sheet.length = 0
         sheet.span = g.S

@@ -176,7 +176,7 @@ INLINE struct Sums T(sums_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptr
                                    ptrdiff_t length, const int way) {
     double total[CHAINS], product[CHAINS];
     if (length < SHORT_RUN)
-        T(sum_pairs)(at, 0, 1, runs, run_stride, length, FEW_LANES, way, total, product);
+        T(sum_pairs)(at, 0, 1, runs, run_stride, length, SHORT_LANES, way, total, product);
     else
         T(sum_pairs)(at, 0, 1, runs, run_stride, length, LANES, way, total, product);
     return (struct Sums){sum_of_chains(total), sum_of_chains(product)};
@@ -295,8 +295,8 @@ static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptr
 INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                                const int width, const int way, double *total,
                                double *product) {
-    enum { FIT = 4 * LANES_OF / FEW_LANES };
-    const int beside = width == FEW_LANES && FIT > 1 ? FIT : 1;
+    enum { FIT = 4 * LANES_OF / SHORT_LANES };
+    const int beside = width == SHORT_LANES && FIT > 1 ? FIT : 1;
     const ptrdiff_t n = sheet->channels, S = p->geometry.S;
     struct T(Pair) at = T(pair_of)(p, sheet->offset);
     struct T(Units) units;
@@ -330,7 +330,7 @@ INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, 
 static void T(row_products)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                             double *total, double *product) {
     if (sheet->length < SHORT_RUN)
-        T(row_products_in)(p, sheet, first, FEW_LANES, BY_VALUE | FETCH, total, product);
+        T(row_products_in)(p, sheet, first, SHORT_LANES, BY_VALUE | FETCH, total, product);
     else if (p->stream)
         T(row_products_in)(p, sheet, first, LANES, BY_VALUE, total, product);
     else

@@ -308,8 +308,8 @@ static double T(unit_of)(const void *data, const struct Sheet *sheet) {
 INLINE void T(sum_channels)(const stored *x, const int fetches, ptrdiff_t to_out,
                             const struct Sheet *sheet, ptrdiff_t S, const int width,
                             const real *shift, double *total, double *square) {
-    enum { FIT = 4 * LANES_OF / FEW_LANES };
-    const int beside = width == FEW_LANES && FIT > 1 ? FIT : 1;
+    enum { FIT = 4 * LANES_OF / SHORT_LANES };
+    const int beside = width == SHORT_LANES && FIT > 1 ? FIT : 1;
     const ptrdiff_t n = sheet->channels;
     double totals[AT_ONCE * CHAINS], squares[AT_ONCE * CHAINS];
     ptrdiff_t c = 0;
@@ -389,8 +389,8 @@ static void T(channel_moments)(const struct Pass *p, const struct Sheet *sheet, 
         else                                                                                       \
             FIND(0, width, 0);                                                                     \
     } while (0)
-    if (sheet->width == FEW_LANES)
-        FIND_IN(FEW_LANES);
+    if (sheet->width == SHORT_LANES)
+        FIND_IN(SHORT_LANES);
     else
         FIND_IN(LANES);
 #undef FIND_IN

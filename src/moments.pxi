@@ -110,7 +110,7 @@ cdef void sheet_moments(const Pass* p, Sheet sheet, Columns* found) noexcept nog
     cdef double smallest = smallest_of(p)
     cdef Moments m
     cdef Py_ssize_t c
-    if sheet.width == FEW_LANES or sheet.runs * sheet.length <= TALLEST * LANES:   # one block
+    if sheet.width == SHORT_LANES or sheet.runs * sheet.length <= TALLEST * LANES:   # one block
         micro_of(p).channel_moments(p, &sheet, smallest, found)
         return
     for c in range(sheet.channels):

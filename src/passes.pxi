@@ -125,50 +125,50 @@ cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:
     cdef double[AT_ONCE] total
     cdef double[AT_ONCE] product
     cdef double* share = NULL
-    cdef Pass part = p[0]
+    cdef Pass of_span = p[0]
     cdef Sheet sheet = sheet_of(g, strip, 0)
     cdef Py_ssize_t first = first_channel(g, strip), end = first + sheet.channels, n, k
     cdef Py_ssize_t span = span_of(p)
     cdef bint finds = finds_statistics(p)
 
-    part.geometry.channels = AT_ONCE
-    part.coefficients = coefficients
+    of_span.geometry.channels = AT_ONCE
+    of_span.coefficients = coefficients
     if finds:
-        part.statistics = statistics
-        part.mean.double_ = statistics
-        part.mean_low.double_ = statistics + AT_ONCE
-        part.var.double_ = statistics + 2 * AT_ONCE
+        of_span.statistics = statistics
+        of_span.mean.double_ = statistics
+        of_span.mean_low.double_ = statistics + AT_ONCE
+        of_span.var.double_ = statistics + 2 * AT_ONCE
     if p.kind == GRADIENTS and p.shares != NULL:
         share = share_of(p, strip, 0)
         clear_share(p, &sheet, share)
     while first < end:
         n = sheet.channels = min(span, end - first)
-        part.origin = first
-        part.ahead = n * g.S
+        of_span.origin = first
+        of_span.ahead = n * g.S
         if finds:
             sheet_moments(p, sheet, &found)
-            micro.finish_moments(&part, 0, n, &found)
+            micro.finish_moments(&of_span, 0, n, &found)
             if p.statistics != NULL:
                 for k in range(3):
                     memcpy(p.statistics + k * g.channels + first, statistics + k * AT_ONCE,
                            n * sizeof(double))
         else:
-            part.mean = per_channel_from(p.mean, first)
-            part.mean_low = per_channel_from(p.mean_low, first)
-            part.var = per_channel_from(p.var, first)
+            of_span.mean = per_channel_from(p.mean, first)
+            of_span.mean_low = per_channel_from(p.mean_low, first)
+            of_span.var = per_channel_from(p.var, first)
         if p.kind != STATISTICS:
-            micro.finish_coefficients(&part, 0, n, reciprocal)
+            micro.finish_coefficients(&of_span, 0, n, reciprocal)
         if p.kind == GRADIENTS and p.out == NULL:
-            micro.share_products(&part, &sheet, 0, share)
+            micro.share_products(&of_span, &sheet, 0, share)
         elif p.kind == GRADIENTS:
-            micro.row_products(&part, &sheet, 0, total, product)
-            micro.finish_gradients(&part, 0, n, reciprocal, total, product)
+            micro.row_products(&of_span, &sheet, 0, total, product)
+            micro.finish_gradients(&of_span, 0, n, reciprocal, total, product)
             if p.shares != NULL:
-                micro.write_sharing(&part, &sheet, 0, share)
+                micro.write_sharing(&of_span, &sheet, 0, share)
             else:
-                micro.write(&part, &sheet, 0)
+                micro.write(&of_span, &sheet, 0)
         elif p.out != NULL:
-            micro.write(&part, &sheet, 0)
+            micro.write(&of_span, &sheet, 0)
         first += n
         sheet.offset += n * g.S
 

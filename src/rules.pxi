@@ -7,7 +7,7 @@ NONFINITE = nonfinite_names
 cdef tuple wanted_names = ("all", "input", "parameters")   # gradients
 WANTED = wanted_names
 
-cdef enum:
+cpdef enum:
     MOST_AXES = 64   # of an array of NumPy
 
 
