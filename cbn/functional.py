@@ -13,7 +13,7 @@ from cbn._docstrings import documented_by
 from cbn._types import Array, Gradient
 
 if TYPE_CHECKING:
-    from cbn._core import Saved
+    from cbn._core import Norm, Saved
 
 __all__ = [
     "batch_norm",
@@ -121,9 +121,10 @@ def batch_norm(
     )  # fmt: skip
     if done is not None:
         return done
-    return _batch_norm(
-        x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
-        correction, out, False,
+    norm = _norms.batch_of_function(channel_axis)
+    return _with_running(
+        norm, norm, _scalars.flag("training", training), False, x, running_mean, running_var,
+        weight, bias, momentum, eps, correction, out,
     )[0]  # fmt: skip
 
 
@@ -158,33 +159,35 @@ def batch_norm_forward(
     >>> [grad.round(3).ravel().tolist() for grad in norm_backward([[1.0], [0.0], [0.0]], saved)]
     [[0.204, -0.408, 0.204], [-1.225], [1.0]]
     """
-    return _batch_norm(
-        x, running_mean, running_var, weight, bias, training, momentum, eps, channel_axis,
-        correction, out, True,
+    norm = _norms.batch_of_function(channel_axis)
+    return _with_running(
+        norm, norm, _scalars.flag("training", training), True, x, running_mean, running_var,
+        weight, bias, momentum, eps, correction, out,
     )  # fmt: skip
 
 
-def _batch_norm(
+def _with_running(
+    norm: Norm,
+    given_norm: Norm,
+    by_own: bool,
+    keeps: bool,
     x: ArrayLike,
     running_mean: ArrayLike | None,
     running_var: ArrayLike | None,
     weight: ArrayLike | None,
     bias: ArrayLike | None,
-    training: bool,
     momentum: float,
     eps: float,
-    channel_axis: int,
     correction: float,
     out: Array | None,
-    keeps: bool,
 ) -> tuple[Array, Saved]:
-    norm = _norms.batch_of_function(channel_axis)
-    if _scalars.flag("training", training):
+    """Normalise by the statistics of x, which the running ones learn, or by those given."""
+    if by_own:
         learning = running_mean, running_var, None, momentum, correction
         return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning, keeps=keeps)
     _scalars.unused(momentum, correction)
     given = running_mean, running_var, weight, bias, eps, out
-    return _engine.forward_given(x, norm, None, *given)
+    return _engine.forward_given(x, given_norm, None, *given)
 
 
 @documented_by(batch_norm)
@@ -520,9 +523,10 @@ def instance_norm(
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
-    return _instance_norm(
-        x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, channel_axis,
-        correction, out, False,
+    return _with_running(
+        *_norms.instance_of_function(channel_axis),
+        _scalars.flag("use_input_stats", use_input_stats), False, x, running_mean, running_var,
+        weight, bias, momentum, eps, correction, out,
     )[0]  # fmt: skip
 
 
@@ -557,33 +561,11 @@ def instance_norm_forward(
     >>> norm_backward([[[1.0, 0.0, 0.0]]], saved, wanted="input")[0].round(3)
     array([[[ 0.204, -0.408,  0.204]]])
     """
-    return _instance_norm(
-        x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, channel_axis,
-        correction, out, True,
+    return _with_running(
+        *_norms.instance_of_function(channel_axis),
+        _scalars.flag("use_input_stats", use_input_stats), True, x, running_mean, running_var,
+        weight, bias, momentum, eps, correction, out,
     )  # fmt: skip
-
-
-def _instance_norm(
-    x: ArrayLike,
-    running_mean: ArrayLike | None,
-    running_var: ArrayLike | None,
-    weight: ArrayLike | None,
-    bias: ArrayLike | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    channel_axis: int,
-    correction: float,
-    out: Array | None,
-    keeps: bool,
-) -> tuple[Array, Saved]:
-    norm, given_norm = _norms.instance_of_function(channel_axis)
-    if _scalars.flag("use_input_stats", use_input_stats):
-        learning = running_mean, running_var, None, momentum, correction
-        return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning, keeps=keeps)
-    _scalars.unused(momentum, correction)
-    given = running_mean, running_var, weight, bias, eps, out
-    return _engine.forward_given(x, given_norm, None, *given)
 
 
 @documented_by(group_norm_backward)

@@ -278,7 +278,7 @@ def saved_statistics(x, Norm norm, eps, threads_for, data=None):
     """Return the Saved that a forward pass would have kept."""
     cdef str amiss
     cdef View view
-    cdef ndarray statistics = None   # where backward finds them
+    cdef ndarray statistics = None   # where backward computes them
     if data is None:
         data = x
     found = seen(data, norm, None)
@@ -287,7 +287,7 @@ def saved_statistics(x, Norm norm, eps, threads_for, data=None):
     view = found
     if not is_non_negative(eps):
         return "non_negative:eps"
-    if not view.finds_statistics:
+    if not view.recomputes:
         statistics = new_statistics(view.B * view.C)
         if PyArray_SIZE(<ndarray>data) > 0:
             statistics_of(data, view, eps, norm.centred, statistics, threads_for)

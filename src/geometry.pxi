@@ -125,9 +125,9 @@ cdef class View:
     cdef readonly bint of_samples         # whether each channel is of one sample
     cdef readonly tuple parameter_shape   # of weight, bias, and running statistics
     cdef readonly Py_ssize_t values       # that a mean is of
-    # Whether backward finds statistics on its way that were not kept, and whether they are better
-    # not kept: three of float64 would be more than a tenth of a channel of float32.
-    cdef readonly bint finds_statistics
+    # Whether backward computes statistics that were not kept on its way through x, and whether they
+    # are better not kept: three of float64 would be more than a tenth of a channel of float32.
+    cdef readonly bint recomputes
     cdef readonly bint keeps_none
     cdef Geometry writing
     cdef Geometry reducing
@@ -143,8 +143,9 @@ cdef class View:
             self.writing = cut(self, False, False)
             self.reducing = cut(self, True, False)
             self.gathering = cut(self, True, True)
-        self.finds_statistics = self.values > 0 and runs_spans(&self.gathering)
-        self.keeps_none = self.finds_statistics and S < 60
+        self.recomputes = self.values > 0 and is_in_spans(&self.gathering)
+        self.keeps_none = (self.recomputes
+                           and 10 * 3 * sizeof(double) > self.values * sizeof(float))
 
     cdef inline Py_ssize_t most(self):
         """The values in a piece."""
@@ -302,7 +303,7 @@ cdef inline Sheet sheet_of(const Geometry* g, Py_ssize_t strip, Py_ssize_t piece
     return sheet
 
 
-cdef inline bint runs_spans(const Geometry* g) noexcept nogil:
+cdef inline bint is_in_spans(const Geometry* g) noexcept nogil:
     """Whether a strip is run some channels at a time, each with all that belongs to it."""
     return g.by_value and g.pieces == 1
 

@@ -90,7 +90,7 @@ cdef void write_tile(const Pass* p, const Geometry* g, Py_ssize_t strip,
 cdef inline bint has_spans(const Pass* p) noexcept nogil:
     """Whether strips are run some channels at a time."""
     cdef const Geometry* g = &p.geometry
-    return runs_spans(g) and p.kind != FROZEN_GRADIENTS
+    return is_in_spans(g) and p.kind != FROZEN_GRADIENTS
 
 
 cdef inline PerChannel per_channel_from(PerChannel values, Py_ssize_t first) noexcept nogil:

@@ -1,5 +1,6 @@
 """A forked child computes as its parent does, with as many threads, whatever the parent has run."""
 
+import os
 import platform
 import sys
 from pathlib import Path
@@ -153,7 +154,7 @@ assert count_threads() >= THREADS
 def test_one_fork_after_another_with_the_runtime_of_llvm(knows_forks, threads):
     """Told to ignore forks, as scikit-learn tells it, it would wait for the parent's threads."""
     runtimes = sorted(Path("/usr/lib").glob("llvm-*/lib/libomp.so"))
-    if not runtimes:
+    if not runtimes and os.environ.get("CBN_REQUIRE_LIBOMP") != "1":  # in CI it is an error
         pytest.skip("needs libomp")
     code = f"""
 assert cbn.show_config("dicts")["threads"]["openmp"].startswith(sys.argv[1])
