@@ -23,6 +23,8 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline)) /* copies of it would be large */
+#define COLD __attribute__((noinline, cold))   /* rarely called: small rather than fast */
 /* A loop over a few vectors that are held in registers, and so have literal places. */
 #define EACH(v, vectors) _Pragma("GCC unroll 8") for (int v = 0; v < (vectors); v++)
 

@@ -9,18 +9,20 @@ struct T(Normal) {
 
 /* Where loops are; weight is of each value of a run, mean and unit of each column or of all. */
 struct T(Pair) {
-    const stored *grad_output, *x, *out;
+    const stored *grad_output, *x;
+    const stored *out; /* by value, what will be written, and so is fetched; or x once more */
     const real *weight, *mean, *unit;
     const struct T(Normal) *normal;
+    ptrdiff_t ahead; /* by row, of grad_output and x: what is read next from memory; or 0 */
 };
 
 INLINE void T(move_pair)(struct T(Pair) *at, ptrdiff_t by, const int way) {
     at->grad_output += by;
     at->x += by;
-    if (way & FETCH)
+    if (way & BY_VALUE) {
         at->out += by;
-    if (way & BY_VALUE)
         at->weight += by;
+    }
     if (way & BY_COLUMN && way & MEANS) {
         at->mean += by;
         at->unit += by;
@@ -36,10 +38,14 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
         const ptrdiff_t k = v * LANES_OF;
         vector grad = whole ? load(at->grad_output + k) : load_some(at->grad_output + k, lanes - k);
         vector x = whole ? load(at->x + k) : load_some(at->x + k, lanes - k);
-        if (way & FETCH)
+        if (way & BY_VALUE) {
             __builtin_prefetch(at->out + k, 1);
-        if (way & BY_VALUE)
             grad *= T(reals)(at->weight + k, lanes - k);
+        }
+        if (way & BY_COLUMN) {
+            __builtin_prefetch(at->grad_output + at->ahead + k);
+            __builtin_prefetch(at->x + at->ahead + k);
+        }
         if (way & BY_ROW)
             x = ((x - at->normal->mean[j]) - at->normal->mean_low[j]) * at->normal->scale[j];
         else
@@ -65,11 +71,6 @@ INLINE void T(multiply_rows)(struct T(Pair) at, ptrdiff_t j, ptrdiff_t end, ptrd
         }
     }
     for (; j < end; j++) {
-        if (way & STREAM) /* the next rows come from memory */
-            EACH (v, vectors) {
-                __builtin_prefetch(at.grad_output + BESIDE * row_stride + v * LANES_OF);
-                __builtin_prefetch(at.x + BESIDE * row_stride + v * LANES_OF);
-            }
         T(multiply_row)(&at, j, vectors, lanes, mean, unit, way, totals, products);
         T(move_pair)(&at, row_stride, way);
     }
@@ -79,17 +80,22 @@ INLINE void T(multiply_rows)(struct T(Pair) at, ptrdiff_t j, ptrdiff_t end, ptrd
     }
 }
 
-/* Add up at most WIDTH columns of rows, of a few rows at a time: more would take the same places of
-   the L1 cache, where rows are a power of two apart. */
+/* Add up at most WIDTH columns of rows, and of one more row `tail`, of a few rows at a time: more would
+   take the same places of the L1 cache, where rows are a power of two apart. */
 INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row_stride,
-                                ptrdiff_t width, const int way, double *total, double *product) {
+                                ptrdiff_t width, ptrdiff_t tail, const int way, double *total,
+                                double *product) {
     real band_total[WIDTH + LANES_OF], band_product[WIDTH + LANES_OF];
     struct T(Pair) row;
-    for (ptrdiff_t j = 0, end, k; j < rows; j = end) {
-        if (j % SUMMED == 0)
+    for (ptrdiff_t j = 0, end, k; j < rows + (tail > 0); j = end) {
+        end = min_of(rows, j + BESIDE);
+        if (j == rows) {
+            end = rows + 1;
+            width = tail;
+        }
+        if (j % SUMMED == 0 || j == rows)
             for (k = 0; k < width + LANES_OF; k++)
                 band_total[k] = band_product[k] = 0;
-        end = min_of(rows, j + BESIDE);
         row = at;
         for (k = 0; width - k >= 4 * LANES_OF; k += 4 * LANES_OF) {
             T(multiply_rows)(row, j, end, row_stride, 4, 4 * LANES_OF, way, band_total + k,
@@ -106,7 +112,7 @@ INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row
             T(move_pair)(&row, LANES_OF, way | MEANS);
         }
         T(move_pair)(&at, (end - j) * row_stride, way);
-        if (end == rows || end % SUMMED == 0)
+        if (end >= rows || end % SUMMED == 0)
             for (k = 0; k < width; k++) {
                 total[k] += band_total[k];
                 product[k] += band_product[k];
@@ -147,8 +153,7 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
         channel = row;                                                                             \
         channel.grad_output += r * stride;                                                         \
         channel.x += r * stride;                                                                   \
-        if (way & FETCH)                                                                           \
-            channel.out += r * stride;                                                             \
+        channel.out += r * stride;                                                                 \
         T(multiply_row)(&channel, 0, vectors, lanes, mean + r, unit + r, way,                      \
                         band_total + r * vectors, band_product + r * vectors);                     \
     }
@@ -173,45 +178,40 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
 }
 
 INLINE struct Sums T(sums_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptrdiff_t run_stride,
-                                   ptrdiff_t length, const int way) {
+                                   ptrdiff_t length) {
     double total[CHAINS], product[CHAINS];
     if (length < SHORT_RUN)
-        T(sum_pairs)(at, 0, 1, runs, run_stride, length, SHORT_LANES, way, total, product);
+        T(sum_pairs)(at, 0, 1, runs, run_stride, length, SHORT_LANES, 0, total, product);
     else
-        T(sum_pairs)(at, 0, 1, runs, run_stride, length, LANES, way, total, product);
+        T(sum_pairs)(at, 0, 1, runs, run_stride, length, LANES, 0, total, product);
     return (struct Sums){sum_of_chains(total), sum_of_chains(product)};
 }
 
-/* The sums of each part of a channel, in a piece that may begin and end within one. */
-static void T(sums_of_parts)(struct T(Pair) at, const struct Pass *p, const struct Sheet *sheet,
-                             ptrdiff_t parts, struct Sums *into) {
-    const ptrdiff_t length = p->geometry.S / p->geometry.parts, reached = sheet->start / length;
-    const ptrdiff_t stop = sheet->start + sheet->length;
-    ptrdiff_t first, end;
-    for (ptrdiff_t q = 0; q < parts; q++) {
-        first = max_of(sheet->start, (reached + q) * length);
-        end = min_of(stop, (reached + q + 1) * length);
-        into[q].grad_output = into[q].grad_output_centred = 0;
-        if (first < end) {
-            into[q] = T(sums_of_runs)(&at, sheet->runs, sheet->run_stride, end - first, 0);
-            T(move_pair)(&at, end - first, 0);
-        }
-    }
-}
-
+/* The sums of channels; of each part of one, in a piece that may begin and end within a part. */
 INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const struct Sheet *sheet,
                              ptrdiff_t parts, struct Sums *into) {
+    const ptrdiff_t length = p->geometry.S / p->geometry.parts;
+    const ptrdiff_t start = sheet->start, stop = start + sheet->length;
+    const ptrdiff_t reached = parts == 1 ? 0 : start / length;
+    ptrdiff_t first = start, end = stop;
     for (ptrdiff_t c = 0; c < sheet->channels; c++, at.mean++, at.unit++) {
-        if (parts > 1)
-            T(sums_of_parts)(at, p, sheet, parts, into + c * parts);
-        else
-            into[c] = T(sums_of_runs)(&at, sheet->runs, sheet->run_stride, sheet->length, 0);
-        T(move_pair)(&at, p->geometry.S, 0);
+        for (ptrdiff_t q = 0; q < parts; q++, into++) {
+            if (parts > 1) {
+                first = max_of(start, (reached + q) * length);
+                end = min_of(stop, (reached + q + 1) * length);
+            }
+            *into = (struct Sums){0, 0};
+            if (first < end) {
+                *into = T(sums_of_runs)(&at, sheet->runs, sheet->run_stride, end - first);
+                T(move_pair)(&at, end - first, 0);
+            }
+        }
+        T(move_pair)(&at, p->geometry.S - sheet->length, 0);
     }
 }
 
 static void T(sums_by_row)(struct T(Pair) at, const struct Sheet *sheet, ptrdiff_t parts,
-                           int stream, struct Sums *into) {
+                           struct Sums *into) {
     const ptrdiff_t period = sheet->channels * sheet->span, span = sheet->span / parts;
     real means[WIDTH], units[WIDTH]; /* of each column */
     double total[WIDTH], product[WIDTH];
@@ -221,14 +221,8 @@ static void T(sums_by_row)(struct T(Pair) at, const struct Sheet *sheet, ptrdiff
     at.unit = units;
     for (ptrdiff_t k = 0; k < sheet->width; k++)
         total[k] = product[k] = 0;
-    if (stream)
-        T(multiply_columns)(at, sheet->rows, sheet->row_stride, sheet->width, BY_COLUMN | STREAM,
-                            total, product);
-    else
-        T(multiply_columns)(at, sheet->rows, sheet->row_stride, sheet->width, BY_COLUMN, total,
-                            product);
-    T(move_pair)(&at, sheet->rows * sheet->row_stride, 0);
-    T(multiply_columns)(at, 1, 0, sheet->tail, BY_COLUMN, total, product);
+    T(multiply_columns)(at, sheet->rows, sheet->row_stride, sheet->width, sheet->tail, BY_COLUMN, total,
+                        product);
     for (ptrdiff_t r = 1; r < sheet->repeat; r++)
         for (ptrdiff_t k = 0; k < period; k++) {
             total[k] += total[r * period + k];
@@ -280,10 +274,11 @@ static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptr
     T(take_units)(p, first, sheet->channels, &units);
     at.mean = units.high;
     at.unit = units.per_unit;
+    at.ahead = p->stream ? BESIDE * sheet->row_stride : 0;
     if (p->geometry.by_plane)
         T(sums_by_plane)(at, p, sheet, parts, into);
     else
-        T(sums_by_row)(at, sheet, parts, p->stream, into);
+        T(sums_by_row)(at, sheet, parts, into);
     for (ptrdiff_t c = 0; c < sheet->channels; c++)
         for (ptrdiff_t q = c * parts; q < (c + 1) * parts; q++)
             into[q].grad_output_centred = into[q].grad_output_centred * units.unit[c]
@@ -293,8 +288,7 @@ static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptr
 /* The sums of at most AT_ONCE channels that have a weight for each value; side by side where it is the
    same for all. */
 INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
-                               const int width, const int way, double *total,
-                               double *product) {
+                               const int width, double *total, double *product) {
     enum { FIT = 4 * LANES_OF / SHORT_LANES };
     const int beside = width == SHORT_LANES && FIT > 1 ? FIT : 1;
     const ptrdiff_t n = sheet->channels, S = p->geometry.S;
@@ -303,12 +297,12 @@ INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, 
     double totals[AT_ONCE * CHAINS], products[AT_ONCE * CHAINS];
     ptrdiff_t c = 0;
     T(take_units)(p, first, n, &units);
-    at.out = (const stored *)p->out + sheet->offset;
+    at.out = p->stream ? at.x : (const stored *)p->out + sheet->offset; /* a store waits for its line */
 #define CHANNELS(beside)                                                                           \
     at.weight = T(weights_of)(p, first + c) + sheet->start;                                        \
     at.mean = units.high + c;                                                                      \
     at.unit = units.per_unit + c;                                                                  \
-    T(sum_pairs)(&at, S, beside, sheet->runs, sheet->run_stride, sheet->length, width, way,        \
+    T(sum_pairs)(&at, S, beside, sheet->runs, sheet->run_stride, sheet->length, width, BY_VALUE,   \
                  totals + c * CHAINS, products + c * CHAINS);                                      \
     at.grad_output += beside * S;                                                                  \
     at.x += beside * S;                                                                            \
@@ -330,11 +324,9 @@ INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, 
 static void T(row_products)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                             double *total, double *product) {
     if (sheet->length < SHORT_RUN)
-        T(row_products_in)(p, sheet, first, SHORT_LANES, BY_VALUE | FETCH, total, product);
-    else if (p->stream)
-        T(row_products_in)(p, sheet, first, LANES, BY_VALUE, total, product);
+        T(row_products_in)(p, sheet, first, SHORT_LANES, total, product);
     else
-        T(row_products_in)(p, sheet, first, LANES, BY_VALUE | FETCH, total, product);
+        T(row_products_in)(p, sheet, first, LANES, total, product);
 }
 
 /* Add up what channels share: the gradients of weights and biases by value. */
@@ -365,7 +357,7 @@ static void T(share_products)(const struct Pass *p, const struct Sheet *sheet, p
                     width = min_of(WIDTH, sheet->length - k);
                     pair = T(pair_of)(p, sheet->offset + c * S + i * sheet->run_stride + k);
                     pair.normal = &normal;
-                    T(multiply_columns)(pair, n, period * S, width, BY_ROW, grad_bias + k,
+                    T(multiply_columns)(pair, n, period * S, width, 0, BY_ROW, grad_bias + k,
                                         grad_bias + p->geometry.parameters + k);
                 }
         }

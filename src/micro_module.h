@@ -8,20 +8,21 @@
 enum { /* what `way` says of a loop, as a literal: the compiler keeps what it needs */
     BACKWARD = 1,   /* grad_input is written, not y */
     STREAM = 2,     /* past the cache: whole cache lines */
-    WEIGHTED = 4,   /* grad_output has a weight among its coefficients */
+    WEIGHTED = 4,   /* a channel has several weights; grad_output has its own as a coefficient */
     BY_COLUMN = 8,  /* coefficients, or means, are for a column each, not one for all */
     BY_VALUE = 16,  /* a weight and a bias beside each value of a run */
-    BY_PART = 32,   /* a weight and a bias for several values of a run each */
-    BY_ROW = 64,    /* x is normalised first, by what each row has */
-    MEANS = 128,    /* means go along with the columns */
-    FETCH = 256,    /* what will be written is fetched: a store waits for its line to be read */
+    BY_ROW = 32,    /* x is normalised first, by what each row has */
+    MEANS = 64,     /* means go along with the columns */
 };
 
 enum {
-    /* Vectors that are written side by side: two, but no less than a cache line. */
-    ACROSS = 2 * VECTOR_BYTES < LINE ? LINE / VECTOR_BYTES : 2,
+    LINE_OF = LINE / VECTOR_BYTES,         /* vectors in a cache line */
+    ACROSS = LINE_OF > 2 ? LINE_OF : 2,   /* vectors that are written side by side */
     WORTH_A_TABLE = 4096, /* values */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
+    /* Of a table of coefficients: a line more than WIDTH, so that a row can start within one; and its
+       rows do not lie whole pages apart, where they would fight for the same places of the L1 cache. */
+    TABLE_WIDTH = WIDTH + 6 * LINE / 4,
 };
 
 INLINE ptrdiff_t min_of(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
@@ -39,7 +40,7 @@ INLINE double power_of_two(double value) {
 }
 
 /* n values per channel, as the caller has them: float32, float64, or the same for all. */
-static void take_values(const struct PerChannel *p, ptrdiff_t first, ptrdiff_t n, double *values) {
+static NOINLINE void take_values(const struct PerChannel *p, ptrdiff_t first, ptrdiff_t n, double *values) {
     if (p->single)
         for (ptrdiff_t c = 0; c < n; c++)
             values[c] = p->single[first + c];

@@ -53,14 +53,14 @@ INLINE void T(sum_band)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, p
 /* Add up the columns of a sheet, a band of rows after the other. */
 INLINE void T(sum_sheet)(const stored *x, const struct Sheet *sheet, const real *shift,
                          const real *factor, real *total, real *square) {
-    ptrdiff_t n;
+    const ptrdiff_t stride = sheet->row_stride;
+    ptrdiff_t n, width;
     x += sheet->offset;
-    for (ptrdiff_t rest = sheet->rows; rest > 0; rest -= n, x += n * sheet->row_stride) {
-        n = min_of(BAND, rest);
-        T(sum_band)(x, n, sheet->row_stride, sheet->width, shift, factor, total, square);
+    for (ptrdiff_t row = 0; row < sheet->rows + (sheet->tail > 0); row += n, x += n * stride) {
+        n = row < sheet->rows ? min_of(BAND, sheet->rows - row) : 1;
+        width = row < sheet->rows ? sheet->width : sheet->tail;
+        T(sum_band)(x, n, stride, width, shift, factor, total, square);
     }
-    if (sheet->tail)
-        T(sum_band)(x, 1, 0, sheet->tail, shift, factor, total, square);
 }
 
 /* Whether a sum of squares is beyond the range of float32, or a NaN. NaN fails every comparison, so
@@ -71,7 +71,7 @@ INLINE int T(is_outside)(real square, real smallest) {
 
 /* The sums of a block around shifts that are given, or else around its column means; return whether
    all are in range. */
-INLINE int T(sum_block)(const stored *x, const struct Sheet *block, const int given,
+INLINE int T(sum_block)(const stored *x, const struct Sheet *block, int given,
                         const real *factor, real smallest, struct T(Block) *sums) {
     int outside = 0;
     real reciprocal;
@@ -151,30 +151,33 @@ INLINE void T(merge_rows)(const struct T(Block) *sums, const double *unit,
     T(merge_block)(sums, unit, block->tail, block->width, (double)block->rows, before, columns);
 }
 
+/* Merge a block in units near the largest value of each column. In such a unit the digits are those
+   that float32 without limits would give: so they do not depend on the unit of x. */
+static COLD void T(add_scaled_block)(const void *x, const struct Sheet *block, real smallest,
+                                     double before, struct T(Block) *sums,
+                                     struct Columns *columns) {
+    real factor[WIDTH];
+    double unit[WIDTH];
+    T(scale_columns)(x, block, smallest, sums->square, factor, unit);
+    T(sum_block)(x, block, 0, factor, smallest, sums);
+    T(merge_rows)(sums, unit, block, before, columns);
+}
+
 /* Merge a block into columns of so many rows before, around whose means it is summed: why that is
    exact enough, add_blocks (moments.pxi) says. The first is summed around its own. */
 static void T(add_block)(const void *x, const struct Sheet *block, double least, ptrdiff_t before,
                          struct Columns *columns) {
     const real smallest = (real)least;
     struct T(Block) sums;
-    real factor[WIDTH], mean;
-    double unit[WIDTH];
-    int inside;
+    real mean;
     for (ptrdiff_t k = 0; before > 0 && k < block->width; k++) {
         mean = (real)(columns->shift[k] + columns->mean[k]);
         sums.shift[k] = mean - mean == 0 ? mean : 0; /* what is not finite stays in its block */
     }
-    inside = before > 0 ? T(sum_block)(x, block, 1, NULL, smallest, &sums)
-                        : T(sum_block)(x, block, 0, NULL, smallest, &sums);
-    if (inside) {
+    if (T(sum_block)(x, block, before > 0, NULL, smallest, &sums))
         T(merge_rows)(&sums, NULL, block, (double)before, columns);
-        return;
-    }
-    /* In a unit near the largest value of the column, the digits are those that float32 without
-       limits would give: so they do not depend on the unit of x. */
-    T(scale_columns)(x, block, smallest, sums.square, factor, unit);
-    T(sum_block)(x, block, 0, factor, smallest, &sums);
-    T(merge_rows)(&sums, unit, block, (double)before, columns);
+    else
+        T(add_scaled_block)(x, block, smallest, (double)before, &sums, columns);
 }
 
 /* Add sums of columns, `groups` times CHAINS for each of some channels, to the chains of each. */
@@ -193,11 +196,11 @@ INLINE void T(add_to_chains)(const doubles *sum, const int channels, const int g
 /* The sums of channels that lie `stride` apart, `beside` of them side by side, each of runs of so many
    values, in rows of `width`: of at most SUMMED rows in the type that is computed in, and of those in
    float64. Of the values, times a factor, around a shift for each channel; without one, of the values
-   alone. Meanwhile what will be written is fetched, where it lies so far from x. */
-INLINE void T(sum_runs)(const stored *x, const int fetches, ptrdiff_t to_out, ptrdiff_t stride,
-                        const int beside, ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length,
-                        const int width, const real *shift, const int scaled, real factor,
-                        double *total, double *square) { /* OUT (beside, CHAINS), or NULL */
+   alone. Without a shift, what lies so many bytes from x is fetched, because it will be written. */
+INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, const int beside,
+                        ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length, const int width,
+                        const real *shift, const int scaled, real factor, double *total,
+                        double *square) { /* OUT (beside, CHAINS), or NULL */
     enum { MOST = 4 * LANES_OF, HALVES = LANES_OF / DOUBLES };
     const int columns = width * beside < MOST ? width : MOST / beside;
     const int vectors = columns / LANES_OF, groups = columns / CHAINS;
@@ -219,7 +222,7 @@ INLINE void T(sum_runs)(const stored *x, const int fetches, ptrdiff_t to_out, pt
                     EACH (v, beside * vectors) {
                         const stored *at = row + v / vectors * stride + v % vectors * LANES_OF;
                         value = load(at);
-                        if (fetches)
+                        if (!shift)
                             __builtin_prefetch((const char *)at + to_out, 1);
                         if (scaled)
                             value *= factor;
@@ -268,15 +271,24 @@ INLINE void T(sum_around)(const stored *x, const struct Sheet *block, ptrdiff_t 
     double totals[CHAINS] = {0}, squares[CHAINS] = {0};
     real rounded = 0;
     if (!centred) {
-        T(sum_runs)(x, 0, 0, 0, 1, block->runs, block->run_stride, length, width, NULL, scaled, factor,
+        T(sum_runs)(x, 0, 0, 1, block->runs, block->run_stride, length, width, NULL, scaled, factor,
                     totals, NULL);
         *shift = sum_of_chains(totals) / ((double)block->runs * length);
     }
     *shift = rounded = (real)*shift;
-    T(sum_runs)(x, 0, 0, 0, 1, block->runs, block->run_stride, length, width, &rounded, scaled, factor,
+    T(sum_runs)(x, 0, 0, 1, block->runs, block->run_stride, length, width, &rounded, scaled, factor,
                 totals, squares);
     *total = sum_of_chains(totals);
     *square = sum_of_chains(squares);
+}
+
+static COLD void T(sum_scaled)(const stored *x, const struct Sheet *block, ptrdiff_t length,
+                               int centred, real factor, double *shift, double *total,
+                               double *square) {
+    if (block->width == SHORT_LANES)
+        T(sum_around)(x, block, length, SHORT_LANES, centred, 1, factor, shift, total, square);
+    else
+        T(sum_around)(x, block, length, LANES, centred, 1, factor, shift, total, square);
 }
 
 static void T(sum_plane)(const void *data, const struct Sheet *block, ptrdiff_t length,
@@ -285,7 +297,7 @@ static void T(sum_plane)(const void *data, const struct Sheet *block, ptrdiff_t 
     if (unit == 1)
         T(sum_around)(x, block, length, LANES, centred, 0, 1, shift, total, square);
     else
-        T(sum_around)(x, block, length, LANES, centred, 1, (real)(1 / unit), shift, total, square);
+        T(sum_scaled)(x, block, length, centred, (real)(1 / unit), shift, total, square);
 }
 
 /* A power of two near the largest magnitude of a channel. In such a unit the digits are those that
@@ -305,18 +317,18 @@ static double T(unit_of)(const void *data, const struct Sheet *sheet) {
 }
 
 /* The sums of at most AT_ONCE channels, in rows of `width`. */
-INLINE void T(sum_channels)(const stored *x, const int fetches, ptrdiff_t to_out,
-                            const struct Sheet *sheet, ptrdiff_t S, const int width,
-                            const real *shift, double *total, double *square) {
+INLINE void T(sum_channels)(const stored *x, ptrdiff_t to_out, const struct Sheet *sheet,
+                            ptrdiff_t S, const int width, const real *shift, double *total,
+                            double *square) {
     enum { FIT = 4 * LANES_OF / SHORT_LANES };
     const int beside = width == SHORT_LANES && FIT > 1 ? FIT : 1;
     const ptrdiff_t n = sheet->channels;
     double totals[AT_ONCE * CHAINS], squares[AT_ONCE * CHAINS];
     ptrdiff_t c = 0;
 #define CHANNELS(beside)                                                                           \
-    T(sum_runs)(x + c * S, fetches, to_out, S, beside, sheet->runs, sheet->run_stride,             \
-                sheet->length, width, shift ? shift + c : NULL, 0, 1,                              \
-                total ? totals + c * CHAINS : NULL, square ? squares + c * CHAINS : NULL)
+    T(sum_runs)(x + c * S, to_out, S, beside, sheet->runs, sheet->run_stride, sheet->length,       \
+                width, shift ? shift + c : NULL, 0, 1, total ? totals + c * CHAINS : NULL,         \
+                square ? squares + c * CHAINS : NULL)
     for (; n - c >= beside; c += beside)
         CHANNELS(beside);
     for (; beside > 1 && c < n; c++)
@@ -328,71 +340,58 @@ INLINE void T(sum_channels)(const stored *x, const int fetches, ptrdiff_t to_out
         fold_chains(squares, n, square);
 }
 
-/* The moments of at most AT_ONCE channels of one block each, around their means, or around 0. */
-INLINE void T(moments_in_rows)(const stored *x, const int fetches, ptrdiff_t to_out,
-                               const struct Sheet *sheet, ptrdiff_t S, const int width,
-                               const int centred, double smallest, struct Columns *into) {
-    /* Pass by pass, because the second pass over a channel has to wait for its mean; meanwhile the
-       CPU is at the next channel. */
+/* The sums of at most AT_ONCE channels of one block each, around their means, or around 0. Sweep by
+   sweep, because the second over a channel has to wait for its mean; meanwhile the CPU is at the next
+   channel. */
+INLINE void T(sum_in_rows)(const stored *x, ptrdiff_t to_out, const struct Sheet *sheet,
+                           ptrdiff_t S, const int width, int centred, real *shift, double *total,
+                           double *square) { /* OUT */
     const double count = (double)sheet->runs * sheet->length;
-    const ptrdiff_t n = sheet->channels;
-    double total[AT_ONCE], square[AT_ONCE], unit, shift;
-    real shifts[AT_ONCE];
+    if (!centred) {
+        T(sum_channels)(x, to_out, sheet, S, width, NULL, NULL, square);
+        return;
+    }
+    T(sum_channels)(x, to_out, sheet, S, width, NULL, total, NULL);
+    for (ptrdiff_t c = 0; c < sheet->channels; c++)
+        shift[c] = (real)(total[c] / count);
+    T(sum_channels)(x, 0, sheet, S, width, shift, total, square);
+}
+
+static void T(channel_moments)(const struct Pass *p, const struct Sheet *sheet, double least,
+                               struct Columns *into) {
+    const stored *x = (const stored *)p->x + sheet->offset;
+    const ptrdiff_t S = p->geometry.S, n = sheet->channels;
+    const double count = (double)sheet->runs * sheet->length;
+    const real smallest = (real)least;
+    const int centred = p->centred;
+    /* A store waits until its line is read, unless it goes past the cache. */
+    const int fetches = p->kind == NORMALISE && !p->stream && p->geometry.pieces == 1;
+    const ptrdiff_t to_out = fetches ? (char *)p->out - (char *)p->x : 0;
+    double total[AT_ONCE], square[AT_ONCE], unit;
+    real shift[AT_ONCE];
     int outside = 0;
-    if (centred) {
-        T(sum_channels)(x, fetches, to_out, sheet, S, width, NULL, total, NULL);
-        for (ptrdiff_t c = 0; c < n; c++)
-            shifts[c] = (real)(total[c] / count);
-        T(sum_channels)(x, 0, 0, sheet, S, width, shifts, total, square);
-    } else
-        T(sum_channels)(x, fetches, to_out, sheet, S, width, NULL, NULL, square);
+    if (sheet->width == SHORT_LANES)
+        T(sum_in_rows)(x, to_out, sheet, S, SHORT_LANES, centred, shift, total, square);
+    else
+        T(sum_in_rows)(x, to_out, sheet, S, LANES, centred, shift, total, square);
+    for (ptrdiff_t c = 0; c < n; c++)
+        outside |= T(is_outside)((real)square[c], smallest);
     for (ptrdiff_t c = 0; c < n; c++) {
-        into->shift[c] = centred ? shifts[c] : 0;
+        into->shift[c] = centred ? shift[c] : 0;
         into->mean[c] = centred ? total[c] / count : 0;
         into->m2[c] = centred ? square[c] - total[c] * into->mean[c] : square[c];
     }
-    for (ptrdiff_t c = 0; c < n; c++)
-        outside |= T(is_outside)((real)square[c], (real)smallest);
-    if (!outside)
-        return;
-    for (ptrdiff_t c = 0; c < n; c++)
-        if (T(is_outside)((real)square[c], (real)smallest)) {
+    for (ptrdiff_t c = 0; outside && c < n; c++)
+        if (T(is_outside)((real)square[c], smallest)) {
             struct Sheet channel = *sheet;
             channel.offset += c * S;
-            unit = T(unit_of)(x - sheet->offset, &channel);
-            shift = 0;
-            T(sum_around)(x + c * S, sheet, sheet->length, width, !centred, 1,
-                          (real)(1 / unit), &shift, total, square + c);
-            into->shift[c] = shift * unit;
-            into->mean[c] = centred ? *total / count * unit : 0;
-            into->m2[c] = (centred ? square[c] - *total * (*total / count) : square[c])
-                          * (unit * unit);
+            unit = T(unit_of)(p->x, &channel);
+            into->shift[c] = 0;
+            T(sum_scaled)(x + c * S, sheet, sheet->length, !centred, (real)(1 / unit),
+                          into->shift + c, total, square);
+            into->shift[c] *= unit;
+            into->mean[c] = centred ? *total / count : 0;
+            into->m2[c] = (centred ? *square - *total * into->mean[c] : *square) * (unit * unit);
+            into->mean[c] *= unit;
         }
-}
-
-static void T(channel_moments)(const struct Pass *p, const struct Sheet *sheet, double smallest,
-                               struct Columns *into) {
-    const stored *x = (const stored *)p->x + sheet->offset;
-    const ptrdiff_t S = p->geometry.S, to_out = (char *)p->out - (char *)p->x;
-    /* A store waits until its line is read, unless it goes past the cache. */
-    const int fetches = p->kind == NORMALISE && !p->stream && p->geometry.pieces == 1;
-#define FIND(fetches, width, centred)                                                              \
-    T(moments_in_rows)(x, fetches, to_out, sheet, S, width, centred, smallest, into)
-#define FIND_IN(width)                                                                             \
-    do {                                                                                           \
-        if (fetches && p->centred)                                                                 \
-            FIND(1, width, 1);                                                                     \
-        else if (fetches)                                                                          \
-            FIND(1, width, 0);                                                                     \
-        else if (p->centred)                                                                       \
-            FIND(0, width, 1);                                                                     \
-        else                                                                                       \
-            FIND(0, width, 0);                                                                     \
-    } while (0)
-    if (sheet->width == SHORT_LANES)
-        FIND_IN(SHORT_LANES);
-    else
-        FIND_IN(LANES);
-#undef FIND_IN
-#undef FIND
 }

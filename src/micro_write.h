@@ -26,6 +26,7 @@ struct T(Place) {
     ptrdiff_t stride;
     const real *weights, *biases; /* value by value */
     ptrdiff_t ahead;              /* of x, and of grad_output: what is read next */
+    int streams;                  /* whole cache lines past the cache */
 };
 
 struct T(Coefficients) {
@@ -114,49 +115,37 @@ INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int r
     }
     EACH (v, rows * across) {
         stored *out = at->out + k + v / across * row_stride + v % across * LANES_OF;
-        if (lanes < LANES_OF)
-            T(store_some)(out, y[v], lanes);
-        else if (way & STREAM)
+        if (way & STREAM)
             T(stream)(out, y[v]);
+        else if (lanes < LANES_OF)
+            T(store_some)(out, y[v], lanes);
         else
             T(store)(out, y[v]);
     }
 }
 
-/* Write columns k to n of one row, or of some. The next vectors are loaded before these are stored: a
-   load that follows a store to the same place in another page waits for it, and arrays are often
-   about a whole number of pages apart. */
-INLINE void T(write_rows)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t n, const int rows,
-                          ptrdiff_t row_stride, const int across, const int way) {
+/* Write some lanes of a vector of some rows. */
+INLINE void T(write_some)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t lanes, const int rows,
+                          ptrdiff_t row_stride, struct T(Coefficients) *c, const int way) {
+    const struct T(Loaded) values = T(load_vectors)(at, k, rows, row_stride, 1, lanes, way);
+    T(write_vectors)(at, k, rows, row_stride, 1, lanes, &values, c, way);
+}
+
+/* Write steps of whole vectors. The next are loaded before these are stored: a load that follows a
+   store to the same place in another page waits for it, and arrays are often about a whole number of
+   pages apart. */
+INLINE void T(write_steps)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t end, const int rows,
+                           ptrdiff_t row_stride, const int across, struct T(Coefficients) *c,
+                           const int way) {
     const ptrdiff_t step = across * LANES_OF;
-    struct T(Coefficients) c[4];
     struct T(Loaded) now, next;
-    if (!(way & BY_COLUMN))
-        EACH (r, rows)
-            c[r] = T(coefficients)(at, r, LANES_OF, way);
-#define LOAD(k, across, lanes) T(load_vectors)(at, k, rows, row_stride, across, lanes, way)
-#define WRITE(across, lanes, way)                                                                  \
-    T(write_vectors)(at, k, rows, row_stride, across, lanes, &now, c, way)
-    if (n - k >= step) {
-        now = LOAD(k, across, LANES_OF);
-        for (; n - k >= 2 * step; k += step) {
-            next = LOAD(k + step, across, LANES_OF);
-            WRITE(across, LANES_OF, way);
-            now = next;
-        }
-        WRITE(across, LANES_OF, way);
-        k += step;
+    now = T(load_vectors)(at, k, rows, row_stride, across, LANES_OF, way);
+    for (; k < end - step; k += step) {
+        next = T(load_vectors)(at, k + step, rows, row_stride, across, LANES_OF, way);
+        T(write_vectors)(at, k, rows, row_stride, across, LANES_OF, &now, c, way);
+        now = next;
     }
-    for (; across > 1 && n - k >= LANES_OF; k += LANES_OF) {
-        now = LOAD(k, 1, LANES_OF);
-        WRITE(1, LANES_OF, way & ~STREAM);
-    }
-    if (k < n) {
-        now = LOAD(k, 1, n - k);
-        WRITE(1, n - k, way & ~STREAM);
-    }
-#undef LOAD
-#undef WRITE
+    T(write_vectors)(at, k, rows, row_stride, across, LANES_OF, &now, c, way);
 }
 
 /* How many of n values lie before the first that begins a cache line. */
@@ -164,28 +153,46 @@ INLINE ptrdiff_t T(values_to_line)(const stored *at, ptrdiff_t n) {
     return min_of(n, (ptrdiff_t)(-((uintptr_t)at / sizeof(stored)) % (LINE / sizeof(stored))));
 }
 
-/* Write n columns of some rows, or n values of a run, from the next cache line of out on by whole
-   vectors, if there are many. Arrays from one allocator are aligned alike, so the loads of x gain as
-   much as the stores. */
-INLINE void T(write_aligned)(const struct T(Place) *at, ptrdiff_t n, const int rows,
-                             ptrdiff_t row_stride, const int across, const int way) {
-    ptrdiff_t k = 0;
-    if (way & STREAM || n >= ALIGNED_RUN) {
-        k = T(values_to_line)(at->out, n);
-        T(write_rows)(at, 0, k, rows, row_stride, 1, way & ~STREAM);
+/* Write n columns of some rows, or n values of a run, from the next cache line of out on in steps of
+   whole vectors, if there are many. Arrays from one allocator are aligned alike, so the loads of x
+   gain as much as the stores. Whole steps alone are streamed. */
+INLINE void T(write_rows)(const struct T(Place) *at, ptrdiff_t n, const int rows,
+                          ptrdiff_t row_stride, const int across, const int way) {
+    const ptrdiff_t step = across * LANES_OF;
+    ptrdiff_t k = 0, end;
+    struct T(Coefficients) c[4];
+    if (!(way & BY_COLUMN))
+        EACH (r, rows)
+            c[r] = T(coefficients)(at, r, LANES_OF, way);
+    if (at->streams || n >= ALIGNED_RUN)
+        for (ptrdiff_t head = T(values_to_line)(at->out, n), lanes; k < head; k += lanes) {
+            lanes = min_of(LANES_OF, head - k);
+            T(write_some)(at, k, lanes, rows, row_stride, c, way);
+        }
+    if (n - k >= step) {
+        end = k + (n - k) / step * step;
+        if (at->streams)
+            T(write_steps)(at, k, end, rows, row_stride, across, c, way | STREAM);
+        else
+            T(write_steps)(at, k, end, rows, row_stride, across, c, way);
+        k = end;
     }
-    T(write_rows)(at, k, n, rows, row_stride, across, way);
+    for (; across > 1 && n - k >= LANES_OF; k += LANES_OF)
+        T(write_some)(at, k, LANES_OF, rows, row_stride, c, way);
+    if (k < n)
+        T(write_some)(at, k, n - k, rows, row_stride, c, way);
 }
 
-INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t first,
-                                   const int way) {
+INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t first) {
     struct T(Place) place;
     place.x = p->kind == FROZEN_GRADIENTS ? p->grad_output : p->x;
     place.x += at;
     place.out = (stored *)p->out + at;
-    place.grad_output = way & BACKWARD ? (const stored *)p->grad_output + at : NULL;
+    place.grad_output = p->kind == GRADIENTS ? p->grad_output : p->x; /* or not read */
+    place.grad_output += at;
     place.weights = place.biases = NULL;
     place.ahead = p->ahead;
+    place.streams = p->stream;
     place.coefficients = (const real *)p->coefficients + first;
     place.stride = p->geometry.channels;
     return place;
@@ -198,104 +205,108 @@ INLINE void T(move)(struct T(Place) *place, ptrdiff_t by, const int way) {
         place->grad_output += by;
 }
 
-/* Write by plane, with a weight and a bias for each part of a channel. */
-INLINE void T(write_parts)(struct T(Place) place, const struct Pass *p, const struct Sheet *sheet,
-                           ptrdiff_t c, const int way) {
-    const ptrdiff_t length = p->geometry.S / p->geometry.parts;
+/* Write by plane; where a channel has several weights and biases, part by part. */
+INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
+                            const int way) {
+    const ptrdiff_t length = way & WEIGHTED ? p->geometry.S / p->geometry.parts : p->geometry.S;
     const ptrdiff_t start = sheet->start, stop = start + sheet->length;
-    const real *weight = T(weights_of)(p, c), *bias = weight + p->geometry.parameters;
-    real of_part[ALL_COEFFICIENTS];
-    ptrdiff_t begin, end;
-    for (int k = 0; k < COEFFICIENTS; k++)
-        of_part[k] = place.coefficients[k * place.stride];
-    const real scale = of_part[SCALE], shift = of_part[BIAS];
-    place.coefficients = of_part;
-    place.stride = 1;
-    for (ptrdiff_t q = start / length; q * length < stop; q++) {
-        begin = max_of(start, q * length);
-        end = min_of(stop, (q + 1) * length);
-        if (way & BACKWARD)
-            of_part[WEIGHT] = weight[q];
-        else {
-            of_part[SCALE] = scale * weight[q];
-            of_part[BIAS] = bias[q] + shift * weight[q];
+    const ptrdiff_t first_part = way & WEIGHTED ? start / length : 0;
+    const ptrdiff_t end_channel = first + sheet->channels, gap = p->geometry.S - sheet->length;
+    const real *channel, *weight = NULL;
+    real of_part[ALL_COEFFICIENTS], scale = 0, shift = 0;
+    for (ptrdiff_t i = 0; i < sheet->runs; i++) {
+        struct T(Place) place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first);
+        channel = place.coefficients;
+        for (ptrdiff_t c = first; c < end_channel; c++, channel++) {
+            place.coefficients = channel;
+            if (way & WEIGHTED) {
+                for (int k = 0; k < COEFFICIENTS; k++)
+                    of_part[k] = channel[k * p->geometry.channels];
+                scale = of_part[SCALE], shift = of_part[BIAS];
+                weight = T(weights_of)(p, c);
+                place.coefficients = of_part;
+                place.stride = 1;
+            }
+            for (ptrdiff_t q = first_part, begin = start, end; begin < stop; q++, begin = end) {
+                end = way & WEIGHTED ? min_of(stop, (q + 1) * length) : stop;
+                if (way & WEIGHTED && way & BACKWARD)
+                    of_part[WEIGHT] = weight[q];
+                else if (way & WEIGHTED) {
+                    of_part[SCALE] = scale * weight[q];
+                    of_part[BIAS] = weight[p->geometry.parameters + q] + shift * weight[q];
+                }
+                T(write_rows)(&place, end - begin, 1, 0, ACROSS, way);
+                T(move)(&place, end - begin, way);
+            }
+            T(move)(&place, gap, way);
         }
-        T(write_aligned)(&place, end - begin, 1, 0, ACROSS, way);
-        T(move)(&place, end - begin, way);
     }
 }
 
 /* Whether channels that have their parameters by value can be written side by side: where these are
-   the same for all, and all begin alike in their cache lines, or are too short for it to matter. */
-INLINE int T(lie_alike)(const struct Pass *p, const int way) {
+   the same for all, and all begin alike in their cache lines, or are too short for it to matter.
+   Streamed lines are whole. */
+INLINE int T(lie_alike)(const struct Pass *p) {
     const ptrdiff_t S = p->geometry.S;
     return p->geometry.period == 1
-           && (way & STREAM ? S * sizeof(stored) % LINE == 0 : S < ALIGNED_RUN);
+           && (p->stream ? LINE_OF == 1 && S * sizeof(stored) % LINE == 0 : S < ALIGNED_RUN);
 }
 
-INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
-                            const int way) {
-    enum { LINE_OF = LINE / VECTOR_BYTES };
-    const int many = way & BY_VALUE ? way & STREAM ? 4 / LINE_OF : 4 : 1; /* of streams whole lines */
-    struct T(Place) place;
+/* Write by plane, with a weight and a bias for each value. */
+INLINE void T(write_by_value)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
+                              const int way) {
+    const int alike = T(lie_alike)(p);
     for (ptrdiff_t i = 0; i < sheet->runs; i++) {
-        place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first, way);
-        for (ptrdiff_t c = first, n; c < first + sheet->channels; c += n) {
-            n = 1;
-            if (way & BY_VALUE) {
-                place.weights = T(weights_of)(p, c) + sheet->start;
-                place.biases = place.weights + p->geometry.parameters;
-                if (T(lie_alike)(p, way) && first + sheet->channels - c >= many)
-                    n = many;
-            }
-            if (way & BY_PART)
-                T(write_parts)(place, p, sheet, c, way & ~BY_PART);
-            else if (n == many)
-                T(write_aligned)(&place, sheet->length, many, p->geometry.S, 4 / many, way);
+        struct T(Place) place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first);
+        for (ptrdiff_t c = first, rest = sheet->channels, n; rest > 0; c += n, rest -= n) {
+            place.weights = T(weights_of)(p, c) + sheet->start;
+            place.biases = place.weights + p->geometry.parameters;
+            n = alike && rest >= 4 ? 4 : 1;
+            if (n == 4)
+                T(write_rows)(&place, sheet->length, 4, p->geometry.S, 1, way);
             else
-                T(write_aligned)(&place, sheet->length, 1, 0, ACROSS, way);
+                T(write_rows)(&place, sheet->length, 1, 0, ACROSS, way);
             place.coefficients += n;
             T(move)(&place, n * p->geometry.S, way);
         }
     }
 }
 
-/* Write by row, with a coefficient for each column. */
-INLINE void T(write_sheet)(struct T(Place) place, const struct Sheet *sheet, const int way) {
-    /* Some rows at a time, for which coefficients are loaded once; of streams whole lines. */
-    enum { LINE_OF = LINE / VECTOR_BYTES };
-    const int rows = way & STREAM ? 4 / LINE_OF : 4;
-    ptrdiff_t rest = sheet->rows;
-    /* Not rows that begin at different places of their cache lines, if they are streamed or long: one
-       by one they are written from line to line. */
-    if (sheet->row_stride * sizeof(stored) % LINE == 0 || !(way & STREAM || sheet->width > WIDTH))
-        for (; rest >= rows; rest -= rows) {
-            T(write_aligned)(&place, sheet->width, rows, sheet->row_stride, 4 / rows, way);
-            T(move)(&place, rows * sheet->row_stride, way);
+/* Write by row, with a coefficient for each column. Where it wraps, in the order of the memory: what
+   begins in a row goes on into the next by whole steps, and so does the table of coefficients. */
+INLINE void T(write_columns_way)(struct T(Place) place, const struct Sheet *sheet, int wraps,
+                                 const int way) {
+    enum { STEP = ACROSS * LANES_OF };
+    const ptrdiff_t width = sheet->width, stride = sheet->row_stride;
+    const real *table = place.coefficients;
+    ptrdiff_t rest = sheet->rows, column = 0, n;
+    /* Some rows at a time, for which coefficients are loaded once. Not rows that begin at different
+       places of their cache lines, if they are streamed or long: one by one they are written from
+       line to line. And streamed lines are whole. */
+    if (!wraps && !(place.streams && LINE_OF > 1)
+        && (stride * sizeof(stored) % LINE == 0 || !(place.streams || width > WIDTH)))
+        for (; rest >= 4; rest -= 4) {
+            T(write_rows)(&place, width, 4, stride, 1, way);
+            T(move)(&place, 4 * stride, way);
         }
-    for (; rest > 0; rest--) {
-        T(write_aligned)(&place, sheet->width, 1, 0, ACROSS, way);
-        T(move)(&place, sheet->row_stride, way);
+    for (rest = rest * width + sheet->tail; rest > 0; rest -= n) {
+        n = min_of(rest, wraps ? (width - column + STEP - 1) / STEP * STEP : width);
+        place.coefficients = table + column;
+        T(write_rows)(&place, n, 1, 0, ACROSS, way);
+        T(move)(&place, wraps ? n : stride, way);
+        for (column += wraps ? n : 0; column >= width;)
+            column -= width;
     }
-    if (sheet->tail)
-        T(write_aligned)(&place, sheet->tail, 1, 0, ACROSS, way);
 }
 
-/* Write n values in the order of the memory, with a coefficient for each of `width` columns, again
-   and again: what begins in a row goes on into the next by whole vectors, and so does the table. */
-INLINE void T(write_wrapped)(struct T(Place) place, ptrdiff_t n, ptrdiff_t width, const int way) {
-    enum { STEP = ACROSS * LANES_OF };
-    const real *table = place.coefficients;
-    ptrdiff_t column = 0, length;
-    for (; n > 0; n -= length) {
-        while (column >= width)
-            column -= width;
-        length = min_of(n, (width - column + STEP - 1) / STEP * STEP);
-        place.coefficients = table + column;
-        T(write_rows)(&place, 0, length, 1, 0, ACROSS, way);
-        T(move)(&place, length, way);
-        column += length;
-    }
+static void T(write_columns)(const struct Pass *p, const struct T(Place) *place,
+                             const struct Sheet *sheet, int wraps) {
+    if (p->kind != GRADIENTS)
+        T(write_columns_way)(*place, sheet, wraps, BY_COLUMN);
+    else if (p->geometry.parts == 1)
+        T(write_columns_way)(*place, sheet, wraps, BY_COLUMN | BACKWARD);
+    else
+        T(write_columns_way)(*place, sheet, wraps, BY_COLUMN | BACKWARD | WEIGHTED);
 }
 
 /* Rows without gaps between them, after the first few values: the same in longer rows. */
@@ -312,91 +323,83 @@ static struct Sheet T(unbroken)(struct Sheet sheet, ptrdiff_t head) {
     return sheet;
 }
 
-/* Write by row, with a table of the coefficients of each column. */
-INLINE void T(write_table)(const struct Pass *p, struct Sheet sheet, ptrdiff_t first,
-                           const int way) {
-    /* A line more than WIDTH, so that a row can start within one; and rows of the table that lie
-       whole pages apart would fight for the same places of the L1 cache. */
-    enum { TABLE_WIDTH = WIDTH + 6 * LINE / 4, BACK = BACKWARD | WEIGHTED };
-    real space[ALL_COEFFICIENTS * TABLE_WIDTH] __attribute__((aligned(LINE))), *table = space;
-    real weight[WIDTH], bias[WIDTH];
+/* Make a table of the coefficients of each column of a sheet, in rows TABLE_WIDTH apart. After the last
+   come some of the first again, for rows that begin or end within one of the table. */
+static void T(make_table)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
+                          ptrdiff_t beyond, real *table) { /* OUT */
     const ptrdiff_t C = p->geometry.channels, parts = p->geometry.parts;
     const real *weights = T(weights_of)(p, first), *coefficients = (real *)p->coefficients + first;
-    const int rows = (way & BACK) == BACK ? ALL_COEFFICIENTS : way & BACKWARD ? COEFFICIENTS : SLOPE;
-    struct T(Place) place = T(place_of)(p, sheet.offset, first, way);
-    ptrdiff_t head = 0;
-    real *columns;
-    if (sheet.row_stride == sheet.width) {
-        /* From one cache line to the next: the table goes on for as long as the first row is late. */
-        head = T(values_to_line)(place.out, sheet.rows * sheet.width);
-        sheet = T(unbroken)(sheet, head);
-        table += -head & (LINE / sizeof(real) - 1);
-    }
+    const int backward = p->kind == GRADIENTS;
+    const int rows = !backward ? SLOPE : parts > 1 ? ALL_COEFFICIENTS : COEFFICIENTS;
+    real weight[WIDTH], bias[WIDTH], *columns;
     for (int q = 0; q < min_of(rows, COEFFICIENTS); q++)
         if (q != MEAN_LOW)
-            T(spread)(coefficients + q * C, sheet.channels, sheet.span, sheet.repeat,
-                  table + q * TABLE_WIDTH);
+            T(spread)(coefficients + q * C, sheet->channels, sheet->span, sheet->repeat,
+                      table + q * TABLE_WIDTH);
     if (parts > 1) {
-        columns = way & BACKWARD ? table + WEIGHT * TABLE_WIDTH : weight;
-        T(spread)(weights, sheet.channels * parts, sheet.span / parts, sheet.repeat, columns);
-        if (!(way & BACKWARD)) {
-            T(spread)(weights + p->geometry.parameters, sheet.channels * parts, sheet.span / parts,
-                      sheet.repeat, bias);
-            for (ptrdiff_t k = 0; k < sheet.width; k++) {
+        columns = backward ? table + WEIGHT * TABLE_WIDTH : weight;
+        T(spread)(weights, sheet->channels * parts, sheet->span / parts, sheet->repeat, columns);
+        if (!backward) {
+            T(spread)(weights + p->geometry.parameters, sheet->channels * parts,
+                      sheet->span / parts, sheet->repeat, bias);
+            for (ptrdiff_t k = 0; k < sheet->width; k++) {
                 table[SCALE * TABLE_WIDTH + k] *= weight[k];
                 table[BIAS * TABLE_WIDTH + k] = bias[k] + table[BIAS * TABLE_WIDTH + k] * weight[k];
             }
         }
     }
     for (int q = 0; q < rows; q++) {
-        if (q == MEAN_LOW)
-            continue;
         columns = table + q * TABLE_WIDTH;
-        for (ptrdiff_t k = 0; k < head + ACROSS * LANES_OF; k++)
-            columns[sheet.width + k] = columns[k];
+        if (q != MEAN_LOW)
+            for (ptrdiff_t k = 0; k < beyond; k++)
+                columns[sheet->width + k] = columns[k];
     }
-    place.coefficients = table;
-    place.stride = TABLE_WIDTH;
-    T(write_rows)(&place, 0, head, 1, 0, 1, way & ~STREAM);
-    T(move)(&place, head, way);
-    place.coefficients += head;
-    if (sheet.row_stride == sheet.width
-        && (way & STREAM || sheet.width * sizeof(stored) % LINE))
-        T(write_wrapped)(place, sheet.rows * sheet.width + sheet.tail, sheet.width, way);
-    else
-        T(write_sheet)(place, &sheet, way);
 }
 
-INLINE void T(write_way)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
-                         const int way) {
-    const ptrdiff_t parts = p->geometry.parts;
-    if (sheet->length > 0) { /* by plane */
-        if (p->geometry.by_value)
-            T(write_planes)(p, sheet, first, way | BY_VALUE);
-        else if (parts > 1)
-            T(write_planes)(p, sheet, first, way | BY_PART | WEIGHTED);
-        else
-            T(write_planes)(p, sheet, first, way);
-    } else if (sheet->repeat * sheet->span == 1
-               && (sheet->rows * sheet->width < WORTH_A_TABLE || sheet->width > WIDTH
-                   || (sheet->width > WIDTH / 2 && !(way & STREAM))))
-        /* Where a row holds each channel once, the coefficients lie as a table would. */
-        T(write_sheet)(T(place_of)(p, sheet->offset, first, way), sheet, way | BY_COLUMN);
-    else if (parts > 1)
-        T(write_table)(p, *sheet, first, way | BY_COLUMN | WEIGHTED);
-    else
-        T(write_table)(p, *sheet, first, way | BY_COLUMN);
+/* Write by row, with a table where that pays; where a row holds each channel once, the coefficients
+   lie as a table would. */
+static void T(write_by_row)(const struct Pass *p, struct Sheet sheet, ptrdiff_t first) {
+    real space[ALL_COEFFICIENTS * TABLE_WIDTH] __attribute__((aligned(LINE))), *table = space;
+    struct T(Place) place = T(place_of)(p, sheet.offset, first);
+    ptrdiff_t head = 0;
+    int wraps = 0;
+    if (sheet.repeat * sheet.span > 1
+        || (sheet.rows * sheet.width >= WORTH_A_TABLE
+            && sheet.width <= (p->stream ? WIDTH : WIDTH / 2))) {
+        if (sheet.row_stride == sheet.width) {
+            /* From one cache line to the next: the table goes on for as long as the first row is
+               late. */
+            head = T(values_to_line)(place.out, sheet.rows * sheet.width);
+            sheet = T(unbroken)(sheet, head);
+            table += -head & (LINE / sizeof(real) - 1);
+            wraps = p->stream || sheet.width * sizeof(stored) % LINE;
+        }
+        T(make_table)(p, &sheet, first, head + ACROSS * LANES_OF, table);
+        place.coefficients = table;
+        place.stride = TABLE_WIDTH;
+        T(write_columns)(p, &place, &(struct Sheet){.width = head, .tail = head}, 0);
+        T(move)(&place, head, BACKWARD);
+        place.coefficients += head;
+    }
+    T(write_columns)(p, &place, &sheet, wraps);
 }
 
 static void T(write)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first) {
-    if (p->kind == GRADIENTS && p->stream)
-        T(write_way)(p, sheet, first, BACKWARD | STREAM);
-    else if (p->kind == GRADIENTS)
-        T(write_way)(p, sheet, first, BACKWARD);
-    else if (p->stream)
-        T(write_way)(p, sheet, first, STREAM);
+    const int backward = p->kind == GRADIENTS;
+    if (sheet->length == 0)
+        T(write_by_row)(p, *sheet, first);
+    else if (p->geometry.by_value && backward)
+        T(write_by_value)(p, sheet, first, BY_VALUE | BACKWARD);
+    else if (p->geometry.by_value)
+        T(write_by_value)(p, sheet, first, BY_VALUE);
+    else if (backward && p->geometry.parts > 1)
+        T(write_planes)(p, sheet, first, BACKWARD | WEIGHTED);
+    else if (backward)
+        T(write_planes)(p, sheet, first, BACKWARD);
+    else if (p->geometry.parts > 1)
+        T(write_planes)(p, sheet, first, WEIGHTED);
     else
-        T(write_way)(p, sheet, first, 0);
+        T(write_planes)(p, sheet, first, 0);
     if (p->stream)
         stream_fence();
 }
@@ -497,7 +500,7 @@ INLINE void T(write_sharing_way)(const struct Pass *p, const struct Sheet *sheet
                 for (ptrdiff_t k = 0; k < sheet->length; k += width) {
                     width = min_of(WIDTH, sheet->length - k);
                     place = T(place_of)(p, sheet->offset + i * sheet->run_stride + c * S + k,
-                                        first + c, way);
+                                        first + c);
                     place.weights = T(weights_of)(p, first + c) + sheet->start + k;
                     T(write_band)(place, rows, period * S, period, width, way, grad_bias + k,
                                   grad_bias + p->geometry.parameters + k);
