@@ -37,3 +37,4 @@ class Saved:
     eps: float
     centred: bool
     frozen: bool  # whether the statistics do not depend on x
+    has_residual: bool

@@ -37,6 +37,8 @@ def forward(
     correction: float = 0.0,
     nonfinite: str = "propagate",
     keeps: bool = True,
+    activation: str | None = None,
+    residual: ArrayLike | None = None,
 ) -> tuple[Array, Saved]:
     """Normalise x by its own statistics, and let the running statistics learn them.
 
@@ -44,11 +46,13 @@ def forward(
     fewer than four are warned of where it is four, once all checks have passed and before anything
     is computed. With a counter of batches, momentum may be None: the average over all of them.
     nonfinite is that of a layer. keeps: whether a backward pass may follow; if not, nothing is
-    kept for it, and there is no Saved.
+    kept for it, and there is no Saved. residual is added to what the norm makes, and activation
+    taken of the sum.
     """
     given = (
         x, norm, dtype, weight, bias, eps, out, least, running_mean, running_var,
-        num_batches_tracked, momentum, correction, nonfinite, keeps, threads_for,
+        num_batches_tracked, momentum, correction, nonfinite, keeps, activation, residual,
+        threads_for,
     )  # fmt: skip
     done: Any = kernels.forward(*given)
     return done if type(done) is tuple else mended(kernels.forward, given, done)
@@ -64,9 +68,15 @@ def forward_given(
     bias: ArrayLike | None,
     eps: float,
     out: Array | None,
+    keeps: bool = True,
+    activation: str | None = None,
+    residual: ArrayLike | None = None,
 ) -> tuple[Array, Saved]:
     """Normalise x by given statistics."""
-    given = x, norm, dtype, running_mean, running_var, weight, bias, eps, out, threads_for
+    given = (
+        x, norm, dtype, running_mean, running_var, weight, bias, eps, out, keeps, activation,
+        residual, threads_for,
+    )  # fmt: skip
     done: Any = kernels.forward_given(*given)
     return done if type(done) is tuple else mended(kernels.forward_given, given, done)
 
@@ -94,8 +104,8 @@ def backward(
     out: Array | None,
     wanted: str = "all",
     given_x: Array | None = None,
-) -> tuple[Any, Any, Any]:
-    """Return the gradients of input, weight and bias, None for those that are not wanted.
+) -> tuple[Any, Any, Any, Any]:
+    """Return the gradients of input, weight, bias and residual, None for what is not wanted.
 
     given_x: the input of the forward pass as the caller has it, where that is another layout.
     """

@@ -146,6 +146,28 @@ class _Call:
     def flag(self, name: str) -> None:
         setattr(self._given, name, _scalars.flag(name, getattr(self._given, name)))
 
+    # ------------------------------------------------------------------------ steps after a norm
+
+    def activation(self, _: str) -> None:
+        self._given.activation = _scalars.activation(self._given.activation)
+
+    def residual(self, _: str) -> None:
+        given, dtype = self._given, self._data().dtype
+        array = _arrays.array("residual", given.residual, dtype)
+        if given.out is not None:  # which may be the array of the caller
+            given.over_residual = _arrays.overlaps(given.out, "residual", array)
+        given.residual = _arrays.data("residual", array, dtype)
+
+    def residual_shape(self, _: str) -> NoReturn:
+        raise ValueError(
+            f"residual: expected shape {self._data().shape}, that of x, got "
+            f"{self._given.residual.shape}"
+        )
+
+    def over_residual(self, _: str) -> None:
+        given = self._given
+        given.over_residual = _arrays.overlaps(given.out, "residual", given.residual)
+
     # ---------------------------------------------------------------------------------- backward
 
     def grad_shape(self, _: str) -> NoReturn:

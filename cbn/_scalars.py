@@ -83,6 +83,10 @@ def wanted(value: Any) -> str:
     return _one_of("wanted", value, kernels.WANTED)
 
 
+def activation(value: Any) -> str | None:
+    return None if value is None else _one_of("activation", value, kernels.ACTIVATIONS)
+
+
 def _one_of(name: str, value: Any, names: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"{name}: expected one of {names}, got {value!r}")

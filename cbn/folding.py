@@ -55,9 +55,9 @@ def fold_conv(
     TypeError
         If ``bn`` is not a BatchNorm, or an array is not of float32 or float64.
     ValueError
-        If ``bn`` is in training mode, frozen or not, has no running statistics or another number
-        of channels than the convolution, a shape is wrong, ``bn.running_var + bn.eps`` is not above
-        0, or the result would not be finite.
+        If ``bn`` is in training mode, frozen or not, has an activation, no running statistics or
+        another number of channels than the convolution, a shape is wrong, ``bn.running_var +
+        bn.eps`` is not above 0, or the result would not be finite.
 
     References
     ----------
@@ -160,6 +160,12 @@ def _check_foldable(bn: BatchNorm) -> None:
         raise ValueError(
             "bn: expected a layer in eval mode, whose statistics are constants, got one in "
             "training mode; call bn.eval() first"
+        )
+    if bn.activation is not None:
+        raise ValueError(
+            f"bn: expected a layer without an activation, which no weight can take in, got "
+            f"activation={bn.activation!r}; set bn.activation to None, and apply it to the output "
+            f"of the folded layer: numpy.maximum(y, 0, out=y)"
         )
     if bn.running_mean is None or bn.running_var is None:
         raise ValueError(

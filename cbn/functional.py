@@ -48,6 +48,8 @@ def batch_norm(
     *,
     channel_axis: int = 1,
     correction: float = 1,
+    activation: str | None = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalise every channel, by running statistics or by those of the batch.
@@ -79,9 +81,14 @@ def batch_norm(
         Channels first (N, C, ...) or last (N, ..., C).
     correction : float
         The running variance is divided by n - correction (1: PyTorch; 0: Keras, Flax, ONNX).
+    activation : {None, "relu"}
+        What is taken of the output in the same pass: ``max(y, 0)``, where a NaN stays one.
+    residual : array_like, shape and dtype of x, optional
+        What is added before that: ``y = activation(norm(x) + residual)``. The bits are those of
+        one step after the other. It may be ``out``.
     out : ndarray, optional
-        Array of the shape and dtype of ``x`` to write to: ``x`` itself or memory apart from it.
-        One that is not contiguous is written by way of a temporary.
+        Array of the shape and dtype of ``x`` to write to: ``x`` or ``residual`` itself, or memory
+        apart from them. One that is not contiguous is written by way of a temporary.
 
     Returns
     -------
@@ -117,14 +124,14 @@ def batch_norm(
     # One step for the ordinary call: a small one pays more for each of Python's than for its data.
     done: Array | None = _dispatch.kernels.batch_norm(
         x, running_mean, running_var, weight, bias, training, momentum, eps, _norms.BATCH,
-        channel_axis, correction, out, _threads.threads_for,
+        channel_axis, correction, out, activation, residual, _threads.threads_for,
     )  # fmt: skip
     if done is not None:
         return done
     norm = _norms.batch_of_function(channel_axis)
     return _with_running(
         norm, norm, _scalars.flag("training", training), False, x, running_mean, running_var,
-        weight, bias, momentum, eps, correction, out,
+        weight, bias, momentum, eps, correction, out, activation, residual,
     )[0]  # fmt: skip
 
 
@@ -141,6 +148,8 @@ def batch_norm_forward(
     *,
     channel_axis: int = 1,
     correction: float = 1,
+    activation: str | None = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     """Do as :func:`batch_norm`, and return also what :func:`norm_backward` needs.
@@ -162,7 +171,7 @@ def batch_norm_forward(
     norm = _norms.batch_of_function(channel_axis)
     return _with_running(
         norm, norm, _scalars.flag("training", training), True, x, running_mean, running_var,
-        weight, bias, momentum, eps, correction, out,
+        weight, bias, momentum, eps, correction, out, activation, residual,
     )  # fmt: skip
 
 
@@ -180,13 +189,17 @@ def _with_running(
     eps: float,
     correction: float,
     out: Array | None,
+    activation: str | None,
+    residual: ArrayLike | None,
 ) -> tuple[Array, Saved]:
     """Normalise by the statistics of x, which the running ones learn, or by those given."""
     if by_own:
-        learning = running_mean, running_var, None, momentum, correction
-        return _engine.forward(x, norm, None, weight, bias, eps, out, 2, *learning, keeps=keeps)
+        learning = running_mean, running_var, None, momentum, correction, "propagate"
+        return _engine.forward(
+            x, norm, None, weight, bias, eps, out, 2, *learning, keeps, activation, residual
+        )
     _scalars.unused(momentum, correction)
-    given = running_mean, running_var, weight, bias, eps, out
+    given = running_mean, running_var, weight, bias, eps, out, keeps, activation, residual
     return _engine.forward_given(x, given_norm, None, *given)
 
 
@@ -298,7 +311,7 @@ def batch_norm_backward(
     """
     norm, x = _norms.batch_of_function(channel_axis), _arrays.array("x", x)
     saved = _engine.given_statistics(x, norm, mean, var, eps, training)
-    return _engine.backward(saved, grad_output, weight, out, wanted, x)
+    return _engine.backward(saved, grad_output, weight, out, wanted, x)[:3]
 
 
 @documented_by(batch_norm_backward)
@@ -309,10 +322,12 @@ def norm_backward(
     *,
     out: Array | None = None,
     wanted: str = "all",
-) -> tuple[Gradient, Gradient, Gradient]:
+) -> tuple[Gradient, ...]:
     """Return the gradients of a loss with respect to the input, the weight and the bias.
 
-    They are those of the function of gradients of the same norm, which reads ``x`` once more.
+    They are those of the function of gradients of the same norm, which reads ``x`` once more. Where
+    the forward call had an activation, ``grad_output`` counts where that let it through; where it
+    had a residual, its gradient comes last.
 
     Parameters
     ----------
@@ -325,6 +340,8 @@ def norm_backward(
         None, as the next two, where it is not wanted.
     grad_weight, grad_bias : ndarray of the shape of the parameters, dtype of x
         RMS norm has no bias; its gradient is that of one that would be added.
+    grad_residual : ndarray, shape and dtype of x
+        What the activation let through of ``grad_output``. Not there without a residual.
 
     Raises
     ------
@@ -341,7 +358,8 @@ def norm_backward(
     >>> [gradient.round(3).tolist() for gradient in gradients]
     [[[0.204, -0.408, 0.204]], [-1.225, 0.0, 0.0], [1.0, 0.0, 0.0]]
     """
-    return _engine.backward(saved, grad_output, weight, out, wanted)
+    gradients = _engine.backward(saved, grad_output, weight, out, wanted)
+    return gradients if saved.has_residual else gradients[:3]
 
 
 @documented_by(batch_norm)
@@ -353,6 +371,8 @@ def group_norm(
     eps: float = 1e-5,
     *,
     channel_axis: int = 1,
+    activation: str | None = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalise every group of channels of every sample.
@@ -389,7 +409,10 @@ def group_norm(
     array([[-1.,  1., -1.,  1.]])
     """
     norm = _norms.group_of_function(num_groups, channel_axis)
-    return _engine.forward(x, norm, None, weight, bias, eps, out, keeps=False)[0]
+    return _engine.forward(
+        x, norm, None, weight, bias, eps, out,
+        keeps=False, activation=activation, residual=residual,
+    )[0]  # fmt: skip
 
 
 @documented_by(group_norm)
@@ -401,6 +424,8 @@ def group_norm_forward(
     eps: float = 1e-5,
     *,
     channel_axis: int = 1,
+    activation: str | None = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     """Do as :func:`group_norm`, and return also what :func:`norm_backward` needs.
@@ -420,7 +445,9 @@ def group_norm_forward(
     array([[0., 0., 0., 0.]])
     """
     norm = _norms.group_of_function(num_groups, channel_axis)
-    return _engine.forward(x, norm, None, weight, bias, eps, out)
+    return _engine.forward(
+        x, norm, None, weight, bias, eps, out, activation=activation, residual=residual
+    )
 
 
 @documented_by(batch_norm_backward, group_norm)
@@ -462,7 +489,7 @@ def group_norm_backward(
     """
     norm, x = _norms.group_of_function(num_groups, channel_axis), _arrays.array("x", x)
     saved = _engine.statistics(x, norm, eps)
-    return _engine.backward(saved, grad_output, weight, out, wanted, x)
+    return _engine.backward(saved, grad_output, weight, out, wanted, x)[:3]
 
 
 @documented_by(batch_norm)
@@ -478,6 +505,8 @@ def instance_norm(
     *,
     channel_axis: int = 1,
     correction: float = 1,
+    activation: str | None = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalise every channel of every sample, by its own statistics or by running ones.
@@ -526,7 +555,7 @@ def instance_norm(
     return _with_running(
         *_norms.instance_of_function(channel_axis),
         _scalars.flag("use_input_stats", use_input_stats), False, x, running_mean, running_var,
-        weight, bias, momentum, eps, correction, out,
+        weight, bias, momentum, eps, correction, out, activation, residual,
     )[0]  # fmt: skip
 
 
@@ -543,6 +572,8 @@ def instance_norm_forward(
     *,
     channel_axis: int = 1,
     correction: float = 1,
+    activation: str | None = None,
+    residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     """Do as :func:`instance_norm`, and return also what :func:`norm_backward` needs.
@@ -564,7 +595,7 @@ def instance_norm_forward(
     return _with_running(
         *_norms.instance_of_function(channel_axis),
         _scalars.flag("use_input_stats", use_input_stats), True, x, running_mean, running_var,
-        weight, bias, momentum, eps, correction, out,
+        weight, bias, momentum, eps, correction, out, activation, residual,
     )  # fmt: skip
 
 
@@ -603,7 +634,7 @@ def instance_norm_backward(
     """
     (norm, _), x = _norms.instance_of_function(channel_axis), _arrays.array("x", x)
     saved = _engine.statistics(x, norm, eps)
-    return _engine.backward(saved, grad_output, weight, out, wanted, x)
+    return _engine.backward(saved, grad_output, weight, out, wanted, x)[:3]
 
 
 @documented_by(group_norm)
@@ -720,7 +751,7 @@ def layer_norm_backward(
     """
     norm, x = _norms.layer_of_function(normalized_shape), _arrays.array("x", x)
     saved = _engine.statistics(x, norm, eps)
-    return _engine.backward(saved, grad_output, weight, out, wanted, x)
+    return _engine.backward(saved, grad_output, weight, out, wanted, x)[:3]
 
 
 @documented_by(layer_norm)

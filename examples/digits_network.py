@@ -171,8 +171,9 @@ class DigitsNetwork:
                 inputs, outputs, bias=not normalised, generator=generator
             )
             if normalised:
-                self.layers[f"norm{number}"] = cbn.BatchNorm2d(outputs)
-            self.layers[f"relu{number}"] = ReLU()
+                self.layers[f"norm{number}"] = cbn.BatchNorm2d(outputs, activation="relu")
+            else:
+                self.layers[f"relu{number}"] = ReLU()
         self.layers["pool"] = GlobalAveragePool2d()
         self.layers["linear"] = Linear(channels[-1], 10, generator=generator)
 

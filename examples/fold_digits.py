@@ -11,6 +11,7 @@ needs what `digits.py` needs, whose network it trains.
 """
 
 import argparse
+import copy
 import sys
 import time
 
@@ -36,9 +37,12 @@ def fold(network: DigitsNetwork) -> DigitsNetwork:
     """
     folded = DigitsNetwork(normalised=False)
     for name, layer in folded.layers.items():
+        if name.startswith("relu"):
+            continue
         original = network.layers[name]
         if name.startswith("conv"):
-            bn = network.layers[name.replace("conv", "norm")]
+            bn = copy.copy(network.layers[name.replace("conv", "norm")])
+            bn.activation = None  # a layer of its own here
             layer.weight, layer.bias = cbn.fold_conv(original.weight, original.bias, bn)
         else:
             layer.load_state_dict(original.state_dict())

@@ -17,7 +17,8 @@ from posix.time cimport (
     CLOCK_MONOTONIC, CLOCK_THREAD_CPUTIME_ID, clock_gettime, clockid_t, timespec,
 )
 from numpy cimport (
-    NPY_DOUBLE, NPY_FLOAT, NPY_INT64, PyArray_CheckExact, PyArray_CopyInto, PyArray_DATA,
+    NPY_DOUBLE, NPY_FLOAT, NPY_INT64, NPY_UINT64, PyArray_CheckExact, PyArray_CopyInto,
+    PyArray_DATA,
     PyArray_DESCR, PyArray_DIM, PyArray_DIMS, PyArray_EMPTY, PyArray_IS_C_CONTIGUOUS,
     PyArray_ISCARRAY_RO, PyArray_ISINTEGER, PyArray_ISNOTSWAPPED, PyArray_ISWRITEABLE,
     PyArray_ITEMSIZE, PyArray_NBYTES, PyArray_NDIM, PyArray_SAMESHAPE, PyArray_SIZE,
@@ -139,6 +140,7 @@ cdef Pass new_pass(Kind kind, View view, ndarray weight, ndarray bias, ndarray m
     p.eps = eps
     p.statistics = NULL
     p.grad_weight = p.grad_bias = NULL
+    memset(&p.fused, 0, sizeof(Fused))
     p.origin = p.ahead = 0
     return p
 
@@ -167,7 +169,7 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for)
     p.x, p.grad_output, p.out = data_of(x), data_of(grad_output), data_of(out)
     # An output that is also an input is in the cache already, line by line.
     p.stream = (size * (3 if p.kind == GRADIENTS else 2) >= STREAM_BYTES
-                and p.out != p.x and p.out != p.grad_output
+                and p.out != p.x and p.out != p.grad_output and p.out != p.fused.residual
                 and (not g.by_plane or shortest_run(g) >= SHORTEST_STREAMED))
     # What the pieces find (with given statistics, nothing), shares in gradients, paces, and the
     # tables of coefficients and of weights and biases of parts of channels.
@@ -240,6 +242,28 @@ cpdef ndarray given_statistics(ndarray mean, ndarray var):
     return statistics
 
 
+cdef class Steps:
+    """The steps that go along with an output."""
+
+    cdef bint relu
+    cdef ndarray residual
+    cdef ndarray passed   # OUT, or None, where nobody keeps it
+
+
+cdef Steps steps_of(activation, residual, ndarray x, bint keeps):
+    """None where there are none."""
+    cdef npy_intp[1] size
+    cdef Steps steps
+    if activation is None and residual is None:
+        return None
+    steps = Steps.__new__(Steps)
+    steps.relu, steps.residual = activation is not None, residual
+    if steps.relu and keeps:
+        size[0] = PyArray_SIZE(x) // 64 + 2   # kernels read some bits at a time
+        steps.passed = PyArray_EMPTY(1, size, NPY_UINT64, 0)
+    return steps
+
+
 cdef class Saved:
     """What a backward pass needs of its forward pass."""
 
@@ -253,11 +277,15 @@ cdef class Saved:
     cdef readonly object eps
     cdef readonly bint centred       # whether the mean is subtracted; if not, var is a mean square
     cdef readonly bint frozen        # whether the statistics do not depend on x
+    cdef readonly ndarray passed     # a bit for each value that relu let through; None: all were
+    cdef readonly bint has_residual
 
 
 cpdef Saved new_saved(x, tuple shape, dtype, View view, ndarray statistics, eps, bint centred,
-                      bint frozen):
+                      bint frozen, Steps steps):
     cdef Saved saved = Saved.__new__(Saved)
+    if steps is not None:
+        saved.passed, saved.has_residual = steps.passed, steps.residual is not None
     saved.x, saved.shape, saved.dtype, saved.view = x, shape, dtype, view
     saved.statistics, saved.eps, saved.centred, saved.frozen = statistics, eps, centred, frozen
     return saved
@@ -274,13 +302,22 @@ cpdef statistics_of(ndarray x, View view,
     run_pass(&p, x, None, None, threads_for)
 
 
+cdef void fuse(Pass* p, Steps steps):
+    """Let the steps of an output go along."""
+    if steps is not None:
+        p.fused.relu = steps.relu
+        p.fused.residual = data_of(steps.residual)
+        p.fused.passed = <unsigned char*>data_of(steps.passed)
+
+
 cpdef normalise(ndarray x, View view, ndarray weight, ndarray bias, double eps, bint centred,
                 ndarray statistics,   # OUT, or None, where nobody keeps them
                 ndarray out,          # OUT
-                threads_for):
+                Steps steps, threads_for):
     """Normalise every channel by its own statistics."""
     cdef Pass p = new_pass(NORMALISE, view, weight, bias, None, None, eps)
     p.centred = centred
+    fuse(&p, steps)
     if statistics is None and not has_spans(&p):
         statistics = new_statistics(p.geometry.channels)
     use_statistics(&p, statistics)
@@ -291,9 +328,10 @@ cpdef normalise(ndarray x, View view, ndarray weight, ndarray bias, double eps, 
 cpdef normalise_by(ndarray x, View view, ndarray statistics, ndarray weight, ndarray bias,
                    double eps,
                    ndarray out,   # OUT
-                   threads_for):
+                   Steps steps, threads_for):
     """Normalise by statistics of x: the same bits as normalise."""
     cdef Pass p = new_pass(GIVEN, view, weight, bias, None, None, eps)
+    fuse(&p, steps)
     use_statistics(&p, statistics)
     run_pass(&p, x, None, out, threads_for)
 
@@ -301,14 +339,32 @@ cpdef normalise_by(ndarray x, View view, ndarray statistics, ndarray weight, nda
 cpdef normalise_given(ndarray x, View view, ndarray mean, ndarray var, ndarray weight, ndarray bias,
                       double eps,
                       ndarray out,   # OUT
-                      threads_for):
+                      Steps steps, threads_for):
     cdef Pass p = new_pass(GIVEN, view, weight, bias, mean, var, eps)
+    fuse(&p, steps)
     run_pass(&p, x, None, out, threads_for)
+
+
+cdef void gate(Pass* p, Saved saved, ndarray grad_residual):
+    """Let the steps back go along."""
+    p.fused.back = True
+    p.fused.passed = <unsigned char*>data_of(saved.passed)
+    p.fused.grad_residual = data_of(grad_residual)
+
+
+cpdef gradients_of_scaling(ndarray grad_output, Saved saved, ndarray weight,
+                           ndarray grad_input, ndarray grad_residual,   # OUT; the second, or None
+                           threads_for):
+    """The gradient of an input that the statistics do not depend on; it has no part in it."""
+    cdef Pass p = new_pass(GIVEN, saved.view, weight, None, None, saved.statistics[2], saved.eps)
+    gate(&p, saved, grad_residual)
+    run_pass(&p, grad_output, None, grad_input, threads_for)
 
 
 cpdef gradients(ndarray grad_output, Saved saved, ndarray weight,
                 ndarray grad_input,                       # OUT, or None where it is not wanted
                 ndarray grad_weight, ndarray grad_bias,   # OUT, or None, both
+                ndarray grad_residual,                    # OUT, or None
                 threads_for):
     cdef Pass p = new_pass(FROZEN_GRADIENTS if saved.frozen else GRADIENTS, saved.view,
                            weight, None, None, None, saved.eps)
@@ -320,6 +376,7 @@ cpdef gradients(ndarray grad_output, Saved saved, ndarray weight,
     use_statistics(&p, statistics)
     p.grad_weight = data_of(grad_weight)
     p.grad_bias = data_of(grad_bias)
+    gate(&p, saved, grad_residual)
     run_pass(&p, saved.x, grad_output, grad_input, threads_for)
 
 

@@ -83,6 +83,20 @@ cdef str amiss_in_out(out, ndarray like, bint spread, running_mean, running_var,
     return None
 
 
+cdef str amiss_in_steps(activation, residual, data, out, over_residual):
+    if not is_activation(activation):
+        return "activation"
+    if residual is None:
+        return None
+    if not is_data(residual, <object>PyArray_DESCR(<ndarray>data)):
+        return "residual"
+    if not PyArray_SAMESHAPE(<ndarray>residual, <ndarray>data):
+        return "residual_shape"
+    if not (out is None or is_known(out, residual, over_residual)):
+        return "over_residual"
+    return None
+
+
 cdef inline bint is_known(out, like, over):
     """Whether it is known if an output is the very memory of an input."""
     return over is not None or out is like or are_apart(<ndarray>out, <ndarray>like)
@@ -123,7 +137,8 @@ cpdef object forward(
         Py_ssize_t least,   # values that each mean should be of; with 1, an unbiased one is none
         running_mean, running_var, num_batches_tracked, momentum, correction, nonfinite,
         bint keeps,         # whether there may be a backward pass
-        threads_for, data=None, over_x=None, bint spread=False):
+        activation, residual,   # steps after the norm, or None
+        threads_for, data=None, over_x=None, bint spread=False, over_residual=None):
     """Normalise by the statistics of x: return the output and a Saved, or None if none is kept.
 
     Where statistics that are not finite are refused, their channels are returned, in a list.
@@ -134,6 +149,7 @@ cpdef object forward(
     cdef Py_ssize_t count
     cdef ndarray statistics = None, learnt = None, buffer
     cdef bint empty, learns, raises, looks_first
+    cdef Steps steps
     if num_batches_tracked is not None:
         if not is_count(num_batches_tracked):
             return "count"
@@ -168,10 +184,14 @@ cpdef object forward(
             return amiss
         if not is_known(out, x, over_x):
             return "over_x"
+    amiss = amiss_in_steps(activation, residual, data, out, over_residual)
+    if amiss is not None:
+        return amiss
     if 0 < count < least:
         return "few_values"
 
     buffer = written(out, data)
+    steps = steps_of(activation, residual, data, keeps)
     empty = PyArray_SIZE(<ndarray>data) == 0
     raises = nonfinite == "raise"
     learns = running_mean is not None or num_batches_tracked is not None
@@ -183,7 +203,8 @@ cpdef object forward(
     elif looks_first:
         statistics_of(data, view, eps, norm.centred, statistics, threads_for)
     else:
-        normalise(data, view, weight, bias, eps, norm.centred, statistics, buffer, threads_for)
+        normalise(data, view, weight, bias, eps, norm.centred, statistics, buffer, steps,
+                  threads_for)
     if not empty and (learns or raises):
         if view.of_samples:
             learnt = averages(statistics, parameter_shape[0])
@@ -192,22 +213,24 @@ cpdef object forward(
             if lost:
                 return lost
         if looks_first:
-            normalise_by(data, view, statistics, weight, bias, eps, buffer, threads_for)
+            normalise_by(data, view, statistics, weight, bias, eps, buffer, steps, threads_for)
         learn(running_mean, running_var, num_batches_tracked, learnt, momentum, count, correction,
               nonfinite == "skip")
     if not keeps:
         return returned(out, buffer), None
     return returned(out, buffer), new_saved(
         None if is_over(out, x, over_x) else data, data.shape, <object>PyArray_DESCR(<ndarray>data),
-        view, statistics, eps, norm.centred, False)
+        view, statistics, eps, norm.centred, False, steps)
 
 
 cdef object infer(x, data, View view, running_mean, running_var, weight, bias, eps, out,
-                  threads_for, over_x, bint spread):
-    """The output, or what is amiss."""
+                  bint keeps, activation, residual, threads_for, over_x, bint spread,
+                  over_residual):
+    """The output and its steps, or what is amiss."""
     cdef str amiss
     cdef tuple parameter_shape = view.parameter_shape
     cdef ndarray buffer
+    cdef Steps steps
     if not is_parameter(running_mean, parameter_shape):
         return "statistic:running_mean"
     if not is_parameter(running_var, parameter_shape):
@@ -225,37 +248,44 @@ cdef object infer(x, data, View view, running_mean, running_var, weight, bias, e
             return amiss
         if not is_known(out, x, over_x):
             return "over_x"
+    amiss = amiss_in_steps(activation, residual, data, out, over_residual)
+    if amiss is not None:
+        return amiss
     buffer = written(out, data)
+    steps = steps_of(activation, residual, data, keeps)
     if PyArray_SIZE(<ndarray>data) > 0:
-        normalise_given(data, view, running_mean, running_var, weight, bias, eps, buffer,
+        normalise_given(data, view, running_mean, running_var, weight, bias, eps, buffer, steps,
                         threads_for)
-    return returned(out, buffer)
+    return returned(out, buffer), steps
 
 
 def forward_given(x, Norm norm, dtype, running_mean, running_var, weight, bias, eps, out,
-                  threads_for, data=None, over_x=None, bint spread=False):
-    """Normalise x by given statistics: return the output and a Saved."""
-    cdef str amiss
+                  bint keeps, activation, residual, threads_for, data=None, over_x=None,
+                  bint spread=False, over_residual=None):
+    """Normalise x by given statistics: return the output and a Saved, or None if none is kept."""
     cdef View view
-    cdef object y
+    cdef object done
     if data is None:
         data = x
     found = seen(data, norm, dtype)
     if type(found) is str:
         return found
     view = found
-    y = infer(x, data, view, running_mean, running_var, weight, bias, eps, out, threads_for,
-              over_x, spread)
-    if type(y) is str:
-        return y
+    done = infer(x, data, view, running_mean, running_var, weight, bias, eps, out, keeps,
+                 activation, residual, threads_for, over_x, spread, over_residual)
+    if type(done) is str:
+        return done
+    y, steps = done
+    if not keeps:
+        return y, None
     # Without a weight no gradient depends on x, which is then not kept alive for nothing.
     return y, new_saved(None if weight is None or is_over(out, x, over_x) else data, data.shape,
                         <object>PyArray_DESCR(<ndarray>data), view,
-                        given_statistics(running_mean, running_var), eps, True, True)
+                        given_statistics(running_mean, running_var), eps, True, True, steps)
 
 
 def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, dict norms,
-               channel_axis, correction, out, threads_for):
+               channel_axis, correction, out, activation, residual, threads_for):
     """Return the output of the function of this name, or None where any argument is amiss."""
     cdef object done
     cdef Norm norm
@@ -264,14 +294,15 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
     norm = norms[channel_axis]
     if training is True:
         done = forward(x, norm, None, weight, bias, eps, out, 2, running_mean, running_var, None,
-                       momentum, correction, "propagate", False, threads_for)
+                       momentum, correction, "propagate", False, activation, residual,
+                       threads_for)
         return (<tuple>done)[0] if type(done) is tuple else None
     if not (training is False and is_finite(momentum) and is_non_negative(correction)
             and amiss_in_data("x", x, None) is None):
         return None
     done = infer(x, x, view_of(norm, x.shape), running_mean, running_var, weight, bias, eps, out,
-                 threads_for, None, False)
-    return None if type(done) is str else done
+                 False, activation, residual, threads_for, None, False, None)
+    return None if type(done) is str else (<tuple>done)[0]
 
 
 def saved_statistics(x, Norm norm, eps, threads_for, data=None):
@@ -294,7 +325,7 @@ def saved_statistics(x, Norm norm, eps, threads_for, data=None):
         else:
             statistics[...] = 0
     return new_saved(data, data.shape, <object>PyArray_DESCR(<ndarray>data), view, statistics, eps,
-                     norm.centred, False)
+                     norm.centred, False, None)
 
 
 def saved_given(x, Norm norm, mean, var, training, eps, data=None):
@@ -320,17 +351,17 @@ def saved_given(x, Norm norm, mean, var, training, eps, data=None):
     if not are_usable(<ndarray>var, eps):
         return "usable:var"
     return new_saved(data, data.shape, <object>PyArray_DESCR(<ndarray>data), view,
-                     given_statistics(mean, var), eps, True, not training)
+                     given_statistics(mean, var), eps, True, not training, None)
 
 
 def backward(grad_output, Saved saved, weight, out, wanted, threads_for,
              given_x,   # the input of the forward pass as the caller has it, or None
              data=None, over_x=None, over_grad=None, bint spread=False):
-    """Return the gradients of input, weight and bias, None for those that are not wanted."""
+    """Return the gradients of input, weight, bias and residual, None for what is not wanted."""
     cdef str amiss
     cdef object x = saved.x
     cdef View view = saved.view
-    cdef ndarray buffer = None, grad_weight = None, grad_bias = None
+    cdef ndarray buffer = None, grad_weight = None, grad_bias = None, grad_residual = None
     cdef bint of_input, of_parameters
     cdef int type_num
     if data is None:
@@ -366,6 +397,8 @@ def backward(grad_output, Saved saved, weight, out, wanted, threads_for,
 
     if of_input:
         buffer = written(out, data)
+        if saved.has_residual:
+            grad_residual = new_like(data)
     if of_parameters:
         type_num = PyArray_TYPE(<ndarray>data)
         grad_weight = new_parameter(view.parameter_shape, type_num)
@@ -375,10 +408,10 @@ def backward(grad_output, Saved saved, weight, out, wanted, threads_for,
         grad_bias[...] = 0
     if PyArray_SIZE(<ndarray>data) > 0:
         if x is not None and (of_parameters or not saved.frozen):
-            gradients(data, saved, weight, buffer, grad_weight, grad_bias, threads_for)
-        elif of_input:   # x has no part in it
-            normalise_given(data, view, None, saved.statistics[2], weight, None, saved.eps, buffer,
-                            threads_for)
+            gradients(data, saved, weight, buffer, grad_weight, grad_bias, grad_residual,
+                      threads_for)
+        elif of_input:
+            gradients_of_scaling(data, saved, weight, buffer, grad_residual, threads_for)
     if x is not None and is_over(out, given_x, over_x):
         saved.x = None
-    return returned(out, buffer), grad_weight, grad_bias
+    return returned(out, buffer), grad_weight, grad_bias, grad_residual

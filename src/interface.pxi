@@ -55,6 +55,16 @@ cdef public struct Sums:
     double grad_output_centred   # sum(grad_output * (x - mean))
 
 
+cdef public struct Fused:   # steps that go along with a pass
+    bint relu
+    const void* residual       # added to what the norm makes, or NULL
+    # A bit for each value of the array, whether relu lets it through, or NULL: OUT, or, of a pass
+    # back, IN.
+    unsigned char* passed
+    bint back
+    void* grad_residual        # OUT, or NULL: what is let through of the gradient of the output
+
+
 cdef public struct Pass:
     Kind kind
     Storage storage
@@ -69,6 +79,7 @@ cdef public struct Pass:
     Py_ssize_t ahead
     bint stream             # whether it is written past the cache
     bint centred            # whether the mean is subtracted; RMS norm does not
+    Fused fused
     PerChannel weight       # of a channel, where it has one
     PerChannel bias
     PerChannel mean         # given statistics; mean_low is what float64 rounds off mean

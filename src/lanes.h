@@ -140,6 +140,72 @@ INLINE void put_doubles(double *at, doubles value, ptrdiff_t n) {
 #endif
 #endif
 
+/* The positive lanes and NaNs, and a bit for each of these; the others are 0. */
+INLINE floats rectified_floats(floats value, unsigned *passed) {
+#if defined(__AVX512F__)
+    *passed = _mm512_cmp_ps_mask((__m512)value, _mm512_setzero_ps(), _CMP_NLE_UQ);
+    return (floats)_mm512_maskz_mov_ps((__mmask16)*passed, (__m512)value);
+#elif defined(__AVX2__)
+    const __m256 mask = _mm256_cmp_ps((__m256)value, _mm256_setzero_ps(), _CMP_NLE_UQ);
+    *passed = (unsigned)_mm256_movemask_ps(mask);
+    return (floats)_mm256_and_ps(mask, (__m256)value);
+#else
+    *passed = 0;
+    for (int i = 0; i < FLOATS; i++)
+        if (value[i] <= 0)
+            value[i] = 0;
+        else
+            *passed |= 1u << i;
+    return value;
+#endif
+}
+INLINE doubles rectified_doubles(doubles value, unsigned *passed) {
+#if defined(__AVX512F__)
+    *passed = _mm512_cmp_pd_mask((__m512d)value, _mm512_setzero_pd(), _CMP_NLE_UQ);
+    return (doubles)_mm512_maskz_mov_pd((__mmask8)*passed, (__m512d)value);
+#elif defined(__AVX2__)
+    const __m256d mask = _mm256_cmp_pd((__m256d)value, _mm256_setzero_pd(), _CMP_NLE_UQ);
+    *passed = (unsigned)_mm256_movemask_pd(mask);
+    return (doubles)_mm256_and_pd(mask, (__m256d)value);
+#else
+    *passed = 0;
+    for (int i = 0; i < DOUBLES; i++)
+        if (value[i] <= 0)
+            value[i] = 0;
+        else
+            *passed |= 1u << i;
+    return value;
+#endif
+}
+
+/* The lanes whose bits are set; the others are 0. */
+INLINE floats chosen_floats(floats value, unsigned bits) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_maskz_mov_ps((__mmask16)bits, (__m512)value);
+#else
+    typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
+#if VECTOR_BYTES == 32
+    const ints bit = {1, 2, 4, 8, 16, 32, 64, 128};
+#else
+    const ints bit = {1, 2, 4, 8};
+#endif
+    return (floats)((ints)value & ((((int32_t)bits - (ints){0}) & bit) == bit));
+#endif
+}
+INLINE doubles chosen_doubles(doubles value, unsigned bits) {
+#if defined(__AVX512F__)
+    return (doubles)_mm512_maskz_mov_pd((__mmask8)bits, (__m512d)value);
+#else
+    typedef int64_t longs __attribute__((vector_size(VECTOR_BYTES)));
+#if VECTOR_BYTES == 32
+    const longs bit = {1, 2, 4, 8};
+#else
+    const longs bit = {1, 2};
+#endif
+    return (doubles)((longs)value & ((((int64_t)bits - (longs){0}) & bit) == bit));
+#endif
+}
+
 /* To float64, of which every float32 is one. gcc 12 would take __builtin_convertvector apart. */
 INLINE doubles widen(half_floats value) {
 #if defined(__AVX512F__)
@@ -285,6 +351,10 @@ INLINE void store_some_f32(stored_f32 *at, vector_f32 value, ptrdiff_t n) {
 }
 INLINE void stream_f32(stored_f32 *at, vector_f32 value) { stream(at, (doubles)value); }
 INLINE vector_f32 first_f32(vector_f32 value, ptrdiff_t n) { return first_floats(value, n); }
+INLINE vector_f32 rectified_f32(vector_f32 value, unsigned *passed) {
+    return rectified_floats(value, passed);
+}
+INLINE vector_f32 chosen_f32(vector_f32 value, unsigned bits) { return chosen_floats(value, bits); }
 INLINE void add_lanes_f32(doubles *to, vector_f32 value) {
     doubles halves[2];
     widen_floats(value, halves);
@@ -308,6 +378,10 @@ INLINE void store_some_f64(stored_f64 *at, vector_f64 value, ptrdiff_t n) {
 }
 INLINE void stream_f64(stored_f64 *at, vector_f64 value) { stream(at, value); }
 INLINE vector_f64 first_f64(vector_f64 value, ptrdiff_t n) { return first_doubles(value, n); }
+INLINE vector_f64 rectified_f64(vector_f64 value, unsigned *passed) {
+    return rectified_doubles(value, passed);
+}
+INLINE vector_f64 chosen_f64(vector_f64 value, unsigned bits) { return chosen_doubles(value, bits); }
 INLINE void add_lanes_f64(doubles *to, vector_f64 value) { to[0] += value; }
 
 #endif

@@ -23,6 +23,7 @@ struct T(Block) {
 
 #include "micro_finish.h"
 #include "micro_moments.h"
+#include "micro_steps.h"
 #include "micro_gradients.h"
 #include "micro_write.h"
 

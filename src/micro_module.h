@@ -13,6 +13,7 @@ enum { /* what `way` says of a loop, as a literal: the compiler keeps what it ne
     BY_VALUE = 16,  /* a weight and a bias beside each value of a run */
     BY_ROW = 32,    /* x is normalised first, by what each row has */
     MEANS = 64,     /* means go along with the columns */
+    FUSED = 128,    /* steps go along: an activation, a residual, or what they let through */
 };
 
 enum {
@@ -28,6 +29,69 @@ enum {
 INLINE ptrdiff_t min_of(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 INLINE ptrdiff_t max_of(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 
+/* Bits that are put into an array one after the other; other threads may be putting others into the
+   first word of them and the last. */
+struct Bits {
+    uint64_t *array;
+    ptrdiff_t next;  /* the place of the next bit, of which those before, in its word, are held, ... */
+    ptrdiff_t first; /* ... from this one of the array on */
+    uint64_t held;
+};
+
+/* Put those that are held, and leave the others of the word as they are. Where they are whole bytes,
+   nobody else writes to them. */
+static NOINLINE void put_part_of_word(struct Bits *bits) {
+    const int from = bits->first % 64, n = (int)(bits->next - bits->first);
+    uint64_t *word = bits->array + bits->first / 64, before, after, mask;
+    if (n <= 0)
+        return;
+    if (from % 8 == 0 && n % 8 == 0) {
+        after = bits->held >> from;
+        for (int k = 0; k < n / 8; k++)
+            __atomic_store_n((unsigned char *)word + from / 8 + k, (unsigned char)(after >> 8 * k),
+                             __ATOMIC_RELAXED);
+        return;
+    }
+    mask = (n < 64 ? ((uint64_t)1 << n) - 1 : ~(uint64_t)0) << from;
+    before = __atomic_load_n(word, __ATOMIC_RELAXED);
+    do
+        after = (before & ~mask) | bits->held;
+    while (!__atomic_compare_exchange_n(word, &before, after, 1, __ATOMIC_RELAXED,
+                                        __ATOMIC_RELAXED));
+}
+
+/* Go on elsewhere. */
+static NOINLINE void seek_bit(struct Bits *bits, ptrdiff_t place) {
+    put_part_of_word(bits);
+    bits->held = 0;
+    bits->first = bits->next = place;
+}
+
+INLINE void put_bits(struct Bits *bits, unsigned values, ptrdiff_t lanes) {
+    const int filled = bits->next % 64, left = filled + (int)lanes - 64;
+    const uint64_t value = values & ((1u << lanes) - 1);
+    bits->held |= value << filled;
+    bits->next += lanes;
+    if (left < 0)
+        return;
+    if (bits->first % 64 == 0)
+        bits->array[bits->first / 64] = bits->held;
+    else {
+        struct Bits part = *bits;
+        part.next -= left;
+        put_part_of_word(&part);
+    }
+    bits->held = left > 0 ? value >> (lanes - left) : 0;
+    bits->first = bits->next - left;
+}
+
+/* At least 16 bits of an array from some place on; it has as many bytes more. */
+INLINE unsigned bits_at(const unsigned char *array, ptrdiff_t place) {
+    uint32_t word;
+    memcpy(&word, array + place / 8, sizeof word);
+    return word >> place % 8;
+}
+
 /* The power of two at or below a positive number, from 2^-100 to 2^100; 1 for a NaN. */
 INLINE double power_of_two(double value) {
     union {
@@ -37,6 +101,12 @@ INLINE double power_of_two(double value) {
                                : value >= 0x1p100 ? 0x1p100 : 1};
     power.bits &= 0x7ff0000000000000;
     return power.number;
+}
+
+/* Whether steps go along with what is written: those of the output, or those back. */
+INLINE int fuses(const struct Pass *p) {
+    const struct Fused *fused = &p->fused;
+    return fused->relu || fused->residual || fused->grad_residual || (fused->back && fused->passed);
 }
 
 /* n values per channel, as the caller has them: float32, float64, or the same for all. */

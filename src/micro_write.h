@@ -27,6 +27,7 @@ struct T(Place) {
     const real *weights, *biases; /* value by value */
     ptrdiff_t ahead;              /* of x, and of grad_output: what is read next */
     int streams;                  /* whole cache lines past the cache */
+    struct T(Steps) *steps;       /* that go along */
 };
 
 struct T(Coefficients) {
@@ -53,8 +54,6 @@ INLINE struct T(Coefficients) T(coefficients)(const struct T(Place) *at, ptrdiff
     return c;
 }
 
-/* Here an epilogue belongs: what becomes of a value before it is stored. What it makes of
-   grad_output, multiply_row (micro_gradients.h) has to make of it too. */
 INLINE vector T(result)(vector x, vector grad, const struct T(Coefficients) *c, const int way) {
     const vector centred = way & BY_VALUE ? (x - c->mean) - c->mean_low : x - c->mean;
     if (way & BACKWARD) {
@@ -84,6 +83,10 @@ INLINE struct T(Loaded) T(load_vectors)(const struct T(Place) *at, ptrdiff_t k, 
         if (way & BACKWARD)
             values.grad[v] =
                 whole ? load(at->grad_output + i) : load_some(at->grad_output + i, lanes);
+        if (way & FUSED && way & BACKWARD)
+            values.grad[v] = T(let_through)(at->steps, values.grad[v], at->grad_output + i);
+        else if (way & FUSED) /* where x is the gradient of an output */
+            values.x[v] = T(let_through)(at->steps, values.x[v], at->x + i);
         if (way & BY_VALUE) { /* what comes from memory next, while this is computed */
             __builtin_prefetch(at->x + i + at->ahead);
             if (way & BACKWARD)
@@ -114,13 +117,14 @@ INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int r
         y[v] = T(result)(values->x[v], values->grad[v], &used, way);
     }
     EACH (v, rows * across) {
-        stored *out = at->out + k + v / across * row_stride + v % across * LANES_OF;
-        if (way & STREAM)
-            T(stream)(out, y[v]);
-        else if (lanes < LANES_OF)
-            T(store_some)(out, y[v], lanes);
-        else
-            T(store)(out, y[v]);
+        const ptrdiff_t i = k + v / across * row_stride + v % across * LANES_OF;
+        if (way & FUSED) {
+            T(put_grad_residual)(at->steps, way & BACKWARD ? values->grad[v] : values->x[v],
+                                 (way & BACKWARD ? at->grad_output : at->x) + i, lanes,
+                                 way & STREAM);
+            y[v] = T(stepped)(at->steps, y[v], at->out + i, lanes);
+        }
+        T(put)(at->out + i, y[v], lanes, way & STREAM);
     }
 }
 
@@ -139,6 +143,13 @@ INLINE void T(write_steps)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t end
                            const int way) {
     const ptrdiff_t step = across * LANES_OF;
     struct T(Loaded) now, next;
+    if (way & FUSED) { /* there is more to do, and more to expand */
+        for (; k < end; k += step) {
+            now = T(load_vectors)(at, k, rows, row_stride, across, LANES_OF, way);
+            T(write_vectors)(at, k, rows, row_stride, across, LANES_OF, &now, c, way);
+        }
+        return;
+    }
     now = T(load_vectors)(at, k, rows, row_stride, across, LANES_OF, way);
     for (; k < end - step; k += step) {
         next = T(load_vectors)(at, k + step, rows, row_stride, across, LANES_OF, way);
@@ -156,19 +167,27 @@ INLINE ptrdiff_t T(values_to_line)(const stored *at, ptrdiff_t n) {
 /* Write n columns of some rows, or n values of a run, from the next cache line of out on in steps of
    whole vectors, if there are many. Arrays from one allocator are aligned alike, so the loads of x
    gain as much as the stores. Whole steps alone are streamed. */
-INLINE void T(write_rows)(const struct T(Place) *at, ptrdiff_t n, const int rows,
+INLINE void T(write_rows)(const struct T(Place) *place, ptrdiff_t n, const int rows,
                           ptrdiff_t row_stride, const int across, const int way) {
+    struct T(Place) here = *place, *at = &here;
+    struct T(Steps) steps;
     const ptrdiff_t step = across * LANES_OF;
-    ptrdiff_t k = 0, end;
+    ptrdiff_t k = 0, head = 0, lanes, end;
     struct T(Coefficients) c[4];
     if (!(way & BY_COLUMN))
         EACH (r, rows)
             c[r] = T(coefficients)(at, r, LANES_OF, way);
+    if (way & FUSED) { /* in registers meanwhile */
+        T(seek)(place->steps, place->out);
+        steps = *place->steps;
+        here.steps = &steps;
+    }
     if (at->streams || n >= ALIGNED_RUN)
-        for (ptrdiff_t head = T(values_to_line)(at->out, n), lanes; k < head; k += lanes) {
-            lanes = min_of(LANES_OF, head - k);
-            T(write_some)(at, k, lanes, rows, row_stride, c, way);
-        }
+        head = T(values_to_line)(at->out, n);
+    for (; k < head; k += lanes) {
+        lanes = min_of(LANES_OF, head - k);
+        T(write_some)(at, k, lanes, rows, row_stride, c, way);
+    }
     if (n - k >= step) {
         end = k + (n - k) / step * step;
         if (at->streams)
@@ -177,25 +196,18 @@ INLINE void T(write_rows)(const struct T(Place) *at, ptrdiff_t n, const int rows
             T(write_steps)(at, k, end, rows, row_stride, across, c, way);
         k = end;
     }
+    if (way & FUSED) {
+        for (; k < n; k += lanes) {
+            lanes = min_of(LANES_OF, n - k);
+            T(write_some)(at, k, lanes, rows, row_stride, c, way);
+        }
+        place->steps->bits = steps.bits;
+        return;
+    }
     for (; across > 1 && n - k >= LANES_OF; k += LANES_OF)
         T(write_some)(at, k, LANES_OF, rows, row_stride, c, way);
     if (k < n)
         T(write_some)(at, k, n - k, rows, row_stride, c, way);
-}
-
-INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t first) {
-    struct T(Place) place;
-    place.x = p->kind == FROZEN_GRADIENTS ? p->grad_output : p->x;
-    place.x += at;
-    place.out = (stored *)p->out + at;
-    place.grad_output = p->kind == GRADIENTS ? p->grad_output : p->x; /* or not read */
-    place.grad_output += at;
-    place.weights = place.biases = NULL;
-    place.ahead = p->ahead;
-    place.streams = p->stream;
-    place.coefficients = (const real *)p->coefficients + first;
-    place.stride = p->geometry.channels;
-    return place;
 }
 
 INLINE void T(move)(struct T(Place) *place, ptrdiff_t by, const int way) {
@@ -205,9 +217,26 @@ INLINE void T(move)(struct T(Place) *place, ptrdiff_t by, const int way) {
         place->grad_output += by;
 }
 
+INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t first,
+                                   struct T(Steps) *steps) {
+    struct T(Place) place;
+    place.x = p->kind == FROZEN_GRADIENTS ? p->grad_output : p->x;
+    place.x += at;
+    place.out = (stored *)p->out + at;
+    place.grad_output = p->kind == GRADIENTS ? p->grad_output : p->x; /* or not read */
+    place.grad_output += at;
+    place.weights = place.biases = NULL;
+    place.ahead = p->ahead;
+    place.streams = p->stream;
+    place.steps = steps;
+    place.coefficients = (const real *)p->coefficients + first;
+    place.stride = p->geometry.channels;
+    return place;
+}
+
 /* Write by plane; where a channel has several weights and biases, part by part. */
 INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
-                            const int way) {
+                            struct T(Steps) *steps, const int way) {
     const ptrdiff_t length = way & WEIGHTED ? p->geometry.S / p->geometry.parts : p->geometry.S;
     const ptrdiff_t start = sheet->start, stop = start + sheet->length;
     const ptrdiff_t first_part = way & WEIGHTED ? start / length : 0;
@@ -215,7 +244,7 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
     const real *channel, *weight = NULL;
     real of_part[ALL_COEFFICIENTS], scale = 0, shift = 0;
     for (ptrdiff_t i = 0; i < sheet->runs; i++) {
-        struct T(Place) place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first);
+        struct T(Place) place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first, steps);
         channel = place.coefficients;
         for (ptrdiff_t c = first; c < end_channel; c++, channel++) {
             place.coefficients = channel;
@@ -254,10 +283,10 @@ INLINE int T(lie_alike)(const struct Pass *p) {
 
 /* Write by plane, with a weight and a bias for each value. */
 INLINE void T(write_by_value)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
-                              const int way) {
-    const int alike = T(lie_alike)(p);
+                              struct T(Steps) *steps, const int way) {
+    const int alike = !(way & FUSED) && T(lie_alike)(p);
     for (ptrdiff_t i = 0; i < sheet->runs; i++) {
-        struct T(Place) place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first);
+        struct T(Place) place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first, steps);
         for (ptrdiff_t c = first, rest = sheet->channels, n; rest > 0; c += n, rest -= n) {
             place.weights = T(weights_of)(p, c) + sheet->start;
             place.biases = place.weights + p->geometry.parameters;
@@ -283,7 +312,7 @@ INLINE void T(write_columns_way)(struct T(Place) place, const struct Sheet *shee
     /* Some rows at a time, for which coefficients are loaded once. Not rows that begin at different
        places of their cache lines, if they are streamed or long: one by one they are written from
        line to line. And streamed lines are whole. */
-    if (!wraps && !(place.streams && LINE_OF > 1)
+    if (!wraps && !(way & FUSED) && !(place.streams && LINE_OF > 1)
         && (stride * sizeof(stored) % LINE == 0 || !(place.streams || width > WIDTH)))
         for (; rest >= 4; rest -= 4) {
             T(write_rows)(&place, width, 4, stride, 1, way);
@@ -299,14 +328,28 @@ INLINE void T(write_columns_way)(struct T(Place) place, const struct Sheet *shee
     }
 }
 
-static void T(write_columns)(const struct Pass *p, const struct T(Place) *place,
-                             const struct Sheet *sheet, int wraps) {
+INLINE void T(write_columns)(const struct Pass *p, struct T(Place) place, const struct Sheet *sheet,
+                             int wraps, const int way) {
     if (p->kind != GRADIENTS)
-        T(write_columns_way)(*place, sheet, wraps, BY_COLUMN);
+        T(write_columns_way)(place, sheet, wraps, way | BY_COLUMN);
     else if (p->geometry.parts == 1)
-        T(write_columns_way)(*place, sheet, wraps, BY_COLUMN | BACKWARD);
+        T(write_columns_way)(place, sheet, wraps, way | BY_COLUMN | BACKWARD);
     else
-        T(write_columns_way)(*place, sheet, wraps, BY_COLUMN | BACKWARD | WEIGHTED);
+        T(write_columns_way)(place, sheet, wraps, way | BY_COLUMN | BACKWARD | WEIGHTED);
+}
+
+static NOINLINE void T(write_columns_plain)(const struct Pass *p, const struct T(Place) *place,
+                                            const struct Sheet *sheet, int wraps) {
+    T(write_columns)(p, *place, sheet, wraps, 0);
+}
+
+static NOINLINE void T(write_columns_fused)(const struct Pass *p, const struct T(Place) *place,
+                                            const struct Sheet *sheet, int wraps) {
+    struct T(Steps) steps = *place->steps;
+    struct T(Place) with_steps = *place;
+    with_steps.steps = &steps;
+    T(write_columns)(p, with_steps, sheet, wraps, FUSED);
+    T(finish_steps)(&steps);
 }
 
 /* Rows without gaps between them, after the first few values: the same in longer rows. */
@@ -359,8 +402,11 @@ static void T(make_table)(const struct Pass *p, const struct Sheet *sheet, ptrdi
 /* Write by row, with a table where that pays; where a row holds each channel once, the coefficients
    lie as a table would. */
 static void T(write_by_row)(const struct Pass *p, struct Sheet sheet, ptrdiff_t first) {
+    void (*const write_columns)(const struct Pass *, const struct T(Place) *, const struct Sheet *,
+                                int) = fuses(p) ? T(write_columns_fused) : T(write_columns_plain);
+    struct T(Steps) steps = T(steps_of)(p);
     real space[ALL_COEFFICIENTS * TABLE_WIDTH] __attribute__((aligned(LINE))), *table = space;
-    struct T(Place) place = T(place_of)(p, sheet.offset, first);
+    struct T(Place) place = T(place_of)(p, sheet.offset, first, &steps);
     ptrdiff_t head = 0;
     int wraps = 0;
     if (sheet.repeat * sheet.span > 1
@@ -377,29 +423,47 @@ static void T(write_by_row)(const struct Pass *p, struct Sheet sheet, ptrdiff_t 
         T(make_table)(p, &sheet, first, head + ACROSS * LANES_OF, table);
         place.coefficients = table;
         place.stride = TABLE_WIDTH;
-        T(write_columns)(p, &place, &(struct Sheet){.width = head, .tail = head}, 0);
+        write_columns(p, &place, &(struct Sheet){.width = head, .tail = head}, 0);
         T(move)(&place, head, BACKWARD);
         place.coefficients += head;
     }
-    T(write_columns)(p, &place, &sheet, wraps);
+    write_columns(p, &place, &sheet, wraps);
+}
+
+INLINE void T(write_by_plane)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
+                              const int way) {
+    const int backward = p->kind == GRADIENTS;
+    struct T(Steps) steps;
+    if (way & FUSED)
+        steps = T(steps_of)(p);
+    if (p->geometry.by_value && backward)
+        T(write_by_value)(p, sheet, first, &steps, way | BY_VALUE | BACKWARD);
+    else if (p->geometry.by_value)
+        T(write_by_value)(p, sheet, first, &steps, way | BY_VALUE);
+    else if (backward && p->geometry.parts > 1)
+        T(write_planes)(p, sheet, first, &steps, way | BACKWARD | WEIGHTED);
+    else if (backward)
+        T(write_planes)(p, sheet, first, &steps, way | BACKWARD);
+    else if (p->geometry.parts > 1)
+        T(write_planes)(p, sheet, first, &steps, way | WEIGHTED);
+    else
+        T(write_planes)(p, sheet, first, &steps, way);
+    if (way & FUSED)
+        T(finish_steps)(&steps);
+}
+
+static NOINLINE void T(write_by_plane_fused)(const struct Pass *p, const struct Sheet *sheet,
+                                             ptrdiff_t first) {
+    T(write_by_plane)(p, sheet, first, FUSED);
 }
 
 static void T(write)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first) {
-    const int backward = p->kind == GRADIENTS;
     if (sheet->length == 0)
         T(write_by_row)(p, *sheet, first);
-    else if (p->geometry.by_value && backward)
-        T(write_by_value)(p, sheet, first, BY_VALUE | BACKWARD);
-    else if (p->geometry.by_value)
-        T(write_by_value)(p, sheet, first, BY_VALUE);
-    else if (backward && p->geometry.parts > 1)
-        T(write_planes)(p, sheet, first, BACKWARD | WEIGHTED);
-    else if (backward)
-        T(write_planes)(p, sheet, first, BACKWARD);
-    else if (p->geometry.parts > 1)
-        T(write_planes)(p, sheet, first, WEIGHTED);
+    else if (fuses(p))
+        T(write_by_plane_fused)(p, sheet, first);
     else
-        T(write_planes)(p, sheet, first, 0);
+        T(write_by_plane)(p, sheet, first, 0);
     if (p->stream)
         stream_fence();
 }
@@ -500,7 +564,7 @@ INLINE void T(write_sharing_way)(const struct Pass *p, const struct Sheet *sheet
                 for (ptrdiff_t k = 0; k < sheet->length; k += width) {
                     width = min_of(WIDTH, sheet->length - k);
                     place = T(place_of)(p, sheet->offset + i * sheet->run_stride + c * S + k,
-                                        first + c);
+                                        first + c, NULL);
                     place.weights = T(weights_of)(p, first + c) + sheet->start + k;
                     T(write_band)(place, rows, period * S, period, width, way, grad_bias + k,
                                   grad_bias + p->geometry.parameters + k);
@@ -511,9 +575,10 @@ INLINE void T(write_sharing_way)(const struct Pass *p, const struct Sheet *sheet
 
 static void T(write_sharing)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                              double *share) {
-    if (!p->stream)
+    const int alike = p->geometry.S * sizeof(stored) % LINE == 0;
+    if (!p->stream && !fuses(p))
         T(write_sharing_way)(p, sheet, first, share, BACKWARD | BY_VALUE);
-    else if (p->geometry.S * sizeof(stored) % LINE == 0) {
+    else if (alike && !fuses(p)) {
         T(write_sharing_way)(p, sheet, first, share, BACKWARD | BY_VALUE | STREAM);
         stream_fence();
     } else { /* rows that do not all begin alike in their cache lines are streamed one by one */

@@ -6,6 +6,8 @@ cdef tuple nonfinite_names = ("propagate", "raise", "skip")
 NONFINITE = nonfinite_names
 cdef tuple wanted_names = ("all", "input", "parameters")   # gradients
 WANTED = wanted_names
+cdef tuple activation_names = (None, "relu")
+ACTIVATIONS = activation_names
 
 cpdef enum:
     MOST_AXES = 64   # of an array of NumPy
@@ -28,6 +30,11 @@ cpdef bint is_non_negative(value):
 cdef inline bint is_nonfinite(value):
     """The name of what to do with statistics that are not finite."""
     return type(value) is str and value in nonfinite_names
+
+
+cdef inline bint is_activation(value):
+    """The name of a step after the norm, or None."""
+    return value is None or (type(value) is str and value in activation_names)
 
 
 cdef inline bint is_wanted(value):

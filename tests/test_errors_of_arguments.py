@@ -88,6 +88,9 @@ BAD_ARGUMENTS = {
     "nonfinite": bad(
         "nonfinite: expected one of ('propagate', 'raise', 'skip'), got ", ["stop", None]
     ),
+    "activation": bad(
+        "activation: expected one of (None, 'relu'), got ", ["gelu", True, np.maximum]
+    ),
     "running_mean": [
         (
             [1.0, 2.0],

@@ -431,7 +431,8 @@ def rewrite(path, change, model=None):
 
 
 KEYS_OF_A_LAYER = (
-    "head.norm: expected the keys ['affine', 'bias', 'channel_axis', 'class', 'correction', "
+    "head.norm: expected the keys ['activation', 'affine', 'bias', 'channel_axis', 'class', "
+    "'correction', "
     "'dtype', 'eps', 'frozen', 'has_running_stats', 'momentum', 'nonfinite', 'num_features', "
     "'track_running_stats', 'training'], got "
 )

@@ -665,12 +665,12 @@ def test_config_member(kind, path):
 )
 def test_missing_key(key, saved, path):
     rewrite(path, configured(path, without=[key]))
-    assert_damaged(path, "config: expected the keys ['affine', 'bias', ")
+    assert_damaged(path, "config: expected the keys ['activation', 'affine', 'bias', ")
 
 
 def test_unknown_key(saved, path):
     rewrite(path, configured(path, gamma=1))
-    assert_damaged(path, "config: expected the keys ['affine', 'bias', ")
+    assert_damaged(path, "config: expected the keys ['activation', 'affine', 'bias', ")
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,11 @@ def test_no_bit_depends_on_whether_statistics_are_kept(rng, name, dtype, centred
     for kept in (statistics, None):
         y, grad_input = np.empty_like(x), np.empty_like(x)
         grad_weight, grad_bias = np.empty_like(weight), np.empty_like(bias)
-        _core.normalise(x, view, weight, bias, eps, centred, kept, y, one_thread)
-        saved = _core.new_saved(x, shape, x.dtype, view, kept, eps, centred, False)
-        _core.gradients(grad_output, saved, weight, grad_input, grad_weight, grad_bias, one_thread)
+        _core.normalise(x, view, weight, bias, eps, centred, kept, y, None, one_thread)
+        saved = _core.new_saved(x, shape, x.dtype, view, kept, eps, centred, False, None)
+        _core.gradients(
+            grad_output, saved, weight, grad_input, grad_weight, grad_bias, None, one_thread
+        )
         results.append((y, grad_input, grad_weight, grad_bias))
     found = np.empty_like(statistics)
     _core.statistics_of(x, view, eps, centred, found, one_thread)

@@ -28,6 +28,7 @@ OF_ATTRIBUTES: dict[str, Callable[[str, Any], Any]] = {
     "momentum": lambda name, value: _scalars.momentum_or_none(value),
     "correction": _scalars.non_negative,
     "nonfinite": lambda name, value: _scalars.nonfinite(value),
+    "activation": lambda name, value: _scalars.activation(value),
 }
 # Attributes that a repr shows where they are not as usual, and how.
 UNUSUAL: dict[str, tuple[Any, Callable[[Any], object]]] = {
@@ -36,6 +37,7 @@ UNUSUAL: dict[str, tuple[Any, Callable[[Any], object]]] = {
     "correction": (1, "{:g}".format),
     "frozen": (False, str),
     "nonfinite": ("propagate", repr),
+    "activation": (None, repr),
 }
 
 
@@ -109,6 +111,8 @@ class NormLayer(ABC):
     num_batches_tracked: Array | None = None
     weight_grad: Array | None
     bias_grad: Array | None
+    residual_grad: Array | None = None
+    activation: str | None = None
     _forward: Saved | None  # what the last call kept for backward; None: there was none
     _norm: Norm  # its row of the table
 
@@ -133,18 +137,18 @@ class NormLayer(ABC):
 
     def __call__(self, *arguments: Any, **named: Any) -> Array:
         """Normalise x: call ``forward``, with the arguments that it has."""
-        forward = self.forward
+        forward: Callable[..., Array] = self.forward
         if getattr(forward, "__func__", None) is type(self).__call__:  # that is: forward = __call__
             forward = self._normalise
         return forward(*arguments, **named)
 
-    def forward(self, x: ArrayLike, out: Array | None = None) -> Array:
+    def forward(self, x: ArrayLike, out: Array | None = None, **named: Any) -> Array:
         """Normalise x, as a call of the layer does.
 
         To be overridden, as in PyTorch: by a subclass, which reaches this one by
         ``super().forward(x, out)``, or by a function set on a layer.
         """
-        return self._normalise(x, out)
+        return self._normalise(x, out, **named)
 
     if not TYPE_CHECKING:
         forward = _Forward(forward)
@@ -182,8 +186,8 @@ class NormLayer(ABC):
     ) -> Gradient:
         """Return the gradient of the last forward call with respect to its input.
 
-        Sets ``weight_grad`` and ``bias_grad``. Running statistics that the call has normalised by
-        count as constants.
+        Sets ``weight_grad``, ``bias_grad`` and ``residual_grad``. Running statistics that the call
+        has normalised by count as constants.
 
         Parameters
         ----------
@@ -214,7 +218,7 @@ class NormLayer(ABC):
             )
         if wanted == "all" and self.weight is None and self.bias is None:
             wanted = "input"
-        grad_input, weight_grad, bias_grad = _engine.backward(
+        grad_input, weight_grad, bias_grad, self.residual_grad = _engine.backward(
             self._forward, grad_output, self.weight, out, wanted
         )
         self.weight_grad = None if self.weight is None else weight_grad
@@ -425,8 +429,9 @@ class NormLayer(ABC):
         """Set ``_norm``, which holds functions that cannot be pickled."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy and pickle: all but the last input, which may be large and is not state."""
+        """For copy and pickle: all but what may be as large as the last input and is not state."""
         state = {**self.__dict__, "_forward": None}
+        state.pop("residual_grad", None)
         del state["_norm"]
         return state
 

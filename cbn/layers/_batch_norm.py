@@ -57,10 +57,12 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
         running_mean: ArrayLike | None = None,
         running_var: ArrayLike | None = None,
         nonfinite: str = "propagate",
+        activation: str | None = None,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, channel_axis=channel_axis, correction=correction, nonfinite=nonfinite,
+            activation=activation,
         )  # fmt: skip
         for name, value in (("running_mean", running_mean), ("running_var", running_var)):
             if value is not None:
@@ -87,8 +89,13 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
 
     # ------------------------------------------------------------------------------------ passes
 
-    def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
+    def __call__(
+        self, x: ArrayLike, out: Array | None = None, *, residual: ArrayLike | None = None
+    ) -> Array:
         """Normalise x.
+
+        ``y = activation(norm(x) + residual)``, in one pass, with the bits of one step after the
+        other.
 
         Parameters
         ----------
@@ -96,8 +103,11 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
             Data of the layer's rank and dtype, in any memory layout. Never modified, unless it is
             ``out``.
         out : ndarray, optional
-            Array of the shape and dtype of ``x`` to write to: ``x`` itself or memory apart from
-            it. One that is not contiguous is written by way of a temporary.
+            Array of the shape and dtype of ``x`` to write to: ``x`` or ``residual`` itself or
+            memory apart from them. One that is not contiguous is written by way of a temporary.
+        residual : array_like, shape and dtype of x, optional
+            What is added to the output before the activation. ``backward`` leaves its gradient in
+            ``residual_grad``.
 
         Returns
         -------
@@ -107,7 +117,7 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
         Raises
         ------
         TypeError
-            If ``x`` or ``out`` is of the wrong element type.
+            If ``x``, ``out`` or ``residual`` is of the wrong element type.
         ValueError
             If a shape is wrong, there are too few values per channel to train on,
             ``running_var + eps`` is not above 0 where it is to normalise by, or ``out`` is not
@@ -127,10 +137,10 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
         """
         by_batch = self.training and not self.frozen
         if by_batch or (self.running_mean is None and self.running_var is None):
-            return self._normalise_by_own(x, out)
+            return self._normalise_by_own(x, out, residual)
         y, self._forward = _engine.forward_given(
             x, self._by_channel, self.dtype, self.running_mean, self.running_var, self.weight,
-            self.bias, self.eps, out,
+            self.bias, self.eps, out, True, self.activation, residual,
         )  # fmt: skip
         return y
 

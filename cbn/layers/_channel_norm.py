@@ -30,6 +30,8 @@ class ChannelNorm(NormLayer, of_cbn=True):
         statistics: let it into them, as in PyTorch; refuse it with a FloatingPointError that names
         the channels; or leave the running statistics of these channels as they were and count the
         batch.
+    activation : {None, "relu"}
+        What a call takes of its output in the same pass: ``max(y, 0)``, where a NaN stays one.
 
     Attributes
     ----------
@@ -41,12 +43,14 @@ class ChannelNorm(NormLayer, of_cbn=True):
         Number of batches they have seen.
     weight_grad, bias_grad : ndarray of shape (C,) or None
         Gradients of the last ``backward``.
+    residual_grad : ndarray of the shape of the data, or None
+        That of the residual of the call before it.
     training : bool
         The mode; set by ``train`` and ``eval``.
     frozen : bool
         Whether training, too, uses the running statistics and keeps them; set by
         :func:`cbn.freeze` and :func:`cbn.unfreeze`.
-    eps, momentum, correction, track_running_stats, nonfinite
+    eps, momentum, correction, track_running_stats, nonfinite, activation
         As above.
 
     Warns
@@ -67,7 +71,9 @@ class ChannelNorm(NormLayer, of_cbn=True):
         "dtype",
         "bias",
         "nonfinite",
+        "activation",
     )
+    _later: ClassVar[dict[str, Any]] = {"activation": None}
     _smallest: ClassVar[dict[str, Any]] = {"num_features": 1, "momentum": None}
     _required = ("num_features",)
     _shown = ("eps", "momentum", "affine", "bias", "track_running_stats")
@@ -91,6 +97,7 @@ class ChannelNorm(NormLayer, of_cbn=True):
         channel_axis: int = 1,
         correction: float = 1,
         nonfinite: str = "propagate",
+        activation: str | None = None,
     ) -> None:
         self._num_features = _scalars.positive_integer("num_features", num_features)
         self.eps = _scalars.non_negative("eps", eps)
@@ -107,6 +114,7 @@ class ChannelNorm(NormLayer, of_cbn=True):
         self._axes = self._axes_of(self._num_features, self._channel_axis)
         self.correction = _scalars.non_negative("correction", correction)
         self.nonfinite = _scalars.nonfinite(nonfinite)
+        self.activation = _scalars.activation(activation)
         self.frozen = False
         self._set_up((self._num_features,), self.affine, bias, device, dtype)
         self.track_running_stats = _scalars.flag("track_running_stats", track_running_stats)
@@ -150,7 +158,9 @@ class ChannelNorm(NormLayer, of_cbn=True):
 
     # ------------------------------------------------------------------------------------ passes
 
-    def _normalise_by_own(self, x: ArrayLike, out: Array | None) -> Array:
+    def _normalise_by_own(
+        self, x: ArrayLike, out: Array | None, residual: ArrayLike | None
+    ) -> Array:
         """Normalise by the statistics of x; in training the running statistics learn them."""
         observer = self._observer
         updates = (
@@ -170,6 +180,7 @@ class ChannelNorm(NormLayer, of_cbn=True):
             self.momentum if updates else 0.0,
             self.correction,
             self.nonfinite if self.training else "propagate",
+            True, self.activation, residual,
         )  # fmt: skip
         self._forward = saved
         if warns and 0 < saved.view.values < _statistics.SMALL_BATCH:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from numpy.typing import DTypeLike
+from numpy.typing import ArrayLike, DTypeLike
 
-from cbn import _norms, _scalars
-from cbn._types import Config, Shape
+from cbn import _engine, _norms, _scalars
+from cbn._types import Array, Config, Shape
 from cbn.layers._base import NormLayer
 
 
@@ -26,6 +26,8 @@ class GroupNorm(NormLayer, of_cbn=True):
         A divisor of ``num_channels``.
     num_channels : int
         Number of channels C.
+    activation : {None, "relu"}
+        What a call takes of its output in the same pass: ``max(y, 0)``, where a NaN stays one.
 
     References
     ----------
@@ -39,7 +41,17 @@ class GroupNorm(NormLayer, of_cbn=True):
     array([[-1.,  1., -1.,  1.]], dtype=float32)
     """
 
-    _saved = ("num_groups", "num_channels", "eps", "affine", "channel_axis", "dtype", "bias")
+    _saved = (
+        "num_groups",
+        "num_channels",
+        "eps",
+        "affine",
+        "channel_axis",
+        "dtype",
+        "bias",
+        "activation",
+    )
+    _later: ClassVar[dict[str, Any]] = {"activation": None}
     _smallest: ClassVar[dict[str, Any]] = {"num_groups": 1, "num_channels": 1}
     _required = ("num_groups", "num_channels")
     _shown = ("eps", "affine", "bias")
@@ -55,6 +67,7 @@ class GroupNorm(NormLayer, of_cbn=True):
         *,
         bias: bool = True,
         channel_axis: int = 1,
+        activation: str | None = None,
     ) -> None:
         self._num_groups = _scalars.positive_integer("num_groups", num_groups)
         self._num_channels = _scalars.positive_integer("num_channels", num_channels)
@@ -62,6 +75,7 @@ class GroupNorm(NormLayer, of_cbn=True):
         self.eps = _scalars.non_negative("eps", eps)
         self.affine = _scalars.flag("affine", affine)
         self._channel_axis = _scalars.channel_axis(channel_axis)
+        self.activation = _scalars.activation(activation)
         self._set_up((self._num_channels,), self.affine, bias, device, dtype)
 
     def _set_norm(self) -> None:
@@ -82,7 +96,17 @@ class GroupNorm(NormLayer, of_cbn=True):
         """1: channels first; -1: channels last."""
         return self._channel_axis
 
-    __call__ = _normalise = NormLayer._normalise
+    def __call__(
+        self, x: ArrayLike, out: Array | None = None, *, residual: ArrayLike | None = None
+    ) -> Array:
+        """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
+        y, self._forward = _engine.forward(
+            x, self._norm, self.dtype, self.weight, self.bias, self.eps, out,
+            activation=self.activation, residual=residual,
+        )  # fmt: skip
+        return y
+
+    _normalise = __call__
 
     @classmethod
     def _parameter_shape_of(cls, config: Config) -> Shape:

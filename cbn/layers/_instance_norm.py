@@ -35,7 +35,7 @@ class _InstanceNorm(ChannelNorm, of_cbn=True):
     follow ``torch.nn.InstanceNorm1d``, ``2d`` and ``3d``.
     """
 
-    _later: ClassVar = {"nonfinite": "propagate"}
+    _later: ClassVar = {"nonfinite": "propagate", "activation": None}
     _averages_samples = True
 
     def _set_norm(self) -> None:
@@ -43,13 +43,15 @@ class _InstanceNorm(ChannelNorm, of_cbn=True):
         self._by_channel = _norms.batch(self._axes)
         self._norm = _norms.instance(self._axes, self._channel_axis, batch_rank)
 
-    def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
+    def __call__(
+        self, x: ArrayLike, out: Array | None = None, *, residual: ArrayLike | None = None
+    ) -> Array:
         """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
         if not self.frozen and (self.training or not self._track_running_stats):
-            return self._normalise_by_own(x, out)
+            return self._normalise_by_own(x, out, residual)
         y, self._forward = _engine.forward_given(
             x, self._by_channel, self.dtype, self.running_mean, self.running_var, self.weight,
-            self.bias, self.eps, out,
+            self.bias, self.eps, out, True, self.activation, residual,
         )  # fmt: skip
         return y
 

@@ -1,0 +1,83 @@
+/* The steps that go along with a pass that writes: y = relu(norm(x) + residual), and, on the way back,
+   what relu lets through of the gradient of y, which is that of the residual too. What it lets through
+   is kept as a bit for each value of an array. Loops take them where `way` is FUSED, and are compiled
+   once more for it: those without steps lose nothing. */
+
+struct T(Steps) { /* a pointer is NULL where there is no such step */
+    const stored *first; /* of the array of outputs, or of their gradients */
+    const stored *residual;
+    int relu;
+    struct Bits bits; /* OUT: what relu lets through */
+    const unsigned char *passed;
+    stored *grad_residual;
+    int streams; /* whether the gradient of the residual goes past the cache */
+};
+
+INLINE void T(put)(stored *to, vector value, ptrdiff_t lanes, const int streams) {
+    if (streams)
+        T(stream)(to, value);
+    else if (lanes < LANES_OF)
+        T(store_some)(to, value, lanes);
+    else
+        T(store)(to, value);
+}
+
+INLINE vector T(values_at)(const stored *at, ptrdiff_t lanes) {
+    return lanes < LANES_OF ? load_some(at, lanes) : load(at);
+}
+
+/* Go on with the value that is written here. */
+INLINE void T(seek)(struct T(Steps) *s, const stored *out) {
+    if (s->bits.array && s->bits.next != out - s->first)
+        seek_bit(&s->bits, out - s->first);
+}
+
+INLINE void T(finish_steps)(struct T(Steps) *s) {
+    if (s->bits.array)
+        seek_bit(&s->bits, 0);
+}
+
+/* An output, from what the norm has made. */
+INLINE vector T(stepped)(struct T(Steps) *s, vector value, const stored *out, ptrdiff_t lanes) {
+    unsigned passed;
+    if (s->residual)
+        value += T(values_at)(s->residual + (out - s->first), lanes);
+    if (s->relu) {
+        value = T(rectified)(value, &passed);
+        if (s->bits.array)
+            put_bits(&s->bits, passed, lanes);
+    }
+    return value;
+}
+
+/* What is let through of the gradient of an output. */
+INLINE vector T(let_through)(const struct T(Steps) *s, vector grad, const stored *at) {
+    return s->passed ? T(chosen)(grad, bits_at(s->passed, at - s->first)) : grad;
+}
+
+INLINE void T(put_grad_residual)(const struct T(Steps) *s, vector grad, const stored *at,
+                                 ptrdiff_t lanes, const int streams) {
+    if (!s->grad_residual)
+        return;
+    if (streams && s->streams)
+        T(put)(s->grad_residual + (at - s->first), grad, lanes, 1);
+    else
+        T(put)(s->grad_residual + (at - s->first), grad, lanes, 0);
+}
+
+static struct T(Steps) T(steps_of)(const struct Pass *p) {
+    const struct Fused *fused = &p->fused;
+    const size_t apart = (uintptr_t)fused->grad_residual - (uintptr_t)p->out;
+    struct T(Steps) s = {.first = p->out};
+    if (fused->back) {
+        s.first = p->kind == GIVEN ? p->x : p->grad_output;
+        s.passed = fused->passed;
+        s.grad_residual = fused->grad_residual;
+        s.streams = p->stream && apart % LINE == 0;
+    } else {
+        s.residual = fused->residual;
+        s.relu = fused->relu;
+        s.bits.array = (uint64_t *)fused->passed;
+    }
+    return s;
+}
