@@ -10,7 +10,7 @@ INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, c
                         real *total, real *square) {
     vector shifts[4], factors[4], totals[4], squares[4], value;
     EACH (v, vectors) {
-        totals[v] = squares[v] = all(0);
+        totals[v] = squares[v] = shifts[v] = factors[v] = all(0);
         if (shift)
             shifts[v] = T(reals)(shift + v * LANES_OF, lanes);
         if (factor)
