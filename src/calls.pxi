@@ -11,14 +11,9 @@
 #            that of grad_output
 #   spread   True: an out of another layout has no two elements in one place
 
-cdef inline str amiss_in_data(str name, data, dtype):
-    return None if is_data(data, dtype) else "data:" + name
-
-
 cdef object seen(data, Norm norm, dtype):
     """The view of an input, or what is amiss."""
-    cdef str amiss = amiss_in_data("x", data, dtype)
-    return view_of(norm, data.shape) if amiss is None else amiss
+    return view_of(norm, data.shape) if is_input(data, dtype) else "data:x"
 
 
 cdef inline str amiss_in_parameters(weight, bias, tuple shape):
@@ -267,7 +262,7 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
                        momentum, correction, "propagate", False, threads_for)
         return (<tuple>done)[0] if type(done) is tuple else None
     if not (training is False and is_finite(momentum) and is_non_negative(correction)
-            and amiss_in_data("x", x, None) is None):
+            and is_input(x, None)):
         return None
     done = infer(x, x, view_of(norm, x.shape), running_mean, running_var, weight, bias, eps, out,
                  threads_for, None, False)
@@ -335,9 +330,8 @@ def backward(grad_output, Saved saved, weight, out, wanted, threads_for,
     cdef int type_num
     if data is None:
         data = grad_output
-    amiss = amiss_in_data("grad_output", data, saved.dtype)
-    if amiss is not None:
-        return amiss
+    if not is_data(data, saved.dtype):
+        return "data:grad_output"
     if not has_shape(<ndarray>data, saved.shape):
         return "grad_shape"
     if not (weight is None or is_parameter(weight, view.parameter_shape)):
@@ -346,7 +340,7 @@ def backward(grad_output, Saved saved, weight, out, wanted, threads_for,
         if not (saved.frozen and (weight is None or wanted == "input")):
             return "input_gone"
     # The caller may have changed the shape or the dtype of x since the forward pass.
-    elif not (amiss_in_data("x", x, saved.dtype) is None and has_shape(<ndarray>x, saved.shape)):
+    elif not (is_data(x, saved.dtype) and has_shape(<ndarray>x, saved.shape)):
         return "input_changed"
     elif given_x is None:
         given_x = x
@@ -367,7 +361,7 @@ def backward(grad_output, Saved saved, weight, out, wanted, threads_for,
     if of_input:
         buffer = written(out, data)
     if of_parameters:
-        type_num = PyArray_TYPE(<ndarray>data)
+        type_num = NPY_DOUBLE if PyArray_TYPE(<ndarray>data) == NPY_DOUBLE else NPY_FLOAT
         grad_weight = new_parameter(view.parameter_shape, type_num)
         grad_bias = new_parameter(view.parameter_shape, type_num)
     if of_parameters and (x is None or PyArray_SIZE(<ndarray>data) == 0):

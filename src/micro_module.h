@@ -16,8 +16,6 @@ enum { /* what `way` says of a loop, as a literal: the compiler keeps what it ne
 };
 
 enum {
-    LINE_OF = LINE / VECTOR_BYTES,         /* vectors in a cache line */
-    ACROSS = LINE_OF > 2 ? LINE_OF : 2,   /* vectors that are written side by side */
     WORTH_A_TABLE = 4096, /* values */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
     /* Of a table of coefficients: a line more than WIDTH, so that a row can start within one; and its
@@ -132,13 +130,43 @@ enum {
     SHORT_RUN = 512, /* values that are not worth rows of LANES */
 };
 
+/* Names of a type that is computed in, and of one that data are kept in. */
+#define PASTE(name, type) name##_##type
+#define PASTED(name, type) PASTE(name, type)
+#define R(name) PASTED(name, REAL)
+#define T(name) PASTED(name, STORAGE)
+
+#define real R(real)
+#define vector R(vector)
+#define LANES_OF R(LANES)
+#define LIMITED R(LIMITED)
+#define REALS(address) (*(R(any_vector) *)(address))
+#define all R(all)
+#define some_reals R(some_reals)
+
+#define stored T(stored)
+#define load T(load)
+#define load_some T(load_some)
+
+#define REAL f32
+#include "micro_finish.h"
 #define STORAGE f32
 #include "micro.h"
 #undef STORAGE
+#define STORAGE f16
+#include "micro.h"
+#undef STORAGE
+#define STORAGE bf16
+#include "micro.h"
+#undef STORAGE
+#undef REAL
 
+#define REAL f64
+#include "micro_finish.h"
 #define STORAGE f64
 #include "micro.h"
 #undef STORAGE
+#undef REAL
 
 static struct Micro table[STORAGES];
 
@@ -158,6 +186,8 @@ PyMODINIT_FUNC INIT(MODULE)(void) {
     PyObject *capsule = PyCapsule_New(table, "cbn.micro", NULL);
     table[FLOAT32] = micro_f32;
     table[FLOAT64] = micro_f64;
+    table[FLOAT16] = micro_f16;
+    table[BFLOAT16] = micro_bf16;
     if (module && capsule && PyModule_AddObjectRef(module, "table", capsule) == 0) {
         Py_DECREF(capsule);
         return module;

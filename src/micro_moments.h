@@ -12,9 +12,9 @@ INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, c
     EACH (v, vectors) {
         totals[v] = squares[v] = all(0);
         if (shift)
-            shifts[v] = T(reals)(shift + v * LANES_OF, lanes);
+            shifts[v] = R(reals)(shift + v * LANES_OF, lanes);
         if (factor)
-            factors[v] = T(reals)(factor + v * LANES_OF, lanes);
+            factors[v] = R(reals)(factor + v * LANES_OF, lanes);
     }
     for (ptrdiff_t j = 0; j < rows; j++, x += row_stride)
         EACH (v, vectors) {
@@ -241,7 +241,7 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, con
                         if (scaled)
                             value *= factor;
                         if (shift)
-                            value = T(first)(value - shifts[v / vectors], lanes);
+                            value = R(first)(value - shifts[v / vectors], lanes);
                         if (total)
                             band_sum[v] += value;
                         if (square)
@@ -251,9 +251,9 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, con
                 }
                 EACH (v, beside * vectors) {
                     if (total)
-                        T(add_lanes)(sum + v * HALVES, band_sum[v]);
+                        R(add_lanes)(sum + v * HALVES, band_sum[v]);
                     if (square)
-                        T(add_lanes)(sum_of_squares + v * HALVES, band_squares[v]);
+                        R(add_lanes)(sum_of_squares + v * HALVES, band_squares[v]);
                 }
             }
         }

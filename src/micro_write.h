@@ -39,7 +39,7 @@ INLINE struct T(Coefficients) T(coefficients)(const struct T(Place) *at, ptrdiff
     struct T(Coefficients) c;
     const real *table = at->coefficients + k;
 #define COEFFICIENT(row)                                                                           \
-    way & BY_COLUMN ? T(reals)(table + row * at->stride, lanes) : all(table[row * at->stride])
+    way & BY_COLUMN ? R(reals)(table + row * at->stride, lanes) : all(table[row * at->stride])
     c.mean = COEFFICIENT(MEAN);
     if (way & BY_VALUE)
         c.mean_low = COEFFICIENT(MEAN_LOW);
@@ -107,9 +107,9 @@ INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int r
         const ptrdiff_t column = k + v % across * LANES_OF;
         struct T(Coefficients) used = c[way & BY_COLUMN ? v % across : v / across];
         if (way & BY_VALUE) {
-            used.weight = T(reals)(at->weights + column, lanes);
+            used.weight = R(reals)(at->weights + column, lanes);
             if (!(way & BACKWARD))
-                used.bias = T(reals)(at->biases + column, lanes);
+                used.bias = R(reals)(at->biases + column, lanes);
         }
         y[v] = T(result)(values->x[v], values->grad[v], &used, way);
     }
@@ -150,15 +150,16 @@ INLINE void T(write_steps)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t end
 
 /* How many of n values lie before the first that begins a cache line. */
 INLINE ptrdiff_t T(values_to_line)(const stored *at, ptrdiff_t n) {
-    return min_of(n, (ptrdiff_t)(-((uintptr_t)at / sizeof(stored)) % (LINE / sizeof(stored))));
+    return min_of(n, (ptrdiff_t)(-((uintptr_t)at / sizeof(stored)) % T(LINE_VALUES)));
 }
 
 /* Write n columns of some rows, or n values of a run, from the next cache line of out on in steps of
    whole vectors, if there are many. Arrays from one allocator are aligned alike, so the loads of x
-   gain as much as the stores. Whole steps alone are streamed. */
+   gain as much as the stores. Whole lines alone are streamed. */
 INLINE void T(write_rows)(const struct T(Place) *at, ptrdiff_t n, const int rows,
                           ptrdiff_t row_stride, const int across, const int way) {
-    const ptrdiff_t step = across * LANES_OF;
+    const ptrdiff_t vectors = across * LANES_OF;
+    const ptrdiff_t step = at->streams ? max_of(vectors, T(LINE_VALUES)) : vectors;
     ptrdiff_t k = 0, end;
     struct T(Coefficients) c[4];
     if (!(way & BY_COLUMN))
@@ -223,7 +224,7 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
                 for (int k = 0; k < COEFFICIENTS; k++)
                     of_part[k] = channel[k * p->geometry.channels];
                 scale = of_part[SCALE], shift = of_part[BIAS];
-                weight = T(weights_of)(p, c);
+                weight = R(weights_of)(p, c);
                 place.coefficients = of_part;
                 place.stride = 1;
             }
@@ -235,7 +236,7 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
                     of_part[SCALE] = scale * weight[q];
                     of_part[BIAS] = weight[p->geometry.parameters + q] + shift * weight[q];
                 }
-                T(write_rows)(&place, end - begin, 1, 0, ACROSS, way);
+                T(write_rows)(&place, end - begin, 1, 0, T(ACROSS), way);
                 T(move)(&place, end - begin, way);
             }
             T(move)(&place, gap, way);
@@ -249,7 +250,7 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
 INLINE int T(lie_alike)(const struct Pass *p) {
     const ptrdiff_t S = p->geometry.S;
     return p->geometry.period == 1
-           && (p->stream ? LINE_OF == 1 && S * sizeof(stored) % LINE == 0 : S < ALIGNED_RUN);
+           && (p->stream ? T(LINE_OF) == 1 && S * sizeof(stored) % LINE == 0 : S < ALIGNED_RUN);
 }
 
 /* Write by plane, with a weight and a bias for each value. */
@@ -259,13 +260,13 @@ INLINE void T(write_by_value)(const struct Pass *p, const struct Sheet *sheet, p
     for (ptrdiff_t i = 0; i < sheet->runs; i++) {
         struct T(Place) place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first);
         for (ptrdiff_t c = first, rest = sheet->channels, n; rest > 0; c += n, rest -= n) {
-            place.weights = T(weights_of)(p, c) + sheet->start;
+            place.weights = R(weights_of)(p, c) + sheet->start;
             place.biases = place.weights + p->geometry.parameters;
             n = alike && rest >= 4 ? 4 : 1;
             if (n == 4)
                 T(write_rows)(&place, sheet->length, 4, p->geometry.S, 1, way);
             else
-                T(write_rows)(&place, sheet->length, 1, 0, ACROSS, way);
+                T(write_rows)(&place, sheet->length, 1, 0, T(ACROSS), way);
             place.coefficients += n;
             T(move)(&place, n * p->geometry.S, way);
         }
@@ -276,14 +277,14 @@ INLINE void T(write_by_value)(const struct Pass *p, const struct Sheet *sheet, p
    begins in a row goes on into the next by whole steps, and so does the table of coefficients. */
 INLINE void T(write_columns_way)(struct T(Place) place, const struct Sheet *sheet, int wraps,
                                  const int way) {
-    enum { STEP = ACROSS * LANES_OF };
+    enum { STEP = T(STEP) };
     const ptrdiff_t width = sheet->width, stride = sheet->row_stride;
     const real *table = place.coefficients;
     ptrdiff_t rest = sheet->rows, column = 0, n;
     /* Some rows at a time, for which coefficients are loaded once. Not rows that begin at different
        places of their cache lines, if they are streamed or long: one by one they are written from
        line to line. And streamed lines are whole. */
-    if (!wraps && !(place.streams && LINE_OF > 1)
+    if (!wraps && !(place.streams && T(LINE_OF) > 1)
         && (stride * sizeof(stored) % LINE == 0 || !(place.streams || width > WIDTH)))
         for (; rest >= 4; rest -= 4) {
             T(write_rows)(&place, width, 4, stride, 1, way);
@@ -292,14 +293,14 @@ INLINE void T(write_columns_way)(struct T(Place) place, const struct Sheet *shee
     for (rest = rest * width + sheet->tail; rest > 0; rest -= n) {
         n = min_of(rest, wraps ? (width - column + STEP - 1) / STEP * STEP : width);
         place.coefficients = table + column;
-        T(write_rows)(&place, n, 1, 0, ACROSS, way);
+        T(write_rows)(&place, n, 1, 0, T(ACROSS), way);
         T(move)(&place, wraps ? n : stride, way);
         for (column += wraps ? n : 0; column >= width;)
             column -= width;
     }
 }
 
-static void T(write_columns)(const struct Pass *p, const struct T(Place) *place,
+static NOINLINE void T(write_columns)(const struct Pass *p, const struct T(Place) *place,
                              const struct Sheet *sheet, int wraps) {
     if (p->kind != GRADIENTS)
         T(write_columns_way)(*place, sheet, wraps, BY_COLUMN);
@@ -328,19 +329,19 @@ static struct Sheet T(unbroken)(struct Sheet sheet, ptrdiff_t head) {
 static void T(make_table)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                           ptrdiff_t beyond, real *table) { /* OUT */
     const ptrdiff_t C = p->geometry.channels, parts = p->geometry.parts;
-    const real *weights = T(weights_of)(p, first), *coefficients = (real *)p->coefficients + first;
+    const real *weights = R(weights_of)(p, first), *coefficients = (real *)p->coefficients + first;
     const int backward = p->kind == GRADIENTS;
     const int rows = !backward ? SLOPE : parts > 1 ? ALL_COEFFICIENTS : COEFFICIENTS;
     real weight[WIDTH], bias[WIDTH], *columns;
     for (int q = 0; q < min_of(rows, COEFFICIENTS); q++)
         if (q != MEAN_LOW)
-            T(spread)(coefficients + q * C, sheet->channels, sheet->span, sheet->repeat,
+            R(spread)(coefficients + q * C, sheet->channels, sheet->span, sheet->repeat,
                       table + q * TABLE_WIDTH);
     if (parts > 1) {
         columns = backward ? table + WEIGHT * TABLE_WIDTH : weight;
-        T(spread)(weights, sheet->channels * parts, sheet->span / parts, sheet->repeat, columns);
+        R(spread)(weights, sheet->channels * parts, sheet->span / parts, sheet->repeat, columns);
         if (!backward) {
-            T(spread)(weights + p->geometry.parameters, sheet->channels * parts,
+            R(spread)(weights + p->geometry.parameters, sheet->channels * parts,
                       sheet->span / parts, sheet->repeat, bias);
             for (ptrdiff_t k = 0; k < sheet->width; k++) {
                 table[SCALE * TABLE_WIDTH + k] *= weight[k];
@@ -374,7 +375,7 @@ static void T(write_by_row)(const struct Pass *p, struct Sheet sheet, ptrdiff_t 
             table += -head & (LINE / sizeof(real) - 1);
             wraps = p->stream || sheet.width * sizeof(stored) % LINE;
         }
-        T(make_table)(p, &sheet, first, head + ACROSS * LANES_OF, table);
+        T(make_table)(p, &sheet, first, head + T(STEP), table);
         place.coefficients = table;
         place.stride = TABLE_WIDTH;
         T(write_columns)(p, &place, &(struct Sheet){.width = head, .tail = head}, 0);
@@ -414,7 +415,7 @@ INLINE void T(write_summed)(const struct T(Place) *at, ptrdiff_t k, const int ro
     EACH (r, rows) {
         x_hat = ((values->x[r] - c[r].mean) - c[r].mean_low) * c[r].scale;
         if (lanes < LANES_OF) /* no product of 0 and what is not finite */
-            x_hat = T(first)(x_hat, lanes);
+            x_hat = R(first)(x_hat, lanes);
         sum += values->grad[r];
         sum_of_products += values->grad[r] * x_hat;
     }
@@ -501,7 +502,7 @@ INLINE void T(write_sharing_way)(const struct Pass *p, const struct Sheet *sheet
                     width = min_of(WIDTH, sheet->length - k);
                     place = T(place_of)(p, sheet->offset + i * sheet->run_stride + c * S + k,
                                         first + c);
-                    place.weights = T(weights_of)(p, first + c) + sheet->start + k;
+                    place.weights = R(weights_of)(p, first + c) + sheet->start + k;
                     T(write_band)(place, rows, period * S, period, width, way, grad_bias + k,
                                   grad_bias + p->geometry.parameters + k);
                 }
