@@ -3,10 +3,10 @@
 Nothing here is fast and nothing is clever. Every function computes in float64 whatever it is
 given (in long double if it is given that), returns what it computed in, and reads as the equations
 of its paper. Where ``x`` is of float16 or bfloat16, the output and the gradient of the input are
-rounded to that, once. Batch norm: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network
-Training by Reducing Internal Covariate Shift" (2015), algorithm 1 for the forward pass, section 3
-for the gradients. The others, whose papers are named in :mod:`cbn.functional`, are one formula over
-other axes. The tests hold the kernels to it.
+rounded to that, once. Batch norm: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep
+Network Training by Reducing Internal Covariate Shift" (2015), algorithm 1 for the forward pass,
+section 3 for the gradients. The others, whose papers are named in :mod:`cbn.functional`, are one
+formula over other axes. The tests hold the kernels to it.
 """
 
 from __future__ import annotations
@@ -532,7 +532,8 @@ def _rounded(value: WideArray, x: ArrayLike) -> Array:
         single = value.astype(np.float32)
         single = np.where(abs(single) > abs(value), np.nextafter(single, np.float32(0)), single)
         bits = single.view(np.uint32) | (single != value)
-        return bits.view(np.float32).astype(element)
+        nearest: Array = bits.view(np.float32).astype(element)
+        return nearest
 
 
 def _column(value: WideArray, x: WideArray, channel_axis: int) -> WideArray:
@@ -567,7 +568,8 @@ def _split(x: WideArray, num_groups: int, channel_axis: int) -> WideArray:
     """(N, groups, C / groups, ...)."""
     first = np.moveaxis(x, channel_axis, 1)
     N, C, *positions = first.shape
-    return first.reshape(N, num_groups, C // num_groups, *positions)
+    each = C // num_groups if C else 0  # of no channels there is no group
+    return first.reshape(N, num_groups, each, *positions)
 
 
 def _join(grouped: WideArray, x: WideArray, channel_axis: int) -> WideArray:

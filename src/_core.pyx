@@ -4,8 +4,8 @@
 # (rules.pxi). The passes below check nothing: arrays are C-contiguous, aligned, in native byte
 # order and of the right sizes; x, grad_output and out share one element type, a Storage, and
 # grad_weight and grad_bias are of that which it is computed in, float32 or float64; weight, bias,
-# mean and var may each be float32, float64 or None; statistics are the mean, what float64 rounds off
-# it, and the variance of every channel: float64 of shape (3, channels).
+# mean and var may each be float32, float64 or None; statistics are the mean, what float64 rounds
+# off it, and the variance of every channel: float64 of shape (3, channels).
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython.parallel cimport parallel, threadid
@@ -17,12 +17,11 @@ from posix.time cimport (
     CLOCK_MONOTONIC, CLOCK_THREAD_CPUTIME_ID, clock_gettime, clockid_t, timespec,
 )
 from numpy cimport (
-    NPY_DOUBLE, NPY_FLOAT, NPY_INT64, NPY_NOTYPE, PyArray_CheckExact, PyArray_CopyInto, PyArray_DATA,
-    PyArray_DESCR, PyArray_DescrFromType, PyArray_DIM, PyArray_DIMS, PyArray_EMPTY,
-    PyArray_IS_C_CONTIGUOUS, PyArray_ISCARRAY_RO, PyArray_ISINTEGER,
-    PyArray_ISNOTSWAPPED, PyArray_ISWRITEABLE, PyArray_ITEMSIZE, PyArray_NBYTES, PyArray_NDIM,
-    PyArray_SAMESHAPE, PyArray_SIZE, PyArray_STRIDE, PyArray_TYPE, dtype, import_array, ndarray,
-    npy_int64, npy_intp,
+    NPY_DOUBLE, NPY_FLOAT, NPY_INT64, NPY_NOTYPE, PyArray_CheckExact, PyArray_CopyInto,
+    PyArray_DATA, PyArray_DESCR, PyArray_DescrFromType, PyArray_DIM, PyArray_DIMS, PyArray_EMPTY,
+    PyArray_IS_C_CONTIGUOUS, PyArray_ISCARRAY_RO, PyArray_ISINTEGER, PyArray_ISNOTSWAPPED,
+    PyArray_ISWRITEABLE, PyArray_ITEMSIZE, PyArray_NBYTES, PyArray_NDIM, PyArray_SAMESHAPE,
+    PyArray_SIZE, PyArray_STRIDE, PyArray_TYPE, dtype, import_array, ndarray, npy_int64, npy_intp,
 )
 
 cdef extern from "numpy/arrayobject.h":   # which Cython's numpy leaves out
