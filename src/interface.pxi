@@ -177,6 +177,10 @@ cdef int storage_of_dtype(dtype element):
     return storage
 
 
+cdef inline bint is_half(int storage) noexcept nogil:
+    return storage == FLOAT16 or storage == BFLOAT16
+
+
 cdef inline int storage_of(ndarray array):
     cdef int storage = storage_of_type(PyArray_TYPE(array))
     return storage if storage >= 0 else storage_of_dtype(<dtype>PyArray_DESCR(array))

@@ -284,11 +284,16 @@ INLINE void put_some_halves(uint16_t *at, halves value, ptrdiff_t n) {
     _mm256_mask_storeu_epi16(at, first_16(n), value);
 }
 INLINE void stream_halves(uint16_t *at, halves value) { _mm256_stream_si256((__m256i *)at, value); }
+/* One permutation each, where widening and narrowing would need a shift too. */
 INLINE words words_of(halves value) {
-    return (words)_mm512_slli_epi32(_mm512_cvtepu16_epi32(value), 16);
+    const __m512i place = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0,
+                                           6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+    return (words)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, place, _mm512_castsi256_si512(value));
 }
 INLINE halves halves_of(words value) {
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)value, 16));
+    const __m512i place = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29,
+                                           27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(place, (__m512i)value));
 }
 
 #else
@@ -387,9 +392,19 @@ INLINE words chosen(words mask, words a, words b) { return (mask & a) | (~mask &
    one, and keeps its sign and what fits of its payload. */
 INLINE floats floats_of_bf16(halves value) { return (floats)words_of(value); }
 INLINE halves bf16_of_floats(floats value) {
+#if defined(__AVX512F__)
+    const __m512i bits = (__m512i)value, odd = _mm512_set1_epi32(1 << 16);
+    const __m512i down = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __m512i rounded = _mm512_mask_add_epi32(down, _mm512_test_epi32_mask(bits, odd), bits,
+                                                  _mm512_set1_epi32(0x8000));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_UNORD_Q);
+    return halves_of((words)_mm512_mask_or_epi32(rounded, is_nan, bits,
+                                                 _mm512_set1_epi32(0x400000)));
+#else
     const words bits = (words)value;
     const words rounded = bits + 0x7fff + (bits >> 16 & 1);
     return halves_of(chosen((words)(value != value), bits | 0x400000, rounded));
+#endif
 }
 
 /* A float16, too, becomes and is made of the nearest float, whatever the modes of the thread are:

@@ -8,9 +8,15 @@ enum {
     T(LINE_OF) = T(LINE_VALUES) / LANES_OF, /* the same, in vectors */
     /* Vectors that are written side by side: what is loaded together fills no more registers. */
     T(ACROSS) = T(LINE_OF) > 4 ? 4 : T(LINE_OF) > 2 ? T(LINE_OF) : 2,
+    /* Rows that are written side by side past the cache, four vectors of all: each in whole lines. */
+    T(ROWS) = T(LINE_OF) > 2 ? 1 : T(LINE_OF) > 1 ? 2 : 4,
     /* Values from which a row is written on in the next: whole steps, and whole lines. */
     T(STEP) = T(ACROSS) > T(LINE_OF) ? T(ACROSS) * LANES_OF : T(LINE_VALUES),
 };
+
+/* Whether vector v of some side by side is the first in its cache line, where they begin at one: lines
+   are fetched once. */
+#define BEGINS_LINE(v) (T(LINE_OF) < 2 || (v) % T(LINE_OF) == 0)
 
 struct T(Block) {
     real shift[WIDTH + LANES_OF], total[WIDTH + LANES_OF], square[WIDTH + LANES_OF];
@@ -39,3 +45,5 @@ static const struct Micro T(micro) = {
     T(write),
     T(write_sharing),
 };
+
+#undef BEGINS_LINE

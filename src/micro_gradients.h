@@ -39,10 +39,11 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
         vector grad = whole ? load(at->grad_output + k) : load_some(at->grad_output + k, lanes - k);
         vector x = whole ? load(at->x + k) : load_some(at->x + k, lanes - k);
         if (way & BY_VALUE) {
-            __builtin_prefetch(at->out + k, 1);
+            if (BEGINS_LINE(v))
+                __builtin_prefetch(at->out + k, 1);
             grad *= R(reals)(at->weight + k, lanes - k);
         }
-        if (way & BY_COLUMN) {
+        if (way & BY_COLUMN && BEGINS_LINE(v)) {
             __builtin_prefetch(at->grad_output + at->ahead + k);
             __builtin_prefetch(at->x + at->ahead + k);
         }

@@ -18,7 +18,7 @@ INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, c
     }
     for (ptrdiff_t j = 0; j < rows; j++, x += row_stride)
         EACH (v, vectors) {
-            if (vectors > 1)
+            if (vectors > 1 && BEGINS_LINE(v))
                 __builtin_prefetch(x + BAND * row_stride + v * LANES_OF);
             value = lanes < LANES_OF ? load_some(x, lanes) : load(x + v * LANES_OF);
             if (factor)
@@ -222,7 +222,7 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, con
                     EACH (v, beside * vectors) {
                         const stored *at = row + v / vectors * stride + v % vectors * LANES_OF;
                         value = load(at);
-                        if (!shift)
+                        if (!shift && BEGINS_LINE(v % vectors))
                             __builtin_prefetch((const char *)at + to_out, 1);
                         if (scaled)
                             value *= factor;

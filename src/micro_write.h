@@ -84,7 +84,8 @@ INLINE struct T(Loaded) T(load_vectors)(const struct T(Place) *at, ptrdiff_t k, 
         if (way & BACKWARD)
             values.grad[v] =
                 whole ? load(at->grad_output + i) : load_some(at->grad_output + i, lanes);
-        if (way & BY_VALUE) { /* what comes from memory next, while this is computed */
+        /* What comes from memory next, while this is computed. */
+        if (way & BY_VALUE && BEGINS_LINE(v % across)) {
             __builtin_prefetch(at->x + i + at->ahead);
             if (way & BACKWARD)
                 __builtin_prefetch(at->grad_output + i + at->ahead);
@@ -250,21 +251,23 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
 INLINE int T(lie_alike)(const struct Pass *p) {
     const ptrdiff_t S = p->geometry.S;
     return p->geometry.period == 1
-           && (p->stream ? T(LINE_OF) == 1 && S * sizeof(stored) % LINE == 0 : S < ALIGNED_RUN);
+           && (p->stream ? T(ROWS) > 1 && S * sizeof(stored) % LINE == 0 : S < ALIGNED_RUN);
 }
 
 /* Write by plane, with a weight and a bias for each value. */
 INLINE void T(write_by_value)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                               const int way) {
-    const int alike = T(lie_alike)(p);
+    const int alike = T(lie_alike)(p), rows = p->stream ? T(ROWS) : 4;
     for (ptrdiff_t i = 0; i < sheet->runs; i++) {
         struct T(Place) place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first);
         for (ptrdiff_t c = first, rest = sheet->channels, n; rest > 0; c += n, rest -= n) {
             place.weights = R(weights_of)(p, c) + sheet->start;
             place.biases = place.weights + p->geometry.parameters;
-            n = alike && rest >= 4 ? 4 : 1;
+            n = alike && rest >= rows ? rows : 1;
             if (n == 4)
                 T(write_rows)(&place, sheet->length, 4, p->geometry.S, 1, way);
+            else if (n == T(ROWS))
+                T(write_rows)(&place, sheet->length, T(ROWS), p->geometry.S, 4 / T(ROWS), way);
             else
                 T(write_rows)(&place, sheet->length, 1, 0, T(ACROSS), way);
             place.coefficients += n;
@@ -408,53 +411,65 @@ static void T(write)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t 
 /* Write what was loaded of grad_input in some rows, and add up what these find of the gradients of
    weights and biases. */
 INLINE void T(write_summed)(const struct T(Place) *at, ptrdiff_t k, const int rows,
-                            ptrdiff_t row_stride, ptrdiff_t lanes, const struct T(Loaded) *values,
-                            struct T(Coefficients) *c, const int way, real *total,
-                            real *product) {
-    vector sum = REALS(total + k), sum_of_products = REALS(product + k), x_hat;
-    EACH (r, rows) {
-        x_hat = ((values->x[r] - c[r].mean) - c[r].mean_low) * c[r].scale;
+                            ptrdiff_t row_stride, const int across, ptrdiff_t lanes,
+                            const struct T(Loaded) *values, struct T(Coefficients) *c,
+                            const int way, real *total, real *product) {
+    vector sums[4], sums_of_products[4], x_hat;
+    EACH (v, across) {
+        sums[v] = REALS(total + k + v * LANES_OF);
+        sums_of_products[v] = REALS(product + k + v * LANES_OF);
+    }
+    EACH (v, rows * across) {
+        const int r = v / across;
+        x_hat = ((values->x[v] - c[r].mean) - c[r].mean_low) * c[r].scale;
         if (lanes < LANES_OF) /* no product of 0 and what is not finite */
             x_hat = R(first)(x_hat, lanes);
-        sum += values->grad[r];
-        sum_of_products += values->grad[r] * x_hat;
+        sums[v % across] += values->grad[v];
+        sums_of_products[v % across] += values->grad[v] * x_hat;
     }
-    T(write_vectors)(at, k, rows, row_stride, 1, lanes, values, c, way);
-    REALS(total + k) = sum;
-    REALS(product + k) = sum_of_products;
+    T(write_vectors)(at, k, rows, row_stride, across, lanes, values, c, way);
+    EACH (v, across) {
+        REALS(total + k + v * LANES_OF) = sums[v];
+        REALS(product + k + v * LANES_OF) = sums_of_products[v];
+    }
 }
 
 /* All columns of some rows: as write_rows. */
 INLINE void T(write_summed_rows)(const struct T(Place) *at, const int rows, ptrdiff_t row_stride,
-                                 ptrdiff_t period, ptrdiff_t width, const int way, real *total,
-                                 real *product) {
+                                 ptrdiff_t period, ptrdiff_t width, const int across,
+                                 const int way, real *total, real *product) {
+    const ptrdiff_t step = across * LANES_OF;
     const ptrdiff_t head = way & STREAM ? T(values_to_line)(at->out, width) : 0;
     struct T(Coefficients) c[4];
     struct T(Loaded) now, next;
     ptrdiff_t k = 0;
     EACH (r, rows)
         c[r] = T(coefficients)(at, r * period, LANES_OF, way);
-#define LOAD(k, lanes) T(load_vectors)(at, k, rows, row_stride, 1, lanes, way)
-#define WRITE(lanes, way)                                                                          \
-    T(write_summed)(at, k, rows, row_stride, lanes, &now, c, way, total, product)
+#define LOAD(k, across, lanes) T(load_vectors)(at, k, rows, row_stride, across, lanes, way)
+#define WRITE(across, lanes, way)                                                                  \
+    T(write_summed)(at, k, rows, row_stride, across, lanes, &now, c, way, total, product)
     for (ptrdiff_t n; k < head; k += n) {
         n = min_of(LANES_OF, head - k);
-        now = LOAD(k, n);
-        WRITE(n, way & ~STREAM);
+        now = LOAD(k, 1, n);
+        WRITE(1, n, way & ~STREAM);
     }
-    if (width - k >= LANES_OF) {
-        now = LOAD(k, LANES_OF);
-        for (; width - k >= 2 * LANES_OF; k += LANES_OF) {
-            next = LOAD(k + LANES_OF, LANES_OF);
-            WRITE(LANES_OF, way);
+    if (width - k >= step) {
+        now = LOAD(k, across, LANES_OF);
+        for (; width - k >= 2 * step; k += step) {
+            next = LOAD(k + step, across, LANES_OF);
+            WRITE(across, LANES_OF, way);
             now = next;
         }
-        WRITE(LANES_OF, way);
-        k += LANES_OF;
+        WRITE(across, LANES_OF, way);
+        k += step;
+    }
+    for (; across > 1 && width - k >= LANES_OF; k += LANES_OF) {
+        now = LOAD(k, 1, LANES_OF);
+        WRITE(1, LANES_OF, way & ~STREAM);
     }
     if (k < width) {
-        now = LOAD(k, width - k);
-        WRITE(width - k, way & ~STREAM);
+        now = LOAD(k, 1, width - k);
+        WRITE(1, width - k, way & ~STREAM);
     }
 #undef LOAD
 #undef WRITE
@@ -464,16 +479,19 @@ INLINE void T(write_summed_rows)(const struct T(Place) *at, const int rows, ptrd
 INLINE void T(write_band)(struct T(Place) at, ptrdiff_t rows, ptrdiff_t row_stride, ptrdiff_t period,
                           ptrdiff_t width, const int way, double *grad_bias,
                           double *grad_weight) {
+    const int beside = way & STREAM ? T(ROWS) : 4;
     real total[WIDTH + LANES_OF], product[WIDTH + LANES_OF];
     for (ptrdiff_t k = 0; k < width + LANES_OF; k++)
         total[k] = product[k] = 0;
     for (ptrdiff_t n; rows > 0; rows -= n) {
-        if (rows >= BESIDE) {
-            n = BESIDE;
-            T(write_summed_rows)(&at, BESIDE, row_stride, period, width, way, total, product);
+        if (rows >= beside) {
+            n = beside;
+            T(write_summed_rows)(&at, beside, row_stride, period, width, 4 / beside, way, total,
+                                 product);
         } else {
             n = 1;
-            T(write_summed_rows)(&at, 1, row_stride, period, width, way, total, product);
+            T(write_summed_rows)(&at, 1, row_stride, period, width, 4 / beside, way, total,
+                                 product);
         }
         at.coefficients += n * period;
         T(move)(&at, n * row_stride, way);

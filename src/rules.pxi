@@ -58,6 +58,9 @@ cpdef bint is_plain(array):
     return PyArray_CheckExact(array) and PyArray_ISCARRAY_RO(<ndarray>array)
 
 
+cdef dtype float32 = PyArray_DescrFromType(NPY_FLOAT)
+
+
 cpdef bint is_of(element, like):
     """Whether an element type is that which is asked for, if any is."""
     return like is None or element is like or element == like
@@ -65,11 +68,9 @@ cpdef bint is_of(element, like):
 
 cpdef bint is_taken(dtype element, layer):
     """Whether a layer of some dtype, or a function, for which it is None, takes such data."""
-    if is_of(element, layer):
-        return True
-    cdef int storage = storage_of_dtype(element)
-    return ((storage == FLOAT16 or storage == BFLOAT16)
-            and is_of(PyArray_DescrFromType(NPY_FLOAT), layer))
+    if is_half(storage_of_dtype(element)):
+        element = float32
+    return is_of(element, layer)
 
 
 cdef inline bint is_data(array, like):
