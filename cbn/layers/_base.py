@@ -75,7 +75,8 @@ class NormLayer(ABC):
     device : None or "cpu"
         For code that comes from PyTorch.
     dtype : dtype, optional
-        Float32 (None) or float64: of the layer's arrays and the data.
+        Float32 (None) or float64: of the layer's arrays, and of the data. A layer of float32 also
+        takes data of float16 and bfloat16.
     bias : bool
         False keeps the scale and drops the shift.
     channel_axis : {1, -1}
