@@ -388,22 +388,20 @@ INLINE halves halves_of(words value) {
 
 INLINE words chosen(words mask, words a, words b) { return (mask & a) | (~mask & b); }
 
-/* A bfloat16 is the upper half of a float. To the nearest, of two the even one; a NaN becomes a quiet
-   one, and keeps its sign and what fits of its payload. */
+/* A bfloat16 is the upper half of a float. To the nearest, of two the even one; to a NaN nothing is
+   added, and what comes from an operation is a quiet one, which has its bit for that in this half. */
 INLINE floats floats_of_bf16(halves value) { return (floats)words_of(value); }
 INLINE halves bf16_of_floats(floats value) {
 #if defined(__AVX512F__)
-    const __m512i bits = (__m512i)value, odd = _mm512_set1_epi32(1 << 16);
-    const __m512i down = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-    const __m512i rounded = _mm512_mask_add_epi32(down, _mm512_test_epi32_mask(bits, odd), bits,
-                                                  _mm512_set1_epi32(0x8000));
-    const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_UNORD_Q);
-    return halves_of((words)_mm512_mask_or_epi32(rounded, is_nan, bits,
-                                                 _mm512_set1_epi32(0x400000)));
+    const __m512i bits = (__m512i)value;
+    const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16));
+    const __mmask16 is_number = _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_ORD_Q);
+    const __m512i more = _mm512_mask_blend_epi32(is_odd, _mm512_set1_epi32(0x7fff),
+                                                 _mm512_set1_epi32(0x8000));
+    return halves_of((words)_mm512_mask_add_epi32(bits, is_number, bits, more));
 #else
-    const words bits = (words)value;
-    const words rounded = bits + 0x7fff + (bits >> 16 & 1);
-    return halves_of(chosen((words)(value != value), bits | 0x400000, rounded));
+    const words bits = (words)value, more = 0x7fff + (bits >> 16 & 1);
+    return halves_of(bits + (more & (words)(value == value)));
 #endif
 }
 

@@ -18,6 +18,10 @@ enum {
    are fetched once. */
 #define BEGINS_LINE(v) (T(LINE_OF) < 2 || (v) % T(LINE_OF) == 0)
 
+/* Whether the next run of a channel is fetched while one is summed: of half types it is so short that
+   the processor's own prefetching comes too late. */
+#define FETCHES_RUNS (sizeof(stored) < sizeof(real))
+
 struct T(Block) {
     real shift[WIDTH + LANES_OF], total[WIDTH + LANES_OF], square[WIDTH + LANES_OF];
 };
@@ -47,3 +51,4 @@ static const struct Micro T(micro) = {
 };
 
 #undef BEGINS_LINE
+#undef FETCHES_RUNS

@@ -13,7 +13,7 @@ struct T(Pair) {
     const stored *out; /* by value, what will be written, and so is fetched; or x once more */
     const real *weight, *mean, *unit;
     const struct T(Normal) *normal;
-    ptrdiff_t ahead; /* by row, of grad_output and x: what is read next from memory; or 0 */
+    ptrdiff_t ahead; /* not by value, of grad_output and x: what is read next from memory; or 0 */
 };
 
 INLINE void T(move_pair)(struct T(Pair) *at, ptrdiff_t by, const int way) {
@@ -43,7 +43,7 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
                 __builtin_prefetch(at->out + k, 1);
             grad *= R(reals)(at->weight + k, lanes - k);
         }
-        if (way & BY_COLUMN && BEGINS_LINE(v)) {
+        if ((way & BY_COLUMN || (way == 0 && FETCHES_RUNS)) && BEGINS_LINE(v)) {
             __builtin_prefetch(at->grad_output + at->ahead + k);
             __builtin_prefetch(at->x + at->ahead + k);
         }
@@ -275,7 +275,10 @@ static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptr
     T(take_units)(p, first, sheet->channels, &units);
     at.mean = units.high;
     at.unit = units.per_unit;
-    at.ahead = p->stream ? BESIDE * sheet->row_stride : 0;
+    if (p->geometry.by_plane)
+        at.ahead = p->stream && sheet->runs > 1 ? sheet->run_stride : 0;
+    else
+        at.ahead = p->stream ? BESIDE * sheet->row_stride : 0;
     if (p->geometry.by_plane)
         T(sums_by_plane)(at, p, sheet, parts, into);
     else

@@ -207,6 +207,7 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, con
     const ptrdiff_t rows = length / width, tail = length % width;
     doubles sum[8], sum_of_squares[8];
     vector band_sum[4], band_squares[4], shifts[4], value;
+    const ptrdiff_t next_run = runs > 1 ? run_stride : 0;
     const stored *row;
     EACH (r, beside)
         shifts[r] = all(shift ? shift[r] : 0);
@@ -222,6 +223,8 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, con
                     EACH (v, beside * vectors) {
                         const stored *at = row + v / vectors * stride + v % vectors * LANES_OF;
                         value = load(at);
+                        if (FETCHES_RUNS && shift && BEGINS_LINE(v % vectors))
+                            __builtin_prefetch(at + next_run);
                         if (!shift && BEGINS_LINE(v % vectors))
                             __builtin_prefetch((const char *)at + to_out, 1);
                         if (scaled)
