@@ -8,8 +8,9 @@ are those of hard.py: combinations of mean, outlier and scale, for each channel 
 for each group of values. An error is that of a float32 result against the formulas in float64 on
 the same inputs, relative to max(1, |y|) for the output y, and to 3 max(1, |y|) / std for the input
 gradient. The largest over all values and shapes is printed, in the form of Markdown. Batch norm of
-cbn is measured in float64 too, against the formulas in long double, and with 10^7 values in each
-channel.
+cbn is measured in float64 too, against the formulas in long double, with 10^7 values in each
+channel, and with data of float16 and bfloat16, whose rounding is most of the error; float16 only
+where it can hold the data.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 from check import by_formulas
 from hard import MIXED, RATIOS, SCALES, Exact, Hard, all_kinds, centred, draw, errors, exact
+from ml_dtypes import bfloat16
 from peers import Cbn, Jax, NumPy, OneDNN, PyTorch
 from peers_base import Peer
 from shapes import NORMS, Array, Case, Data
@@ -79,6 +81,7 @@ def main() -> None:
     work: list[tuple[list[Any], list[Hard], Callable[..., Iterator[Row]]]] = []
     if "batch" in arguments.norms:
         work += [(SHAPES, kinds, partial(of_peers, peers)), (SHAPES, kinds, of_float64)]
+        work.append((SHAPES, kinds, of_halves))
         if not arguments.quick:
             large = [kind for kind in kinds if kind.first and kind.scale in ("1", "1e25")]
             work.append((LARGE, large, of_large))
@@ -148,17 +151,28 @@ def of_float64(layout: str, shape: tuple[int, ...], kind: Hard) -> Iterator[Row]
     yield f"cbn, {layout}, float64", *of_layer(layout, shape, kind, np.float64)
 
 
+def of_halves(layout: str, shape: tuple[int, ...], kind: Hard) -> Iterator[Row]:
+    """The errors of a layer of cbn with data of half types."""
+    yield f"cbn, {layout}, bfloat16", *of_layer(layout, shape, kind, np.float32, bfloat16)
+    largest = kind.outlier + kind.ratio + 10
+    if kind.scale == "1" and largest < np.finfo(np.float16).max:
+        yield f"cbn, {layout}, float16", *of_layer(layout, shape, kind, np.float32, np.float16)
+
+
 def of_layer(
-    layout: str, shape: tuple[int, ...], kind: Hard, dtype: type[np.floating]
+    layout: str, shape: tuple[int, ...], kind: Hard, dtype: type[np.floating], data: Any = None
 ) -> tuple[float, float]:
-    """The errors of a layer of cbn."""
+    """The errors of a layer of cbn; data is their type, if it is not that of the layer."""
     axis = -1 if layout == "NHWC" else 1
-    x, grad_output = draw(kind, shape, axis, dtype)
+    x, grad_output = draw(kind, shape, axis, dtype if data is None else data)
     layer = cbn.BatchNorm1d if x.ndim == 2 else cbn.BatchNorm2d
     bn = layer(shape[axis], dtype=dtype, channel_axis=axis, track_running_stats=False)
     bn.weight[...], bn.bias[...] = parameters(shape[axis], dtype)
-    y = bn(x)
-    return errors(exact(x, grad_output, bn.weight, bn.bias, axis), y, bn.backward(grad_output))
+    right = exact(x, grad_output, bn.weight, bn.bias, axis)
+    y, grad_input = bn(x), bn.backward(grad_output)
+    if data is not None:
+        y, grad_input = y.astype(np.float64), grad_input.astype(np.float64)
+    return errors(right, y, grad_input)
 
 
 def parameters(channels: int, dtype: type[np.floating]) -> tuple[Array, Array]:

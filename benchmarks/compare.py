@@ -4,10 +4,12 @@
     python benchmarks/compare.py --threads 1 2 --json results.json --figure speed.png
     python benchmarks/compare.py --norms layer rms group instance --layout NC NCHW --threads 2
     python benchmarks/compare.py --shapes 32x64x56x56 4096x768 --layout NCHW NC --markdown
+    python benchmarks/compare.py --quick --dtypes float32 bfloat16 float16 --peers PyTorch
 
-Whatever is installed takes part. Every result is checked against cbn.reference, then the libraries
-are timed turn by turn in this one process (turns.py says how), with the same number of threads
-(NumPy always has one), and a table is printed: median time, GB/s, how many times as long each other
+Whatever is installed takes part; with data of half types cbn and PyTorch alone, whose parameters
+stay float32. Every result is checked against cbn.reference, then the libraries are timed turn by
+turn in this one process (turns.py says how), with the same number of threads (NumPy always has
+one), and a table is printed: median time, GB/s, how many times as long each other
 library takes, and the share of the limit, which is what a mere copy of the same arrays would leave
 of the time (scale_copy.c). GB/s count what a pass must move at least: one read and one write, for
 backward two reads and one write.
@@ -48,7 +50,7 @@ from limit import ORDINARY, STREAMING, Limit
 from peers import PEERS
 from peers_base import Peer
 from report import print_first_calls, print_header, print_markdown, print_row, print_summary
-from shapes import FAMILIES, LAYOUTS, NORMS, PASSES, Case, all_cases, make_data
+from shapes import DTYPES, FAMILIES, LAYOUTS, NORMS, PASSES, Case, all_cases, make_data
 from tqdm import tqdm
 from turns import OtherWork, release_heap, time_in_turns, warm_heap
 
@@ -79,6 +81,7 @@ def main() -> None:
         arguments.quick,
         arguments.norms,
         arguments.shapes,
+        arguments.dtypes,
     )
     if arguments.figure and not any(case.norm == "batch" for case in cases):
         sys.exit("--figure: there is no case of batch norm to draw")
@@ -129,6 +132,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--pass", nargs="+", choices=PASSES, default=PASSES, dest="pass_", help="passes")
     add("--layout", nargs="+", choices=LAYOUTS, default=LAYOUTS, help="layouts")
     add("--shapes", nargs="+", default=(), metavar="NxCx...", help="of those, these shapes only")
+    add("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="of data")
     add("--peers", nargs="*", choices=names, default=names, help="libraries beside cbn")
     add("--threads", nargs="+", type=int, default=[len(os.sched_getaffinity(0))], metavar="N")
     add("--passive", action="store_true", help="waiting threads sleep: for a machine that is busy")
@@ -203,6 +207,7 @@ def measure(
         "pass": case.pass_,
         "layout": case.layout,
         "shape": case.shape,
+        "dtype": case.dtype,
         "out": case.reuses_out,
         "group": case.group,
         "threads": threads,

@@ -92,7 +92,7 @@ def centred(groups: Array, subtracts_mean: bool = True) -> tuple[Array, Array]:
 
 def wider(dtype: Any) -> type[np.floating]:
     """The type to compute the right result in."""
-    return np.float64 if dtype == np.float32 else np.longdouble
+    return np.longdouble if dtype == np.float64 else np.float64
 
 
 def errors(right: Exact, y: Array, grad_input: Array) -> tuple[float, float]:

@@ -67,12 +67,13 @@ class Limit:
         less its start takes longer than its work.
         """
         threads = min(threads, max(1, case.values >> 14))
-        out = np.empty_like(data.x)
-        other = data.grad_output if case.pass_ == "backward" else None
-        expected = (data.x if other is None else data.x + other) * np.float32(0.5)
+        x, grad_output = (as_float32(array) for array in (data.x, data.grad_output))
+        out = np.empty_like(x)
+        other = grad_output if case.pass_ == "backward" else None
+        expected = (x if other is None else x + other) * np.float32(0.5)
 
         def call(stream: bool) -> Callable[[], object]:
-            arguments = (*map(pointer, (out, data.x, other)), case.values, 0.5, stream, threads)
+            arguments = (*map(pointer, (out, x, other)), x.size, 0.5, stream, threads)
 
             def run() -> None:
                 self._scale_copy(*arguments)
@@ -82,6 +83,13 @@ class Limit:
             return run
 
         return {STREAMING: call(True), ORDINARY: call(False)}
+
+
+def as_float32(array: Array) -> Array:
+    """An array of as many bytes: of half types, half as many values, and other ones."""
+    if array.dtype == np.float32:
+        return array
+    return np.resize(array.astype(np.float32), (array.size + 1) // 2)
 
 
 def pointer(array: Array | None) -> ctypes.c_void_p | None:

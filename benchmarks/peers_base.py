@@ -25,6 +25,7 @@ class Peer:
 
     name = ""
     packages: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("float32",)  # of data that it takes
     threads = 1
 
     @classmethod
@@ -44,6 +45,8 @@ class Peer:
 
     def call(self, case: Case, data: Data) -> Call | None:
         """Return the call of a case, or None where the library has none."""
+        if case.dtype not in self.dtypes:
+            return None
         if case.norm == "batch":
             return self.call_of_batch_norm(case, data)
         return self.call_of_layer(case, data)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from peers_base import Call, Peer, as_given, broadcasting, gradients, layer_of
-from shapes import EPS, MOMENTUM, Array, Case, Data
+from shapes import DTYPES, EPS, MOMENTUM, Array, Case, Data
 
 import cbn
 from cbn import functional
@@ -18,6 +18,7 @@ class Cbn(Peer):
 
     name = "cbn"
     packages = ("cbn",)
+    dtypes = tuple(DTYPES)
 
     def set_num_threads(self, threads: int) -> bool:  # noqa: D102
         cbn.set_num_threads(threads)

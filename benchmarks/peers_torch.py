@@ -6,8 +6,9 @@ import shutil
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 from peers_base import Call, Peer, gradients, layer_of
-from shapes import EPS, MOMENTUM, Array, Case, Data
+from shapes import DTYPES, EPS, MOMENTUM, Array, Case, Data
 
 
 class PyTorch(Peer):
@@ -15,6 +16,7 @@ class PyTorch(Peer):
 
     name = "PyTorch"
     packages = ("torch",)
+    dtypes = tuple(DTYPES)
 
     def __init__(self) -> None:
         self.torch = import_module("torch")
@@ -30,12 +32,18 @@ class PyTorch(Peer):
 
     def tensor(self, array: Array, case: Case) -> Any:
         """An array as PyTorch sees it: channels first in shape, the same memory."""
-        tensor = self.torch.from_numpy(array)
+        if case.dtype == "bfloat16":  # which has no tensor of an array
+            tensor = self.torch.from_numpy(array.view(np.int16)).view(self.torch.bfloat16)
+        else:
+            tensor = self.torch.from_numpy(array)
         return tensor.movedim(-1, 1) if case.layout == "NHWC" else tensor
 
     def array(self, tensor: Any, case: Case) -> Array:
         """The other way round."""
-        array: Array = (tensor.movedim(1, -1) if case.layout == "NHWC" else tensor).numpy()
+        tensor = tensor.movedim(1, -1) if case.layout == "NHWC" else tensor
+        if case.dtype == "bfloat16":
+            tensor = tensor.view(self.torch.int16)
+        array: Array = tensor.numpy().view(DTYPES[case.dtype])
         return array
 
     def call_of_batch_norm(self, case: Case, data: Data) -> Call | None:  # noqa: D102
@@ -98,6 +106,7 @@ class TorchCompile(PyTorch):
     """torch.compile by its default, inductor: C++ for each case and number of threads."""
 
     name = "torch.compile"
+    dtypes = ("float32",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,6 +136,7 @@ class OneDNN(PyTorch):
     """oneDNN by way of PyTorch's mkldnn tensors, which are always channels first."""
 
     name = "oneDNN"
+    dtypes = ("float32",)
 
     @property
     def version(self) -> str:

@@ -16,8 +16,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from hashlib import sha256
 from itertools import product
+from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 from shapes import Array
 from tqdm import tqdm
 
@@ -43,25 +45,26 @@ SHAPES = [
     (9, 62, 127, 127),
     (2, 5, 3, 3),
 ]
-DTYPES = ("float32", "float64")
+DTYPES = tuple(map(np.dtype, ("float32", "float64", "float16", bfloat16)))
 
 
-def draw(shape: tuple[int, ...], seed: int, dtype: str) -> Array:
+def draw(shape: tuple[int, ...], seed: int, dtype: np.dtype[Any]) -> Array:
     """Uniform values whose channels differ in mean and size, with an outlier.
 
-    Two channels of five have squares that leave the range of float32.
+    Two channels of five have squares that leave the range of float32, but of float16.
     """
     rng = np.random.default_rng(seed)
     channel = rng.random((shape[1], 1, 1))
     x = (rng.random(shape) - channel) * (0.001 + 8 * channel)
     x.flat[0] = 1000
-    x *= np.ldexp(1.0, 40 * (np.arange(shape[1]) % 5 - 2)).reshape(-1, 1, 1)
+    step = 3 if dtype == np.float16 else 40
+    x *= np.ldexp(1.0, step * (np.arange(shape[1]) % 5 - 2)).reshape(-1, 1, 1)
     return x.astype(dtype)
 
 
 def results(x: Array, grad_output: Array, channel_axis: int) -> Iterator[tuple[str, Array]]:
     """Every result of every pass."""
-    C, dtype = x.shape[channel_axis], x.dtype
+    C, dtype = x.shape[channel_axis], type_of_layers(x)
     bn = cbn.BatchNorm2d(C, dtype=dtype, channel_axis=channel_axis)
     bn.weight[...] = 0.5 + np.arange(C) / C
     bn.bias[...] = np.arange(C) / C - 0.5
@@ -85,18 +88,23 @@ def results(x: Array, grad_output: Array, channel_axis: int) -> Iterator[tuple[s
             yield f"{norm} bias_grad", norm.bias_grad
 
 
+def type_of_layers(x: Array) -> np.dtype[Any]:
+    """That of the layers that take such an array."""
+    return np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+
+
 def others(x: Array, channel_axis: int) -> list[cbn.layers.NormLayer]:
     """The other norms that take such an array, with few groups and with many."""
-    C = x.shape[channel_axis]
-    by_channel = {"dtype": x.dtype, "channel_axis": channel_axis}
+    C, dtype = x.shape[channel_axis], type_of_layers(x)
+    by_channel = {"dtype": dtype, "channel_axis": channel_axis}
     groups = {max(k for k in range(1, most + 1) if C % k == 0) for most in (2, 32)}
     instances = [cbn.InstanceNorm2d(C, affine=True, **by_channel)]
     return [
         *(instances if x.size > x.shape[0] * C else []),  # it refuses samples of one value
         *(cbn.GroupNorm(count, C, **by_channel) for count in sorted(groups)),
-        cbn.LayerNorm(x.shape[-1], dtype=x.dtype),
-        cbn.LayerNorm(x.shape[1:], dtype=x.dtype),
-        cbn.RMSNorm(x.shape[-1], dtype=x.dtype),
+        cbn.LayerNorm(x.shape[-1], dtype=dtype),
+        cbn.LayerNorm(x.shape[1:], dtype=dtype),
+        cbn.RMSNorm(x.shape[-1], dtype=dtype),
     ]
 
 

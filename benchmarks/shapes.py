@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+DTYPES = {np.dtype(dtype).name: np.dtype(dtype) for dtype in ("float32", "float16", bfloat16)}
 TABLES = Path(__file__).with_name("shapes")
 NETWORKS = ("resnet_50", "densenet_121", "googlenet_v2")
 FAMILIES = (*NETWORKS, "features", "small", "rows", "feature_maps", "images")
@@ -68,7 +70,8 @@ class Case:
     """One measurement: a pass over one array.
 
     ``shape`` is in the order of ``layout``; ``reuses_out`` is whether the output is allocated
-    once, before the calls, or by every call.
+    once, before the calls, or by every call. ``dtype`` is that of the data; parameters and
+    statistics are of float32.
     """
 
     norm: str
@@ -77,6 +80,7 @@ class Case:
     layout: str
     shape: tuple[int, ...]
     reuses_out: bool = False
+    dtype: str = "float32"
 
     @property
     def channel_axis(self) -> int:
@@ -101,20 +105,21 @@ class Case:
     @property
     def bytes(self) -> int:
         """The least number of bytes that the pass moves."""
-        return TRAFFIC[self.pass_] * self.values * 4
+        return TRAFFIC[self.pass_] * self.values * DTYPES[self.dtype].itemsize
 
     @property
     def group(self) -> str:
         """What is summarised together."""
         norm = "" if self.norm == "batch" else f"{self.norm} "
-        return f"{norm}{self.pass_} {self.layout}" + (" out=" if self.reuses_out else "")
+        dtype = "" if self.dtype == "float32" else f" {self.dtype}"
+        return f"{norm}{self.pass_} {self.layout}{dtype}" + (" out=" if self.reuses_out else "")
 
     def __str__(self) -> str:
         return f"{self.group} " + "x".join(map(str, self.shape))
 
 
 class Data(NamedTuple):
-    """Float32 arrays of a case."""
+    """The arrays of a case: two of data, and others of float32."""
 
     x: Array
     grad_output: Array
@@ -131,6 +136,7 @@ def all_cases(
     quick: bool = False,
     norms: Sequence[str] = tuple(NORMS),
     shapes: Sequence[str] = (),
+    dtypes: Sequence[str] = ("float32",),
 ) -> list[Case]:
     """Return the cases of some families, passes, layouts and norms, each once.
 
@@ -142,6 +148,8 @@ def all_cases(
         Whether to take a handful of shapes only.
     shapes : sequence of str
         The only ones to take, if any, channels first: "32x64x56x56".
+    dtypes : sequence of str
+        Element types of the data.
 
     Returns
     -------
@@ -157,9 +165,10 @@ def all_cases(
             if not shapes or "x".join(map(str, listed)) in shapes:
                 family_of.setdefault((norm, layout, shape), family)
     return [
-        Case(norm, family, pass_, layout, shape, reuses_out)
+        Case(norm, family, pass_, layout, shape, reuses_out, dtype)
         for (norm, layout, shape), family in family_of.items()
         for pass_ in passes
+        for dtype in dtypes
         for reuses_out in ((False, True) if family == "small" else (False,))
         if layout in layouts and pass_ in NORMS[norm].passes
     ]
@@ -167,7 +176,9 @@ def all_cases(
 
 def make_data(case: Case) -> Data:
     """Return the arrays of a case, the same at every call."""
-    x, grad_output = (np.resize(values, case.shape) for values in _random())
+    x, grad_output = (
+        np.resize(values.astype(DTYPES[case.dtype]), case.shape) for values in _random()
+    )
     channel = np.arange(case.channels, dtype=np.float32) / case.channels
     return Data(
         x,

@@ -19,49 +19,65 @@ _ARRAY_PROTOCOLS = ("dtype", "__array__", "__array_interface__", "__array_struct
 _PLAIN_NUMBERS = frozenset((bool, int, float, complex))
 # For numpy.shares_memory: an exact answer for any pair of slices, a bound on the time for the rest.
 OVERLAP_WORK = 10_000
+# The element types of parameters, and those of data, in words.
+FLOATS = "float32 or float64"
+STORAGES = "float32, float64, float16 or bfloat16"
 
 
 # --------------------------------------------------------------------------------------- reading
 
 
-def array(name: str, value: ArrayLike, like: np.dtype[Any] | None = None) -> Array:
+def array(
+    name: str, value: ArrayLike, like: np.dtype[Any] | None = None, of_layer: bool = False
+) -> Array:
     """Data where the caller has them, in any layout: an array as it is, the rest as in data()."""
-    return value if type(value) is np.ndarray else _held(name, value, like)
+    return value if type(value) is np.ndarray else _held(name, value, like, of_layer)
 
 
-def data(name: str, value: ArrayLike, like: np.dtype[Any] | None = None) -> Array:
+def data(
+    name: str, value: ArrayLike, like: np.dtype[Any] | None = None, of_layer: bool = False
+) -> Array:
     """An array that a kernel can read: value itself where its layout allows, else a copy.
 
-    It must be of float32 or float64, and of the dtype like where that is given, in any byte order;
-    (nested) lists of Python's numbers are converted to it.
+    It must be of an element type of data, in any byte order, and where like is given of that, or of
+    one that a layer of that dtype takes; (nested) lists of Python's numbers are converted to it.
     """
-    return readable(_held(name, value, like))
+    return readable(_held(name, value, like, of_layer))
 
 
-def _held(name: str, value: ArrayLike, like: np.dtype[Any] | None) -> Array:
+def _held(name: str, value: ArrayLike, like: np.dtype[Any] | None, of_layer: bool) -> Array:
     """An array in any layout, held to an element type."""
-    array = floats(name, value, like)
+    array = floats(name, value, like, halves=True)
     seen = array.dtype.newbyteorder("=")
-    if like is not None and not kernels.is_of(seen, like):
-        raise TypeError(
-            f"{name}: expected {np.dtype(like)}, got {seen}; "
-            f"convert it with {_conversion(name, value, np.dtype(like).name)}, "
-            f"or use {seen} throughout"
-        )
-    return array
+    if like is None or (kernels.is_taken if of_layer else kernels.is_of)(seen, like):
+        return array
+    like = np.dtype(like)
+    expected, other = str(like), f"{seen} throughout"
+    if of_layer and not kernels.is_float(seen):
+        other = f"a layer of float32, which takes {seen}"
+    elif of_layer and like == np.float32:
+        expected = "float32, float16 or bfloat16"
+    raise TypeError(
+        f"{name}: expected {expected}, got {seen}; "
+        f"convert it with {_conversion(name, value, like.name)}, or use {other}"
+    )
 
 
-def floats(name: str, value: Any, like: np.dtype[Any] | None) -> Array:
-    """An array of floats in any layout; what has no element type of its own takes that of like."""
+def floats(name: str, value: Any, like: np.dtype[Any] | None, halves: bool = False) -> Array:
+    """An array of floats in any layout; what has no element type of its own takes that of like.
+
+    halves: whether they are data, which may be of types that cbn does not compute in.
+    """
+    expected, accepts = (STORAGES, kernels.is_storage) if halves else (FLOATS, kernels.is_float)
     if value is None:
-        raise TypeError(f"{name}: expected an array of float32 or float64, got None")
+        raise TypeError(f"{name}: expected an array of {expected}, got None")
     unmasked(name, value)
     array = read(name, value)
     if array.dtype.kind in "fiu" and not _has_element_type(value):
         array = array.astype(like or np.float64)
-    if not kernels.is_float(array.dtype.newbyteorder("=")):
+    if not accepts(array.dtype.newbyteorder("=")):
         raise TypeError(
-            f"{name}: expected float32 or float64, got {array.dtype}; "
+            f"{name}: expected {expected}, got {array.dtype}; "
             f"convert it first, for example with {_conversion(name, value, 'float32')}"
         )
     return array
@@ -113,9 +129,10 @@ def _has_element_type(value: Any) -> bool:
 
 def _conversion(name: str, value: Any, dtype: str) -> str:
     """What to type to convert a value."""
+    element = f"{'ml_dtypes' if dtype == 'bfloat16' else 'numpy'}.{dtype}"
     if hasattr(value, "astype"):
-        return f"{name}.astype(numpy.{dtype})"
-    return f"numpy.asarray({name}, numpy.{dtype})"
+        return f"{name}.astype({element})"
+    return f"numpy.asarray({name}, {element})"
 
 
 def readable(array: Array) -> Array:

@@ -55,10 +55,10 @@ class _Call:
     # ------------------------------------------------------------------------------------ input
 
     def data(self, name: str) -> None:
-        given = self._given
-        dtype = given.saved.dtype if name == "grad_output" else getattr(given, "dtype", None)
-        array = _arrays.array(name, getattr(given, name), dtype)
-        given.data = _arrays.data(name, array, dtype)
+        given, of_layer = self._given, name == "x"
+        dtype = getattr(given, "dtype", None) if of_layer else given.saved.dtype
+        array = _arrays.array(name, getattr(given, name), dtype, of_layer)
+        given.data = _arrays.data(name, array, dtype, of_layer)
         setattr(given, name, array)
 
     def enough_values(self, _: str) -> None:

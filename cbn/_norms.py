@@ -201,6 +201,6 @@ def layer_of_function(normalized_shape: int | Sequence[int], centred: bool = Tru
 
 
 def default_eps(dtype: np.dtype[Any]) -> float:
-    """That of RMS norm, PyTorch's: the spacing of numbers of the element type at 1."""
-    single = dtype.itemsize == 4  # in any byte order
+    """That of RMS norm, PyTorch's: the spacing at 1 of numbers of the type that it computes in."""
+    single = dtype.itemsize <= 4  # in any byte order
     return float(np.finfo(np.float32 if single else np.float64).eps)

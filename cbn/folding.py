@@ -74,7 +74,7 @@ def fold_conv(
     (array([0.5, 1. ]), array([-0.5, -2. ]))
     """
     _check_foldable(bn)
-    array = _arrays.data("weight", weight)
+    array = _arrays.readable(_arrays.floats("weight", weight, None))
     C, kernel = bn.num_features, (1,) * (array.ndim - 2)
     if _scalars.flag("transposed", transposed):
         groups = _groups_of(array.shape, C)
@@ -114,7 +114,7 @@ def fold_linear(weight: ArrayLike, bias: ArrayLike | None, bn: BatchNorm) -> tup
     ([[1.0, 2.0]], [1.0])
     """
     _check_foldable(bn)
-    array = _arrays.data("weight", weight)
+    array = _arrays.readable(_arrays.floats("weight", weight, None))
     _check_linear_weight(array.shape, bn.num_features)
     return _folded(array, np.arange(bn.num_features)[:, np.newaxis], bias, bn)
 

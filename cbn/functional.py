@@ -65,7 +65,8 @@ def batch_norm(
     Parameters
     ----------
     x : array_like
-        Float32 or float64 data of at least two axes, in any layout. Never modified.
+        Data of at least two axes, in any layout: float32, float64, float16 or bfloat16 (of the
+        library ml_dtypes). The last two are computed in float32. Never modified.
     running_mean, running_var : array_like of shape (C,) or None
         Statistics to normalise by, or, in training, arrays to update (None: no update).
     weight, bias : array_like of shape (C,), optional
@@ -288,7 +289,8 @@ def batch_norm_backward(
     -------
     grad_input : ndarray, shape and dtype of x
         None, as the next two, where it is not wanted.
-    grad_weight, grad_bias : ndarray of shape (C,), dtype of x
+    grad_weight, grad_bias : ndarray of shape (C,)
+        Of float64 where ``x`` is, else of float32.
 
     Raises
     ------
@@ -338,8 +340,9 @@ def norm_backward(
     -------
     grad_input : ndarray, shape and dtype of x
         None, as the next two, where it is not wanted.
-    grad_weight, grad_bias : ndarray of the shape of the parameters, dtype of x
-        RMS norm has no bias; its gradient is that of one that would be added.
+    grad_weight, grad_bias : ndarray of the shape of the parameters
+        Of float64 where ``x`` is, else of float32. RMS norm has no bias; its gradient is that of
+        one that would be added.
     grad_residual : ndarray, shape and dtype of x
         What the activation let through of ``grad_output``. Not there without a residual.
 
@@ -388,8 +391,7 @@ def group_norm(
     Parameters
     ----------
     x : array_like
-        Float32 or float64 data of shape (N, C, ...) or (N, ..., C), in any memory layout. Never
-        modified.
+        Data, as for :func:`batch_norm`, of shape (N, C, ...) or (N, ..., C).
     num_groups : int
         A divisor of C.
 
@@ -523,8 +525,8 @@ def instance_norm(
     Parameters
     ----------
     x : array_like
-        Float32 or float64 data of shape (N, C, ...) or (N, ..., C) with at least three axes, in any
-        memory layout. Never modified.
+        Data, as for :func:`batch_norm`, of shape (N, C, ...) or (N, ..., C), of at least three
+        axes.
     running_mean, running_var : array_like of shape (C,) or None
         Statistics to normalise by, or, with ``use_input_stats``, arrays to update.
     use_input_stats : bool
@@ -655,7 +657,7 @@ def layer_norm(
     Parameters
     ----------
     x : array_like
-        Float32 or float64 data whose last axes are ``normalized_shape``, in any memory layout.
+        Data whose last axes are ``normalized_shape``, in any memory layout.
         Never modified.
     normalized_shape : int or sequence of int
         Lengths of the axes to normalise over.
@@ -736,7 +738,7 @@ def layer_norm_backward(
     Returns
     -------
     grad_input : ndarray, shape and dtype of x
-    grad_weight, grad_bias : ndarray of shape normalized_shape, dtype of x
+    grad_weight, grad_bias : ndarray of shape normalized_shape
 
     References
     ----------
@@ -772,7 +774,8 @@ def rms_norm(
     weight : array_like of shape normalized_shape, optional
         Scale of each value; 1 where absent.
     eps : float or None
-        Added to the mean square, >= 0. None: ``numpy.finfo(x.dtype).eps``.
+        Added to the mean square, >= 0. None: ``numpy.finfo(x.dtype).eps``, of
+        half types that of float32.
 
     References
     ----------
@@ -843,12 +846,13 @@ def rms_norm_backward(
     x : array_like
         Input of the forward call, whose mean squares are computed once more; a layer keeps them.
     eps : float or None
-        Added to the mean square, >= 0. None: ``numpy.finfo(x.dtype).eps``.
+        Added to the mean square, >= 0. None: ``numpy.finfo(x.dtype).eps``, of
+        half types that of float32.
 
     Returns
     -------
     grad_input : ndarray, shape and dtype of x
-    grad_weight : ndarray of shape normalized_shape, dtype of x
+    grad_weight : ndarray of shape normalized_shape
 
     References
     ----------

@@ -2,10 +2,11 @@
 
 Nothing here is fast and nothing is clever. Every function computes in float64 whatever it is
 given (in long double if it is given that), returns what it computed in, and reads as the equations
-of its paper. Batch norm: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network
-Training by Reducing Internal Covariate Shift" (2015), algorithm 1 for the forward pass, section 3
-for the gradients. The others, whose papers are named in :mod:`cbn.functional`, are one formula over
-other axes. The tests hold the kernels to it.
+of its paper. Where ``x`` is of float16 or bfloat16, the output and the gradient of the input are
+rounded to that, once. Batch norm: Ioffe and Szegedy, "Batch Normalization: Accelerating Deep
+Network Training by Reducing Internal Covariate Shift" (2015), algorithm 1 for the forward pass,
+section 3 for the gradients. The others, whose papers are named in :mod:`cbn.functional`, are one
+formula over other axes. The tests hold the kernels to it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cbn._docstrings import documented_by
+from cbn._types import Array
 
 __all__ = [
     "batch_norm",
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 WideArray = NDArray[np.float64 | np.longdouble]
-Gradients = tuple[WideArray, WideArray, WideArray]
+Gradients = tuple[Array, WideArray, WideArray]
 
 
 # ------------------------------------------------------------------------------------- batch norm
@@ -50,7 +52,7 @@ def batch_norm(
     *,
     channel_axis: int = 1,
     correction: float = 1,
-) -> tuple[WideArray, WideArray | None, WideArray | None]:
+) -> tuple[Array, WideArray | None, WideArray | None]:
     """Return the normalised data and the new running statistics.
 
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with the statistics of the batch in
@@ -88,7 +90,7 @@ def batch_norm(
     >>> y.tolist(), mean.tolist(), var.tolist()
     ([[-1.0], [1.0]], [0.2], [1.1])
     """
-    x = _wide(x)
+    given, x = x, _wide(x)
     running_mean = None if running_mean is None else _wide(running_mean)
     running_var = None if running_var is None else _wide(running_var)
     if training:
@@ -102,7 +104,8 @@ def batch_norm(
     else:
         mean, var = running_mean, running_var
     x_hat = (x - _column(mean, x, channel_axis)) / np.sqrt(_column(var, x, channel_axis) + eps)
-    return _affine(x_hat, weight, bias, channel_axis), running_mean, running_var
+    y = _affine(x_hat, weight, bias, channel_axis)
+    return _rounded(y, given), running_mean, running_var
 
 
 @documented_by(batch_norm)
@@ -175,6 +178,7 @@ def batch_norm_backward(
     >>> [gradient.shape for gradient in gradients]
     [(2, 1), (1,), (1,)]
     """
+    given = x
     grad_output, x, mean, var = _wide(grad_output), _wide(x), _wide(mean), _wide(var)
     axes, count = _other_axes(x, channel_axis)
     centred = x - _column(mean, x, channel_axis)
@@ -185,12 +189,12 @@ def batch_norm_backward(
 
     grad_x_hat = grad_output * _scale(weight, x, channel_axis)
     if not training or count == 0:
-        return grad_x_hat / std, grad_weight, grad_bias
+        return _rounded(grad_x_hat / std, given), grad_weight, grad_bias
     grad_var = (grad_x_hat * centred * -0.5 * std**-3).sum(axis=axes, keepdims=True)
     grad_mean = (grad_x_hat * -1 / std).sum(axis=axes, keepdims=True)
     grad_mean = grad_mean + grad_var * (-2 * centred).mean(axis=axes, keepdims=True)
     grad_input = grad_x_hat / std + grad_var * 2 * centred / count + grad_mean / count
-    return grad_input, grad_weight, grad_bias
+    return _rounded(grad_input, given), grad_weight, grad_bias
 
 
 # ----------------------------------------------------------------------- one formula for the others
@@ -226,7 +230,7 @@ def _through(
 
 def _gradients(
     grad_output: WideArray, x_hat: WideArray, weight: WideArray | float, axes: tuple[int, ...]
-) -> Gradients:
+) -> tuple[WideArray, WideArray, WideArray]:
     """Those of x_hat, weight and bias; the parameters lie along these axes."""
     others = tuple(axis for axis in range(x_hat.ndim) if axis not in axes)
     grad_weight, grad_bias = (grad_output * x_hat).sum(others), grad_output.sum(others)
@@ -249,7 +253,7 @@ def instance_norm(
     *,
     channel_axis: int = 1,
     correction: float = 1,
-) -> tuple[WideArray, WideArray | None, WideArray | None]:
+) -> tuple[Array, WideArray | None, WideArray | None]:
     """Return every channel of every sample normalised, and the new running statistics.
 
     Parameters
@@ -266,13 +270,13 @@ def instance_norm(
     >>> y.tolist(), mean.tolist(), var.tolist()
     ([[[-1.0, 1.0]]], [0.2], [1.1])
     """
-    x = _wide(x)
     if not use_input_stats:
         return batch_norm(
             x, running_mean, running_var, weight, bias, eps=eps, channel_axis=channel_axis
         )
     # Every channel is a group of its own.
-    y = group_norm(x, x.shape[channel_axis], weight, bias, eps, channel_axis=channel_axis)
+    y = group_norm(x, np.shape(x)[channel_axis], weight, bias, eps, channel_axis=channel_axis)
+    x = _wide(x)
     new_mean = None if running_mean is None else _wide(running_mean)
     new_var = None if running_var is None else _wide(running_var)
     if new_mean is not None and new_var is not None and x.size:
@@ -319,7 +323,7 @@ def group_norm(
     eps: float = 1e-5,
     *,
     channel_axis: int = 1,
-) -> WideArray:
+) -> Array:
     """Return every group of channels of every sample normalised.
 
     Parameters
@@ -337,10 +341,10 @@ def group_norm(
     >>> reference.group_norm([[1.0, 3.0, 10.0, 30.0]], 2, eps=0.0)
     array([[-1.,  1., -1.,  1.]])
     """
-    x = _wide(x)
+    given, x = x, _wide(x)
     grouped = _split(x, num_groups, channel_axis)
     x_hat, _ = _standardise(grouped, tuple(range(2, grouped.ndim)), eps)
-    return _affine(_join(x_hat, x, channel_axis), weight, bias, channel_axis)
+    return _rounded(_affine(_join(x_hat, x, channel_axis), weight, bias, channel_axis), given)
 
 
 @documented_by(batch_norm_backward, group_norm)
@@ -362,7 +366,7 @@ def group_norm_backward(
     >>> [gradient.tolist() for gradient in gradients]
     [[[0.0, 0.0]], [-1.0, 0.0], [1.0, 0.0]]
     """
-    x = _wide(x)
+    given, x = x, _wide(x)
     grouped = _split(x, num_groups, channel_axis)
     axes = tuple(range(2, grouped.ndim))
     x_hat, std = _standardise(grouped, axes, eps)
@@ -371,7 +375,7 @@ def group_norm_backward(
         _wide(grad_output), _join(x_hat, x, channel_axis), scale, (channel_axis % x.ndim,)
     )
     grad = _through(_split(grad_x_hat, num_groups, channel_axis), x_hat, std, axes)
-    return _join(grad, x, channel_axis), grad_weight, grad_bias
+    return _rounded(_join(grad, x, channel_axis), given), grad_weight, grad_bias
 
 
 # ----------------------------------------------------------------------------- layer norm, RMS norm
@@ -384,7 +388,7 @@ def layer_norm(
     weight: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     eps: float = 1e-5,
-) -> WideArray:
+) -> Array:
     """Return x normalised over its last axes.
 
     Parameters
@@ -399,10 +403,10 @@ def layer_norm(
     array([[-1.,  6.],
            [-1.,  6.]])
     """
-    x = _wide(x)
+    given, x = x, _wide(x)
     x_hat, _ = _standardise(x, _last_axes(x, normalized_shape), eps)
     y = x_hat if weight is None else x_hat * _wide(weight)
-    return y if bias is None else y + _wide(bias)
+    return _rounded(y if bias is None else y + _wide(bias), given)
 
 
 def layer_norm_backward(
@@ -440,7 +444,7 @@ def rms_norm(
     normalized_shape: int | Sequence[int],
     weight: ArrayLike | None = None,
     eps: float = 0.0,
-) -> WideArray:
+) -> Array:
     """Return x divided by the root mean square over its last axes.
 
     Parameters
@@ -456,9 +460,9 @@ def rms_norm(
     >>> reference.rms_norm([[1.0, 7.0]], 2)
     array([[0.2, 1.4]])
     """
-    x = _wide(x)
+    given, x = x, _wide(x)
     x_hat, _ = _standardise(x, _last_axes(x, normalized_shape), eps, centred=False)
-    return x_hat if weight is None else x_hat * _wide(weight)
+    return _rounded(x_hat if weight is None else x_hat * _wide(weight), given)
 
 
 def rms_norm_backward(
@@ -467,7 +471,7 @@ def rms_norm_backward(
     normalized_shape: int | Sequence[int],
     weight: ArrayLike | None = None,
     eps: float = 0.0,
-) -> tuple[WideArray, WideArray]:
+) -> tuple[Array, WideArray]:
     """Return the gradients of RMS norm.
 
     Parameters
@@ -498,12 +502,13 @@ def _row_gradients(
     eps: float,
     centred: bool,
 ) -> Gradients:
-    x = _wide(x)
+    given, x = x, _wide(x)
     axes = _last_axes(x, normalized_shape)
     x_hat, std = _standardise(x, axes, eps, centred)
     scale = 1.0 if weight is None else _wide(weight)
     grad_x_hat, grad_weight, grad_bias = _gradients(_wide(grad_output), x_hat, scale, axes)
-    return _through(grad_x_hat, x_hat, std, axes, centred), grad_weight, grad_bias
+    grad_input = _through(grad_x_hat, x_hat, std, axes, centred)
+    return _rounded(grad_input, given), grad_weight, grad_bias
 
 
 # ---------------------------------------------------------------------------------- arrays and axes
@@ -512,6 +517,23 @@ def _row_gradients(
 def _wide(value: ArrayLike) -> WideArray:
     array = np.asarray(value)
     return array.astype(np.longdouble if array.dtype == np.longdouble else np.float64)
+
+
+def _rounded(value: WideArray, x: ArrayLike) -> Array:
+    """The value as it is; as elements of the type of x where that is float16 or bfloat16."""
+    element = np.asarray(x).dtype.newbyteorder("=")
+    if element.name not in ("float16", "bfloat16"):
+        return value
+    with np.errstate(over="ignore", under="ignore"):
+        if element.name == "float16":
+            return value.astype(element)
+        # A cast to bfloat16 goes by way of float32, and would round twice. So this is the float32
+        # towards 0, whose last bit says whether something is missing (rounding to odd).
+        single = value.astype(np.float32)
+        single = np.where(abs(single) > abs(value), np.nextafter(single, np.float32(0)), single)
+        bits = single.view(np.uint32) | (single != value)
+        nearest: Array = bits.view(np.float32).astype(element)
+        return nearest
 
 
 def _column(value: WideArray, x: WideArray, channel_axis: int) -> WideArray:
@@ -546,7 +568,8 @@ def _split(x: WideArray, num_groups: int, channel_axis: int) -> WideArray:
     """(N, groups, C / groups, ...)."""
     first = np.moveaxis(x, channel_axis, 1)
     N, C, *positions = first.shape
-    return first.reshape(N, num_groups, C // num_groups, *positions)
+    each = C // num_groups if C else 0  # of no channels there is no group
+    return first.reshape(N, num_groups, each, *positions)
 
 
 def _join(grouped: WideArray, x: WideArray, channel_axis: int) -> WideArray:

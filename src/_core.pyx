@@ -2,10 +2,10 @@
 
 # cbn/_engine.py makes the calls (calls.pxi), which hold their arguments against the rules
 # (rules.pxi). The passes below check nothing: arrays are C-contiguous, aligned, in native byte
-# order and of the right sizes; x, grad_output, out, grad_weight and grad_bias share one element
-# type, float32 or float64; weight, bias, mean and var may each be float32, float64 or None;
-# statistics are the mean, what float64 rounds off it, and the variance of every channel: float64 of
-# shape (3, channels).
+# order and of the right sizes; x, grad_output and out share one element type, a Storage, and
+# grad_weight and grad_bias are of that which it is computed in, float32 or float64; weight, bias,
+# mean and var may each be float32, float64 or None; statistics are the mean, what float64 rounds
+# off it, and the variance of every channel: float64 of shape (3, channels).
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cython.parallel cimport parallel, threadid
@@ -17,13 +17,17 @@ from posix.time cimport (
     CLOCK_MONOTONIC, CLOCK_THREAD_CPUTIME_ID, clock_gettime, clockid_t, timespec,
 )
 from numpy cimport (
-    NPY_DOUBLE, NPY_FLOAT, NPY_INT64, NPY_UINT64, PyArray_CheckExact, PyArray_CopyInto,
-    PyArray_DATA,
-    PyArray_DESCR, PyArray_DIM, PyArray_DIMS, PyArray_EMPTY, PyArray_IS_C_CONTIGUOUS,
-    PyArray_ISCARRAY_RO, PyArray_ISINTEGER, PyArray_ISNOTSWAPPED, PyArray_ISWRITEABLE,
-    PyArray_ITEMSIZE, PyArray_NBYTES, PyArray_NDIM, PyArray_SAMESHAPE, PyArray_SIZE,
-    PyArray_STRIDE, PyArray_TYPE, dtype, import_array, ndarray, npy_int64, npy_intp,
+    NPY_DOUBLE, NPY_FLOAT, NPY_INT64, NPY_NOTYPE, NPY_UINT64, PyArray_CheckExact, PyArray_CopyInto,
+    PyArray_DATA, PyArray_DESCR, PyArray_DescrFromType, PyArray_DIM, PyArray_DIMS, PyArray_EMPTY,
+    PyArray_IS_C_CONTIGUOUS, PyArray_ISCARRAY_RO, PyArray_ISINTEGER, PyArray_ISNOTSWAPPED,
+    PyArray_ISWRITEABLE, PyArray_ITEMSIZE, PyArray_NBYTES, PyArray_NDIM, PyArray_SAMESHAPE,
+    PyArray_SIZE, PyArray_STRIDE, PyArray_TYPE, dtype, import_array, ndarray, npy_int64, npy_intp,
 )
+
+cdef extern from "numpy/arrayobject.h":   # which Cython's numpy leaves out
+    enum:
+        NPY_HALF
+        NPY_USERDEF
 
 cdef extern from "cpu.h":
     int x86_64_level_of_cpu "x86_64_level"()
@@ -184,7 +188,7 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for)
     cdef Py_ssize_t tiles = max(tiles_of(g), tiles_of(&p.writing))
     team.threads = begin_pass(<int>min(num_threads, tiles), PyArray_SIZE(x))
     cdef size_t paces = <int>ROUNDS * team.threads * sizeof(Pace)
-    cdef size_t real_size = sizeof(float) if p.storage == FLOAT32 else sizeof(double)
+    cdef size_t real_size = sizeof(double) if p.storage == FLOAT64 else sizeof(float)
     cdef size_t coefficients = 0 if spans else g.channels * COEFFICIENTS * real_size
     cdef size_t parameters = 0 if g.parts == 1 else 2 * g.parameters * real_size
     cdef char* memory = <char*>malloc(found + shares + paces + coefficients + parameters)
@@ -257,9 +261,9 @@ cdef Steps steps_of(activation, residual, ndarray x, bint keeps):
     if activation is None and residual is None:
         return None
     steps = Steps.__new__(Steps)
-    steps.relu, steps.residual = activation is not None, residual
+    steps.relu, steps.residual = activation == "relu", residual
     if steps.relu and keeps:
-        size[0] = PyArray_SIZE(x) // 64 + 2   # kernels read some bits at a time
+        size[0] = PyArray_SIZE(x) // 64 + 2   # the last bits are read in four bytes
         steps.passed = PyArray_EMPTY(1, size, NPY_UINT64, 0)
     return steps
 

@@ -11,14 +11,9 @@
 #            that of grad_output
 #   spread   True: an out of another layout has no two elements in one place
 
-cdef inline str amiss_in_data(str name, data, dtype):
-    return None if is_data(data, dtype) else "data:" + name
-
-
 cdef object seen(data, Norm norm, dtype):
     """The view of an input, or what is amiss."""
-    cdef str amiss = amiss_in_data("x", data, dtype)
-    return view_of(norm, data.shape) if amiss is None else amiss
+    return view_of(norm, data.shape) if is_input(data, dtype) else "data:x"
 
 
 cdef inline str amiss_in_parameters(weight, bias, tuple shape):
@@ -278,8 +273,7 @@ def forward_given(x, Norm norm, dtype, running_mean, running_var, weight, bias, 
     y, steps = done
     if not keeps:
         return y, None
-    # Without a weight no gradient depends on x, which is then not kept alive for nothing.
-    return y, new_saved(None if weight is None or is_over(out, x, over_x) else data, data.shape,
+    return y, new_saved(None if is_over(out, x, over_x) else data, data.shape,
                         <object>PyArray_DESCR(<ndarray>data), view,
                         given_statistics(running_mean, running_var), eps, True, True, steps)
 
@@ -298,7 +292,7 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
                        threads_for)
         return (<tuple>done)[0] if type(done) is tuple else None
     if not (training is False and is_finite(momentum) and is_non_negative(correction)
-            and amiss_in_data("x", x, None) is None):
+            and is_input(x, None)):
         return None
     done = infer(x, x, view_of(norm, x.shape), running_mean, running_var, weight, bias, eps, out,
                  False, activation, residual, threads_for, None, False, None)
@@ -366,18 +360,17 @@ def backward(grad_output, Saved saved, weight, out, wanted, threads_for,
     cdef int type_num
     if data is None:
         data = grad_output
-    amiss = amiss_in_data("grad_output", data, saved.dtype)
-    if amiss is not None:
-        return amiss
+    if not is_data(data, saved.dtype):
+        return "data:grad_output"
     if not has_shape(<ndarray>data, saved.shape):
         return "grad_shape"
     if not (weight is None or is_parameter(weight, view.parameter_shape)):
         return "parameter:weight"
     if x is None:
-        if not (saved.frozen and (weight is None or wanted == "input")):
+        if not (saved.frozen and wanted == "input"):
             return "input_gone"
     # The caller may have changed the shape or the dtype of x since the forward pass.
-    elif not (amiss_in_data("x", x, saved.dtype) is None and has_shape(<ndarray>x, saved.shape)):
+    elif not (is_data(x, saved.dtype) and has_shape(<ndarray>x, saved.shape)):
         return "input_changed"
     elif given_x is None:
         given_x = x
@@ -400,17 +393,17 @@ def backward(grad_output, Saved saved, weight, out, wanted, threads_for,
         if saved.has_residual:
             grad_residual = new_like(data)
     if of_parameters:
-        type_num = PyArray_TYPE(<ndarray>data)
+        type_num = NPY_DOUBLE if PyArray_TYPE(<ndarray>data) == NPY_DOUBLE else NPY_FLOAT
         grad_weight = new_parameter(view.parameter_shape, type_num)
         grad_bias = new_parameter(view.parameter_shape, type_num)
-    if of_parameters and (x is None or PyArray_SIZE(<ndarray>data) == 0):
+    if of_parameters and PyArray_SIZE(<ndarray>data) == 0:
         grad_weight[...] = 0
         grad_bias[...] = 0
     if PyArray_SIZE(<ndarray>data) > 0:
-        if x is not None and (of_parameters or not saved.frozen):
+        if of_parameters or not saved.frozen:
             gradients(data, saved, weight, buffer, grad_weight, grad_bias, grad_residual,
                       threads_for)
-        elif of_input:
+        else:
             gradients_of_scaling(data, saved, weight, buffer, grad_residual, threads_for)
     if x is not None and is_over(out, given_x, over_x):
         saved.x = None

@@ -8,6 +8,8 @@ cdef public enum:
 cdef public enum Storage:   # what the data are kept in
     FLOAT32
     FLOAT64
+    FLOAT16    # computed in float32, as the next
+    BFLOAT16
     STORAGES
 
 
@@ -166,19 +168,39 @@ cdef inline PerChannel per_channel_absent(double value) noexcept nogil:
     return p
 
 
+cdef int bfloat16_type = NPY_NOTYPE   # the number that NumPy has given to it, once one was seen
+
+
 cdef inline int storage_of_type(int type_num):
-    """The Storage of an element type of NumPy, or -1."""
-    return FLOAT32 if type_num == NPY_FLOAT else FLOAT64 if type_num == NPY_DOUBLE else -1
+    """The Storage of an element type of NumPy, or -1; of a bfloat16 only once one was seen."""
+    return (FLOAT32 if type_num == NPY_FLOAT else FLOAT64 if type_num == NPY_DOUBLE
+            else FLOAT16 if type_num == NPY_HALF else BFLOAT16 if type_num == bfloat16_type else -1)
+
+
+cdef int storage_of_dtype(dtype element):
+    """The same. NumPy has no bfloat16: a library that has one gives it this name."""
+    global bfloat16_type
+    cdef int storage = storage_of_type(element.type_num)
+    if (storage < 0 and element.type_num >= NPY_USERDEF and element.itemsize == 2
+            and element.name == "bfloat16"):
+        bfloat16_type = element.type_num
+        return BFLOAT16
+    return storage
+
+
+cdef inline bint is_half(int storage) noexcept nogil:
+    return storage == FLOAT16 or storage == BFLOAT16
 
 
 cdef inline int storage_of(ndarray array):
-    return storage_of_type(PyArray_TYPE(array))
+    cdef int storage = storage_of_type(PyArray_TYPE(array))
+    return storage if storage >= 0 else storage_of_dtype(<dtype>PyArray_DESCR(array))
 
 
 cdef PerChannel per_channel(ndarray array, double absent):
     cdef PerChannel p = per_channel_absent(absent)
     if array is not None:
-        if storage_of(array) == FLOAT32:
+        if PyArray_TYPE(array) == NPY_FLOAT:
             p.single = <const float*>PyArray_DATA(array)
         else:
             p.double_ = <const double*>PyArray_DATA(array)

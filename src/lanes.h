@@ -2,7 +2,7 @@
 
    A vector operator works lane by lane, so that no width changes a bit of a result. A storage type
    is what data are kept in; `real` is the type that they are computed in, and that coefficients and
-   the sums of a block have. To add a storage type is to add its section at the end, and its line in
+   the sums of a block have. To add a storage type is to add its section at the end, and its lines in
    micro_module.h. */
 #ifndef CBN_LANES_H
 #define CBN_LANES_H
@@ -23,7 +23,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#define NOINLINE __attribute__((noinline)) /* copies of it would be large */
+#define NOINLINE __attribute__((noinline, noclone)) /* copies of it would be large */
 #define COLD __attribute__((noinline, cold))   /* rarely called: small rather than fast */
 /* A loop over a few vectors that are held in registers, and so have literal places. */
 #define EACH(v, vectors) _Pragma("GCC unroll 8") for (int v = 0; v < (vectors); v++)
@@ -332,8 +332,200 @@ INLINE void fold_chains(double *chain, ptrdiff_t n, double *sum) {
         DOUBLES_AT(sum + c) = sums_of_chains(chain + c * CHAINS);
 }
 
-/* What micro.h asks of a storage type: stored, real; vector, of LANES_OF lanes of real; few, of
-   DOUBLES lanes. */
+/* Halves: as many values of 16 bits as a vector has floats. They are computed with as words, each in
+   the upper half of one. */
+
+typedef uint32_t words __attribute__((vector_size(VECTOR_BYTES)));
+
+#if defined(__AVX512F__)
+
+typedef __m256i halves;
+
+INLINE halves load_halves(const uint16_t *at) { return _mm256_loadu_si256((const __m256i *)at); }
+INLINE halves some_halves(const uint16_t *at, ptrdiff_t n) {
+    return _mm256_maskz_loadu_epi16(first_16(n), at);
+}
+INLINE void put_halves(uint16_t *at, halves value) { _mm256_storeu_si256((__m256i *)at, value); }
+INLINE void put_some_halves(uint16_t *at, halves value, ptrdiff_t n) {
+    _mm256_mask_storeu_epi16(at, first_16(n), value);
+}
+INLINE void stream_halves(uint16_t *at, halves value) { _mm256_stream_si256((__m256i *)at, value); }
+/* One permutation each, where widening and narrowing would need a shift too. */
+INLINE words words_of(halves value) {
+    const __m512i place = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0,
+                                           6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+    return (words)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, place, _mm512_castsi256_si512(value));
+}
+INLINE halves halves_of(words value) {
+    const __m512i place = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29,
+                                           27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(place, (__m512i)value));
+}
+
+#else
+
+/* The same of four values, for tails. */
+INLINE uint64_t some_of_four(const uint16_t *at, ptrdiff_t n) {
+    uint64_t four = 0;
+    uint32_t two;
+    uint16_t one;
+    if (n >= 4) {
+        memcpy(&four, at, sizeof four);
+        return four;
+    }
+    if (n & 1 && n > 0) {
+        memcpy(&one, at + n - 1, sizeof one);
+        four = (uint64_t)one << (n - 1) * 16;
+    }
+    if (n >= 2) {
+        memcpy(&two, at, sizeof two);
+        four |= two;
+    }
+    return four;
+}
+INLINE void put_some_of_four(uint16_t *at, uint64_t four, ptrdiff_t n) {
+    if (n >= 4)
+        memcpy(at, &four, 8);
+    else if (n >= 2)
+        memcpy(at, &four, 4);
+    if (n == 3)
+        four >>= 32;
+    if (n == 3 || n == 1)
+        memcpy(at + n - 1, &four, 2);
+}
+
+#ifdef __AVX2__
+
+typedef __m128i halves;
+
+INLINE halves load_halves(const uint16_t *at) { return _mm_loadu_si128((const __m128i *)at); }
+static NOINLINE halves some_halves(const uint16_t *at, ptrdiff_t n) {
+    return _mm_set_epi64x(n > 4 ? (int64_t)some_of_four(at + 4, n - 4) : 0,
+                          (int64_t)some_of_four(at, n));
+}
+INLINE void put_halves(uint16_t *at, halves value) { _mm_storeu_si128((__m128i *)at, value); }
+static NOINLINE void put_some_halves(uint16_t *at, halves value, ptrdiff_t n) {
+    put_some_of_four(at, (uint64_t)_mm_cvtsi128_si64(value), n);
+    if (n > 4)
+        put_some_of_four(at + 4, (uint64_t)_mm_extract_epi64(value, 1), n - 4);
+}
+INLINE void stream_halves(uint16_t *at, halves value) { _mm_stream_si128((__m128i *)at, value); }
+INLINE words words_of(halves value) {
+    return (words)_mm256_slli_epi32(_mm256_cvtepu16_epi32(value), 16);
+}
+INLINE halves halves_of(words value) {
+    const __m256i lower = _mm256_srai_epi32((__m256i)value, 16); /* so that none is out of range */
+    return _mm_packs_epi32(_mm256_castsi256_si128(lower), _mm256_extracti128_si256(lower, 1));
+}
+
+#else
+
+typedef uint64_t halves;
+
+INLINE halves load_halves(const uint16_t *at) { return some_of_four(at, 4); }
+static NOINLINE halves some_halves(const uint16_t *at, ptrdiff_t n) { return some_of_four(at, n); }
+INLINE void put_halves(uint16_t *at, halves value) { put_some_of_four(at, value, 4); }
+static NOINLINE void put_some_halves(uint16_t *at, halves value, ptrdiff_t n) {
+    put_some_of_four(at, value, n);
+}
+#ifdef __SSE2__
+INLINE void stream_halves(uint16_t *at, halves value) {
+    _mm_stream_si64((long long *)at, (long long)value);
+}
+INLINE words words_of(halves value) {
+    return (words)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_cvtsi64_si128((int64_t)value));
+}
+INLINE halves halves_of(words value) {
+    const __m128i lower = _mm_srai_epi32((__m128i)value, 16); /* so that none is out of range */
+    return (halves)_mm_cvtsi128_si64(_mm_packs_epi32(lower, lower));
+}
+#else
+INLINE void stream_halves(uint16_t *at, halves value) { put_halves(at, value); }
+typedef uint16_t lanes_of_halves __attribute__((vector_size(8)));
+INLINE words words_of(halves value) {
+    return __builtin_convertvector((lanes_of_halves)value, words) << 16;
+}
+INLINE halves halves_of(words value) {
+    return (halves)__builtin_convertvector(value >> 16, lanes_of_halves);
+}
+#endif
+#endif
+#endif
+
+INLINE words chosen(words mask, words a, words b) { return (mask & a) | (~mask & b); }
+
+/* A bfloat16 is the upper half of a float. To the nearest, of two the even one; to a NaN nothing is
+   added, and what comes from an operation is a quiet one, which has its bit for that in this half. */
+INLINE floats floats_of_bf16(halves value) { return (floats)words_of(value); }
+INLINE halves bf16_of_floats(floats value) {
+#if defined(__AVX512F__)
+    const __m512i bits = (__m512i)value;
+    const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16));
+    const __mmask16 is_number = _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_ORD_Q);
+    const __m512i more = _mm512_mask_blend_epi32(is_odd, _mm512_set1_epi32(0x7fff),
+                                                 _mm512_set1_epi32(0x8000));
+    return halves_of((words)_mm512_mask_add_epi32(bits, is_number, bits, more));
+#else
+    const words bits = (words)value, more = 0x7fff + (bits >> 16 & 1);
+    return halves_of(bits + (more & (words)(value == value)));
+#endif
+}
+
+/* A float16, too, becomes and is made of the nearest float, whatever the modes of the thread are:
+   instructions for it pass over these, and so does the arithmetic in their place. */
+#if defined(__AVX512F__)
+
+INLINE floats floats_of_f16(halves value) { return (floats)_mm512_cvtph_ps(value); }
+INLINE halves f16_of_floats(floats value) {
+    return _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+#elif defined(__F16C__)
+
+INLINE floats floats_of_f16(halves value) { return (floats)_mm256_cvtph_ps(value); }
+INLINE halves f16_of_floats(floats value) {
+    return _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+}
+
+#else
+
+enum {
+    ONE = 1 << 23,             /* the exponent of a float begins here; that of a float16 is 13 lower, */
+    REBIASED = (127 - 15) * ONE, /* and so much less */
+    TO_UPPER = 3,              /* from a float16 in the upper half of a word to the places of a float */
+};
+
+typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES))); /* which SSE2 compares at once */
+
+static NOINLINE floats floats_of_f16(halves value) {
+    const words bits = words_of(value);
+    const ints size = (ints)(bits & 0x7fffffff) >> TO_UPPER;
+    const ints is_small = size < ONE, is_large = size >= 31 * ONE, is_nan = size > 31 * ONE;
+    const ints usual = (size + REBIASED + (is_large & REBIASED)) | (is_nan & ONE / 2);
+    /* Subnormal numbers are counts of 2^-24. */
+    const floats small = __builtin_convertvector(size >> 13, floats) * 0x1p-24f;
+    return (floats)(chosen((words)is_small, (words)small, (words)usual) | (bits & 0x80000000));
+}
+static NOINLINE halves f16_of_floats(floats value) {
+    const words bits = (words)value;
+    const ints size = (ints)(bits & 0x7fffffff);
+    const ints is_small = size < REBIASED + ONE, is_large = size >= REBIASED + 31 * ONE;
+    const ints is_nan = size > 255 * ONE;
+    const ints large = 31 << 10 | (is_nan & (1 << 9 | (size >> 13 & 0x3ff)));
+    const ints usual = (size - REBIASED + 0xfff + (size >> 13 & 1)) >> 13;
+    /* All of this is exact, up to the choice of the nearer count, or of the even one. */
+    const floats units = (floats)(size & is_small) * 0x1p24f;
+    const ints whole = __builtin_convertvector(units, ints);
+    const floats rest = units - __builtin_convertvector(whole, floats);
+    const ints up = (ints)(rest > 0.5f) | ((ints)(rest == 0.5f) & -(whole & 1));
+    const words small = chosen((words)is_small, (words)(whole - up), (words)usual);
+    return halves_of(chosen((words)is_large, (words)large, small) << 16 | (bits & 0x80000000));
+}
+
+#endif
+
+/* What micro.h asks of a type that is computed in: real; vector, of LANES lanes of it. And of a storage
+   type: stored, and how a vector of it is loaded and stored. */
 
 /* float32 */
 typedef float stored_f32, real_f32;
@@ -350,6 +542,7 @@ INLINE void store_some_f32(stored_f32 *at, vector_f32 value, ptrdiff_t n) {
     put_floats(at, value, n);
 }
 INLINE void stream_f32(stored_f32 *at, vector_f32 value) { stream(at, (doubles)value); }
+INLINE vector_f32 rounded_f32(vector_f32 value) { return value; }
 INLINE vector_f32 first_f32(vector_f32 value, ptrdiff_t n) { return first_floats(value, n); }
 INLINE vector_f32 rectified_f32(vector_f32 value, unsigned *passed) {
     return rectified_floats(value, passed);
@@ -377,11 +570,40 @@ INLINE void store_some_f64(stored_f64 *at, vector_f64 value, ptrdiff_t n) {
     put_doubles(at, value, n);
 }
 INLINE void stream_f64(stored_f64 *at, vector_f64 value) { stream(at, value); }
+INLINE vector_f64 rounded_f64(vector_f64 value) { return value; }
 INLINE vector_f64 first_f64(vector_f64 value, ptrdiff_t n) { return first_doubles(value, n); }
 INLINE vector_f64 rectified_f64(vector_f64 value, unsigned *passed) {
     return rectified_doubles(value, passed);
 }
 INLINE vector_f64 chosen_f64(vector_f64 value, unsigned bits) { return chosen_doubles(value, bits); }
 INLINE void add_lanes_f64(doubles *to, vector_f64 value) { to[0] += value; }
+
+/* bfloat16, computed in float32 */
+typedef uint16_t stored_bf16;
+INLINE floats load_bf16(const stored_bf16 *at) { return floats_of_bf16(load_halves(at)); }
+INLINE floats load_some_bf16(const stored_bf16 *at, ptrdiff_t n) {
+    return floats_of_bf16(some_halves(at, n));
+}
+INLINE float value_at_bf16(const stored_bf16 *at) { return load_some_bf16(at, 1)[0]; }
+INLINE void store_bf16(stored_bf16 *at, floats value) { put_halves(at, bf16_of_floats(value)); }
+INLINE void store_some_bf16(stored_bf16 *at, floats value, ptrdiff_t n) {
+    put_some_halves(at, bf16_of_floats(value), n);
+}
+INLINE void stream_bf16(stored_bf16 *at, floats value) { stream_halves(at, bf16_of_floats(value)); }
+INLINE floats rounded_bf16(floats value) { return floats_of_bf16(bf16_of_floats(value)); }
+
+/* float16, computed in float32 */
+typedef uint16_t stored_f16;
+INLINE floats load_f16(const stored_f16 *at) { return floats_of_f16(load_halves(at)); }
+INLINE floats load_some_f16(const stored_f16 *at, ptrdiff_t n) {
+    return floats_of_f16(some_halves(at, n));
+}
+INLINE float value_at_f16(const stored_f16 *at) { return load_some_f16(at, 1)[0]; }
+INLINE void store_f16(stored_f16 *at, floats value) { put_halves(at, f16_of_floats(value)); }
+INLINE void store_some_f16(stored_f16 *at, floats value, ptrdiff_t n) {
+    put_some_halves(at, f16_of_floats(value), n);
+}
+INLINE void stream_f16(stored_f16 *at, floats value) { stream_halves(at, f16_of_floats(value)); }
+INLINE floats rounded_f16(floats value) { return floats_of_f16(f16_of_floats(value)); }
 
 #endif

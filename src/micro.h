@@ -1,27 +1,31 @@
-/* The micro-kernels of one storage type: STORAGE says which. They know addresses and lanes, of a
-   sheet or of a strip at a time; what is cut, merged and shared out is decided in _core.pyx, whose
-   structures they take. The same text is compiled for every instruction set. */
+/* The micro-kernels of one storage type: STORAGE says which, and REAL what it is computed in. They know
+   addresses and lanes, of a sheet or of a strip at a time; what is cut, merged and shared out is
+   decided in _core.pyx, whose structures they take. The same text is compiled for every instruction
+   set. */
 
-#define PASTE(name, storage) name##_##storage
-#define PASTED(name, storage) PASTE(name, storage)
-#define T(name) PASTED(name, STORAGE)
+enum {
+    T(LINE_VALUES) = LINE / sizeof(stored), /* in a cache line */
+    T(LINE_OF) = T(LINE_VALUES) / LANES_OF, /* the same, in vectors */
+    /* Vectors that are written side by side: what is loaded together fills no more registers. */
+    T(ACROSS) = T(LINE_OF) > 4 ? 4 : T(LINE_OF) > 2 ? T(LINE_OF) : 2,
+    /* Rows that are written side by side past the cache, four vectors of all: each in whole lines. */
+    T(ROWS) = T(LINE_OF) > 2 ? 1 : T(LINE_OF) > 1 ? 2 : 4,
+    /* Values from which a row is written on in the next: whole steps, and whole lines. */
+    T(STEP) = T(ACROSS) > T(LINE_OF) ? T(ACROSS) * LANES_OF : T(LINE_VALUES),
+};
 
-#define stored T(stored)
-#define real T(real)
-#define vector T(vector)
-#define LANES_OF T(LANES)
-#define LIMITED T(LIMITED)
-#define REALS(address) (*(T(any_vector) *)(address))
-#define all T(all)
-#define some_reals T(some_reals)
-#define load T(load)
-#define load_some T(load_some)
+/* Whether vector v of some side by side is the first in its cache line, where they begin at one: lines
+   are fetched once. */
+#define BEGINS_LINE(v) (T(LINE_OF) < 2 || (v) % T(LINE_OF) == 0)
+
+/* Whether the next run of a channel is fetched while one is summed: of half types it is so short that
+   the processor's own prefetching comes too late. */
+#define FETCHES_RUNS (sizeof(stored) < sizeof(real))
 
 struct T(Block) {
     real shift[WIDTH + LANES_OF], total[WIDTH + LANES_OF], square[WIDTH + LANES_OF];
 };
 
-#include "micro_finish.h"
 #include "micro_moments.h"
 #include "micro_steps.h"
 #include "micro_gradients.h"
@@ -39,24 +43,13 @@ static const struct Micro T(micro) = {
     T(sum_products),
     T(row_products),
     T(share_products),
-    T(take_parameters),
-    T(finish_coefficients),
-    T(finish_gradients),
-    T(finish_parameters),
+    R(take_parameters),
+    R(finish_coefficients),
+    R(finish_gradients),
+    R(finish_parameters),
     T(write),
     T(write_sharing),
 };
 
-#undef stored
-#undef real
-#undef vector
-#undef LANES_OF
-#undef LIMITED
-#undef REALS
-#undef all
-#undef some_reals
-#undef load
-#undef load_some
-#undef T
-#undef PASTED
-#undef PASTE
+#undef BEGINS_LINE
+#undef FETCHES_RUNS

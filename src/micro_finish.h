@@ -1,26 +1,27 @@
 /* The coefficients of channels and the gradients of parameters, from statistics and sums in float64;
-   side by side, because a root and a division have a long way. */
+   side by side, because a root and a division have a long way. All are of the type that is computed
+   in, whatever the data are kept in. */
 
 /* A vector of reals, of which so many lanes are there. */
-INLINE vector T(reals)(const real *at, ptrdiff_t lanes) {
+INLINE vector R(reals)(const real *at, ptrdiff_t lanes) {
     return lanes >= LANES_OF ? (vector)REALS(at) : some_reals(at, lanes);
 }
 
 /* What is left of a mean in two parts beside its first digits. */
-INLINE real T(low_part)(real high, double mean, double mean_low) {
+INLINE real R(low_part)(real high, double mean, double mean_low) {
     const real low = (real)((mean - (double)high) + mean_low);
     return -INFINITY < low && low < INFINITY ? low : 0; /* not finite where the mean is not */
 }
 
 /* The weights of the parts of a channel; their biases lie geometry.parameters further on. */
-INLINE const real *T(weights_of)(const struct Pass *p, ptrdiff_t c) {
+INLINE const real *R(weights_of)(const struct Pass *p, ptrdiff_t c) {
     /* A division costs as much as ten values. */
     const ptrdiff_t turn = p->geometry.period == 1 ? 0 : (p->origin + c) % p->geometry.period;
     return (const real *)p->parameters + turn * p->geometry.parts;
 }
 
 /* Take weights and biases of the parts of channels as a table. */
-static void T(take_parameters)(const struct Pass *p) {
+static void R(take_parameters)(const struct Pass *p) {
     real *parameter = p->parameters;
     double values[AT_ONCE];
     ptrdiff_t n;
@@ -34,7 +35,7 @@ static void T(take_parameters)(const struct Pass *p) {
 }
 
 /* Set every column to the value of its channel. */
-static void T(spread)(const real *value, ptrdiff_t channels, ptrdiff_t span, ptrdiff_t repeat,
+static void R(spread)(const real *value, ptrdiff_t channels, ptrdiff_t span, ptrdiff_t repeat,
                       real *columns) {
     const ptrdiff_t width = repeat * channels * span;
     ptrdiff_t filled = 0, n;
@@ -53,7 +54,7 @@ static void T(spread)(const real *value, ptrdiff_t channels, ptrdiff_t span, ptr
 }
 
 /* The coefficients of at most AT_ONCE channels. */
-static void T(finish_coefficients)(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
+static void R(finish_coefficients)(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
                                    double *reciprocal) {
     const ptrdiff_t C = p->geometry.channels, period = p->geometry.period;
     real *coefficient = (real *)p->coefficients + first;
@@ -70,7 +71,7 @@ static void T(finish_coefficients)(const struct Pass *p, ptrdiff_t first, ptrdif
         coefficient[SCALE * C + c] = (real)(weight[c] * reciprocal[c]);
     }
     for (ptrdiff_t c = 0; c < n; c++) {
-        low = T(low_part)(coefficient[MEAN * C + c], mean[c], mean_low[c]);
+        low = R(low_part)(coefficient[MEAN * C + c], mean[c], mean_low[c]);
         coefficient[MEAN_LOW * C + c] = (real)low;
         /* No product of 0 and a weight that is not finite. */
         coefficient[BIAS * C + c] =
@@ -80,7 +81,7 @@ static void T(finish_coefficients)(const struct Pass *p, ptrdiff_t first, ptrdif
 
 /* The coefficients of grad_input of at most AT_ONCE channels, from the sums of each, and the
    gradients of parameters that each has for itself. */
-static void T(finish_gradients)(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
+static void R(finish_gradients)(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
                                 const double *reciprocal, const double *total,
                                 const double *product) {
     const ptrdiff_t C = p->geometry.channels;
@@ -109,7 +110,7 @@ static void T(finish_gradients)(const struct Pass *p, ptrdiff_t first, ptrdiff_t
 }
 
 /* Add up the gradients of at most AT_ONCE parameters that several channels share. */
-static void T(finish_parameters)(const struct Pass *p, ptrdiff_t first, ptrdiff_t n) {
+static void R(finish_parameters)(const struct Pass *p, ptrdiff_t first, ptrdiff_t n) {
     const ptrdiff_t parameters = p->geometry.parameters;
     const double *share = p->shares + first;
     double grad_bias[AT_ONCE], grad_weight[AT_ONCE];

@@ -13,7 +13,7 @@ struct T(Pair) {
     const stored *out; /* by value, what will be written, and so is fetched; or x once more */
     const real *weight, *mean, *unit;
     const struct T(Normal) *normal;
-    ptrdiff_t ahead; /* by row, of grad_output and x: what is read next from memory; or 0 */
+    ptrdiff_t ahead; /* not by value, of grad_output and x: what is read next from memory; or 0 */
     struct T(Steps) steps; /* what is let through of grad_output */
 };
 
@@ -42,10 +42,11 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
         if (way & FUSED)
             grad = T(let_through)(&at->steps, grad, at->grad_output + k);
         if (way & BY_VALUE) {
-            __builtin_prefetch(at->out + k, 1);
-            grad *= T(reals)(at->weight + k, lanes - k);
+            if (BEGINS_LINE(v))
+                __builtin_prefetch(at->out + k, 1);
+            grad *= R(reals)(at->weight + k, lanes - k);
         }
-        if (way & BY_COLUMN) {
+        if ((way & BY_COLUMN || (way == 0 && FETCHES_RUNS)) && BEGINS_LINE(v)) {
             __builtin_prefetch(at->grad_output + at->ahead + k);
             __builtin_prefetch(at->x + at->ahead + k);
         }
@@ -54,7 +55,7 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
         else
             x = (x - mean[way & BY_COLUMN ? v : 0]) * unit[way & BY_COLUMN ? v : 0];
         if (!whole) /* no product of 0 and what is not finite, such as a large mean in a small unit */
-            x = T(first)(x, lanes - k);
+            x = R(first)(x, lanes - k);
         total[v] += grad;
         product[v] += grad * x;
     }
@@ -69,8 +70,8 @@ INLINE void T(multiply_rows)(struct T(Pair) at, ptrdiff_t j, ptrdiff_t end, ptrd
         totals[v] = REALS(total + v * LANES_OF);
         products[v] = REALS(product + v * LANES_OF);
         if (way & BY_COLUMN) {
-            mean[v] = T(reals)(at.mean + v * LANES_OF, lanes - v * LANES_OF);
-            unit[v] = T(reals)(at.unit + v * LANES_OF, lanes - v * LANES_OF);
+            mean[v] = R(reals)(at.mean + v * LANES_OF, lanes - v * LANES_OF);
+            unit[v] = R(reals)(at.unit + v * LANES_OF, lanes - v * LANES_OF);
         }
     }
     for (; j < end; j++) {
@@ -170,8 +171,8 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
                 }
 #undef MULTIPLY
                 EACH (v, beside * vectors) {
-                    T(add_lanes)(totals + v * HALVES, band_total[v]);
-                    T(add_lanes)(products + v * HALVES, band_product[v]);
+                    R(add_lanes)(totals + v * HALVES, band_total[v]);
+                    R(add_lanes)(products + v * HALVES, band_product[v]);
                 }
             }
         }
@@ -182,7 +183,7 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
 
 INLINE struct Sums T(sums_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptrdiff_t run_stride,
                                    ptrdiff_t length, const int way) {
-    double total[CHAINS] = {0}, product[CHAINS] = {0}; /* for the sake of a warning */
+    double total[CHAINS] = {0}, product[CHAINS] = {0}; /* as the compiler cannot know */
     if (length < SHORT_RUN)
         T(sum_pairs)(at, 0, 1, runs, run_stride, length, SHORT_LANES, way, total, product);
     else
@@ -218,8 +219,8 @@ INLINE void T(sums_by_row)(struct T(Pair) at, const struct Sheet *sheet, ptrdiff
     const ptrdiff_t period = sheet->channels * sheet->span, span = sheet->span / parts;
     real means[WIDTH], units[WIDTH]; /* of each column */
     double total[WIDTH], product[WIDTH];
-    T(spread)(at.mean, sheet->channels, sheet->span, sheet->repeat, means);
-    T(spread)(at.unit, sheet->channels, sheet->span, sheet->repeat, units);
+    R(spread)(at.mean, sheet->channels, sheet->span, sheet->repeat, means);
+    R(spread)(at.unit, sheet->channels, sheet->span, sheet->repeat, units);
     at.mean = means;
     at.unit = units;
     for (ptrdiff_t k = 0; k < sheet->width; k++)
@@ -288,7 +289,10 @@ INLINE void T(sum_products_way)(const struct Pass *p, const struct Sheet *sheet,
     T(take_units)(p, first, sheet->channels, &units);
     at.mean = units.high;
     at.unit = units.per_unit;
-    at.ahead = p->stream ? BESIDE * sheet->row_stride : 0;
+    if (p->geometry.by_plane)
+        at.ahead = p->stream && sheet->runs > 1 ? sheet->run_stride : 0;
+    else
+        at.ahead = p->stream ? BESIDE * sheet->row_stride : 0;
     if (p->geometry.by_plane)
         T(sums_by_plane)(at, p, sheet, parts, way, into);
     else
@@ -317,7 +321,7 @@ INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, 
     T(take_units)(p, first, n, &units);
     at.out = p->stream ? at.x : (const stored *)p->out + sheet->offset; /* a store waits for its line */
 #define CHANNELS(beside)                                                                           \
-    at.weight = T(weights_of)(p, first + c) + sheet->start;                                        \
+    at.weight = R(weights_of)(p, first + c) + sheet->start;                                        \
     at.mean = units.high + c;                                                                      \
     at.unit = units.per_unit + c;                                                                  \
     T(sum_pairs)(&at, S, beside, sheet->runs, sheet->run_stride, sheet->length, width,             \
@@ -370,7 +374,7 @@ INLINE void T(share_products_way)(const struct Pass *p, const struct Sheet *shee
             }
             for (ptrdiff_t j = 0; j < n; j++) {
                 normal.mean[j] = (real)mean[j];
-                normal.mean_low[j] = T(low_part)(normal.mean[j], mean[j], mean_low[j]);
+                normal.mean_low[j] = R(low_part)(normal.mean[j], mean[j], mean_low[j]);
                 normal.scale[j] = (real)(1 / sqrt(var[j] + p->eps));
             }
             for (ptrdiff_t i = 0; i < sheet->runs; i++)

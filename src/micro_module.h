@@ -17,8 +17,6 @@ enum { /* what `way` says of a loop, as a literal: the compiler keeps what it ne
 };
 
 enum {
-    LINE_OF = LINE / VECTOR_BYTES,         /* vectors in a cache line */
-    ACROSS = LINE_OF > 2 ? LINE_OF : 2,   /* vectors that are written side by side */
     WORTH_A_TABLE = 4096, /* values */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
     /* Of a table of coefficients: a line more than WIDTH, so that a row can start within one; and its
@@ -29,6 +27,15 @@ enum {
 INLINE ptrdiff_t min_of(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 INLINE ptrdiff_t max_of(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 
+/* Bits are kept in the order of little-endian words, on any machine. */
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define LITTLE_ENDIAN_64(word) (word)
+#define LITTLE_ENDIAN_32(word) (word)
+#else
+#define LITTLE_ENDIAN_64(word) __builtin_bswap64(word)
+#define LITTLE_ENDIAN_32(word) __builtin_bswap32(word)
+#endif
+
 /* Bits that are put into an array one after the other; other threads may be putting others into the
    first word of them and the last. */
 struct Bits {
@@ -38,26 +45,16 @@ struct Bits {
     uint64_t held;
 };
 
-/* Put those that are held, and leave the others of the word as they are. Where they are whole bytes,
-   nobody else writes to them. */
+/* Put those that are held, and leave the others of the word as they are: they may be another thread's,
+   and may not have been written yet. */
 static NOINLINE void put_part_of_word(struct Bits *bits) {
     const int from = bits->first % 64, n = (int)(bits->next - bits->first);
-    uint64_t *word = bits->array + bits->first / 64, before, after, mask;
-    if (n <= 0)
-        return;
-    if (from % 8 == 0 && n % 8 == 0) {
-        after = bits->held >> from;
-        for (int k = 0; k < n / 8; k++)
-            __atomic_store_n((unsigned char *)word + from / 8 + k, (unsigned char)(after >> 8 * k),
-                             __ATOMIC_RELAXED);
-        return;
+    uint64_t *word = bits->array + bits->first / 64;
+    if (n > 0) {
+        const uint64_t own = (n < 64 ? ((uint64_t)1 << n) - 1 : ~(uint64_t)0) << from;
+        __atomic_fetch_and(word, LITTLE_ENDIAN_64(~own), __ATOMIC_RELAXED);
+        __atomic_fetch_or(word, LITTLE_ENDIAN_64(bits->held), __ATOMIC_RELAXED);
     }
-    mask = (n < 64 ? ((uint64_t)1 << n) - 1 : ~(uint64_t)0) << from;
-    before = __atomic_load_n(word, __ATOMIC_RELAXED);
-    do
-        after = (before & ~mask) | bits->held;
-    while (!__atomic_compare_exchange_n(word, &before, after, 1, __ATOMIC_RELAXED,
-                                        __ATOMIC_RELAXED));
 }
 
 /* Go on elsewhere. */
@@ -75,7 +72,7 @@ INLINE void put_bits(struct Bits *bits, unsigned values, ptrdiff_t lanes) {
     if (left < 0)
         return;
     if (bits->first % 64 == 0)
-        bits->array[bits->first / 64] = bits->held;
+        bits->array[bits->first / 64] = LITTLE_ENDIAN_64(bits->held);
     else {
         struct Bits part = *bits;
         part.next -= left;
@@ -85,11 +82,11 @@ INLINE void put_bits(struct Bits *bits, unsigned values, ptrdiff_t lanes) {
     bits->first = bits->next - left;
 }
 
-/* At least 16 bits of an array from some place on; it has as many bytes more. */
+/* At least 16 bits of an array from some place on, and what follows them in four bytes. */
 INLINE unsigned bits_at(const unsigned char *array, ptrdiff_t place) {
     uint32_t word;
     memcpy(&word, array + place / 8, sizeof word);
-    return word >> place % 8;
+    return LITTLE_ENDIAN_32(word) >> place % 8;
 }
 
 /* The power of two at or below a positive number, from 2^-100 to 2^100; 1 for a NaN. */
@@ -202,13 +199,43 @@ enum {
     SHORT_RUN = 512, /* values that are not worth rows of LANES */
 };
 
+/* Names of a type that is computed in, and of one that data are kept in. */
+#define PASTE(name, type) name##_##type
+#define PASTED(name, type) PASTE(name, type)
+#define R(name) PASTED(name, REAL)
+#define T(name) PASTED(name, STORAGE)
+
+#define real R(real)
+#define vector R(vector)
+#define LANES_OF R(LANES)
+#define LIMITED R(LIMITED)
+#define REALS(address) (*(R(any_vector) *)(address))
+#define all R(all)
+#define some_reals R(some_reals)
+
+#define stored T(stored)
+#define load T(load)
+#define load_some T(load_some)
+
+#define REAL f32
+#include "micro_finish.h"
 #define STORAGE f32
 #include "micro.h"
 #undef STORAGE
+#define STORAGE f16
+#include "micro.h"
+#undef STORAGE
+#define STORAGE bf16
+#include "micro.h"
+#undef STORAGE
+#undef REAL
 
+#define REAL f64
+#include "micro_finish.h"
 #define STORAGE f64
 #include "micro.h"
 #undef STORAGE
+#undef REAL
 
 static struct Micro table[STORAGES];
 
@@ -228,6 +255,8 @@ PyMODINIT_FUNC INIT(MODULE)(void) {
     PyObject *capsule = PyCapsule_New(table, "cbn.micro", NULL);
     table[FLOAT32] = micro_f32;
     table[FLOAT64] = micro_f64;
+    table[FLOAT16] = micro_f16;
+    table[BFLOAT16] = micro_bf16;
     if (module && capsule && PyModule_AddObjectRef(module, "table", capsule) == 0) {
         Py_DECREF(capsule);
         return module;

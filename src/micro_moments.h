@@ -12,13 +12,13 @@ INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, c
     EACH (v, vectors) {
         totals[v] = squares[v] = shifts[v] = factors[v] = all(0);
         if (shift)
-            shifts[v] = T(reals)(shift + v * LANES_OF, lanes);
+            shifts[v] = R(reals)(shift + v * LANES_OF, lanes);
         if (factor)
-            factors[v] = T(reals)(factor + v * LANES_OF, lanes);
+            factors[v] = R(reals)(factor + v * LANES_OF, lanes);
     }
     for (ptrdiff_t j = 0; j < rows; j++, x += row_stride)
         EACH (v, vectors) {
-            if (vectors > 1)
+            if (vectors > 1 && BEGINS_LINE(v))
                 __builtin_prefetch(x + BAND * row_stride + v * LANES_OF);
             value = lanes < LANES_OF ? load_some(x, lanes) : load(x + v * LANES_OF);
             if (factor)
@@ -207,6 +207,7 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, con
     const ptrdiff_t rows = length / width, tail = length % width;
     doubles sum[8], sum_of_squares[8];
     vector band_sum[4], band_squares[4], shifts[4], value;
+    const ptrdiff_t next_run = runs > 1 ? run_stride : 0;
     const stored *row;
     EACH (r, beside)
         shifts[r] = all(shift ? shift[r] : 0);
@@ -222,7 +223,9 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, con
                     EACH (v, beside * vectors) {
                         const stored *at = row + v / vectors * stride + v % vectors * LANES_OF;
                         value = load(at);
-                        if (!shift)
+                        if (FETCHES_RUNS && shift && BEGINS_LINE(v % vectors))
+                            __builtin_prefetch(at + next_run);
+                        if (!shift && BEGINS_LINE(v % vectors))
                             __builtin_prefetch((const char *)at + to_out, 1);
                         if (scaled)
                             value *= factor;
@@ -241,7 +244,7 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, con
                         if (scaled)
                             value *= factor;
                         if (shift)
-                            value = T(first)(value - shifts[v / vectors], lanes);
+                            value = R(first)(value - shifts[v / vectors], lanes);
                         if (total)
                             band_sum[v] += value;
                         if (square)
@@ -251,9 +254,9 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, con
                 }
                 EACH (v, beside * vectors) {
                     if (total)
-                        T(add_lanes)(sum + v * HALVES, band_sum[v]);
+                        R(add_lanes)(sum + v * HALVES, band_sum[v]);
                     if (square)
-                        T(add_lanes)(sum_of_squares + v * HALVES, band_squares[v]);
+                        R(add_lanes)(sum_of_squares + v * HALVES, band_squares[v]);
                 }
             }
         }

@@ -13,7 +13,7 @@ struct T(Steps) { /* a pointer is NULL where there is no such step */
     int streams; /* whether the gradient of the residual goes past the cache */
 };
 
-INLINE void T(put)(stored *to, vector value, ptrdiff_t lanes, const int streams) {
+INLINE void T(put)(stored *to, vector value, ptrdiff_t lanes, int streams) {
     if (streams)
         T(stream)(to, value);
     else if (lanes < LANES_OF)
@@ -37,13 +37,14 @@ INLINE void T(finish_steps)(struct T(Steps) *s) {
         seek_bit(&s->bits, 0);
 }
 
-/* An output, from what the norm has made. */
+/* An output, from what the norm has made; every step is rounded. */
 INLINE vector T(stepped)(struct T(Steps) *s, vector value, const stored *out, ptrdiff_t lanes) {
     unsigned passed;
+    value = T(rounded)(value);
     if (s->residual)
-        value += T(values_at)(s->residual + (out - s->first), lanes);
+        value = T(rounded)(value + T(values_at)(s->residual + (out - s->first), lanes));
     if (s->relu) {
-        value = T(rectified)(value, &passed);
+        value = R(rectified)(value, &passed);
         if (s->bits.array)
             put_bits(&s->bits, passed, lanes);
     }
@@ -52,17 +53,13 @@ INLINE vector T(stepped)(struct T(Steps) *s, vector value, const stored *out, pt
 
 /* What is let through of the gradient of an output. */
 INLINE vector T(let_through)(const struct T(Steps) *s, vector grad, const stored *at) {
-    return s->passed ? T(chosen)(grad, bits_at(s->passed, at - s->first)) : grad;
+    return s->passed ? R(chosen)(grad, bits_at(s->passed, at - s->first)) : grad;
 }
 
 INLINE void T(put_grad_residual)(const struct T(Steps) *s, vector grad, const stored *at,
-                                 ptrdiff_t lanes, const int streams) {
-    if (!s->grad_residual)
-        return;
-    if (streams && s->streams)
-        T(put)(s->grad_residual + (at - s->first), grad, lanes, 1);
-    else
-        T(put)(s->grad_residual + (at - s->first), grad, lanes, 0);
+                                 ptrdiff_t lanes, int streams) {
+    if (s->grad_residual)
+        T(put)(s->grad_residual + (at - s->first), grad, lanes, streams && s->streams);
 }
 
 static struct T(Steps) T(steps_of)(const struct Pass *p) {

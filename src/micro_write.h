@@ -40,7 +40,7 @@ INLINE struct T(Coefficients) T(coefficients)(const struct T(Place) *at, ptrdiff
     struct T(Coefficients) c;
     const real *table = at->coefficients + k;
 #define COEFFICIENT(row)                                                                           \
-    way & BY_COLUMN ? T(reals)(table + row * at->stride, lanes) : all(table[row * at->stride])
+    way & BY_COLUMN ? R(reals)(table + row * at->stride, lanes) : all(table[row * at->stride])
     c.mean = COEFFICIENT(MEAN);
     if (way & BY_VALUE)
         c.mean_low = COEFFICIENT(MEAN_LOW);
@@ -87,7 +87,8 @@ INLINE struct T(Loaded) T(load_vectors)(const struct T(Place) *at, ptrdiff_t k, 
             values.grad[v] = T(let_through)(at->steps, values.grad[v], at->grad_output + i);
         else if (way & FUSED) /* where x is the gradient of an output */
             values.x[v] = T(let_through)(at->steps, values.x[v], at->x + i);
-        if (way & BY_VALUE) { /* what comes from memory next, while this is computed */
+        /* What comes from memory next, while this is computed. */
+        if (way & BY_VALUE && BEGINS_LINE(v % across)) {
             __builtin_prefetch(at->x + i + at->ahead);
             if (way & BACKWARD)
                 __builtin_prefetch(at->grad_output + i + at->ahead);
@@ -102,6 +103,8 @@ INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int r
                              ptrdiff_t row_stride, const int across, ptrdiff_t lanes,
                              const struct T(Loaded) *values, struct T(Coefficients) *c,
                              const int way) {
+    /* With steps it is found out here, so that there is one form of the loop; ends are not streamed. */
+    const int streams = way & FUSED ? across > 1 && at->streams : way & STREAM;
     vector y[4];
     EACH (v, across)
         if (way & BY_COLUMN)
@@ -110,9 +113,9 @@ INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int r
         const ptrdiff_t column = k + v % across * LANES_OF;
         struct T(Coefficients) used = c[way & BY_COLUMN ? v % across : v / across];
         if (way & BY_VALUE) {
-            used.weight = T(reals)(at->weights + column, lanes);
+            used.weight = R(reals)(at->weights + column, lanes);
             if (!(way & BACKWARD))
-                used.bias = T(reals)(at->biases + column, lanes);
+                used.bias = R(reals)(at->biases + column, lanes);
         }
         y[v] = T(result)(values->x[v], values->grad[v], &used, way);
     }
@@ -120,11 +123,10 @@ INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int r
         const ptrdiff_t i = k + v / across * row_stride + v % across * LANES_OF;
         if (way & FUSED) {
             T(put_grad_residual)(at->steps, way & BACKWARD ? values->grad[v] : values->x[v],
-                                 (way & BACKWARD ? at->grad_output : at->x) + i, lanes,
-                                 way & STREAM);
+                                 (way & BACKWARD ? at->grad_output : at->x) + i, lanes, streams);
             y[v] = T(stepped)(at->steps, y[v], at->out + i, lanes);
         }
-        T(put)(at->out + i, y[v], lanes, way & STREAM);
+        T(put)(at->out + i, y[v], lanes, streams);
     }
 }
 
@@ -161,17 +163,18 @@ INLINE void T(write_steps)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t end
 
 /* How many of n values lie before the first that begins a cache line. */
 INLINE ptrdiff_t T(values_to_line)(const stored *at, ptrdiff_t n) {
-    return min_of(n, (ptrdiff_t)(-((uintptr_t)at / sizeof(stored)) % (LINE / sizeof(stored))));
+    return min_of(n, (ptrdiff_t)(-((uintptr_t)at / sizeof(stored)) % T(LINE_VALUES)));
 }
 
 /* Write n columns of some rows, or n values of a run, from the next cache line of out on in steps of
    whole vectors, if there are many. Arrays from one allocator are aligned alike, so the loads of x
-   gain as much as the stores. Whole steps alone are streamed. */
+   gain as much as the stores. Whole lines alone are streamed. */
 INLINE void T(write_rows)(const struct T(Place) *place, ptrdiff_t n, const int rows,
                           ptrdiff_t row_stride, const int across, const int way) {
     struct T(Place) here = *place, *at = &here;
     struct T(Steps) steps;
-    const ptrdiff_t step = across * LANES_OF;
+    const ptrdiff_t vectors = across * LANES_OF;
+    const ptrdiff_t step = at->streams ? max_of(vectors, T(LINE_VALUES)) : vectors;
     ptrdiff_t k = 0, head = 0, lanes, end;
     struct T(Coefficients) c[4];
     if (!(way & BY_COLUMN))
@@ -190,7 +193,7 @@ INLINE void T(write_rows)(const struct T(Place) *place, ptrdiff_t n, const int r
     }
     if (n - k >= step) {
         end = k + (n - k) / step * step;
-        if (at->streams)
+        if (!(way & FUSED) && at->streams)
             T(write_steps)(at, k, end, rows, row_stride, across, c, way | STREAM);
         else
             T(write_steps)(at, k, end, rows, row_stride, across, c, way);
@@ -237,9 +240,11 @@ INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t
 /* Write by plane; where a channel has several weights and biases, part by part. */
 INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                             struct T(Steps) *steps, const int way) {
-    const ptrdiff_t length = way & WEIGHTED ? p->geometry.S / p->geometry.parts : p->geometry.S;
+    /* With steps there is one form for channels with one weight and with several. */
+    const int several = way & FUSED ? p->geometry.parts > 1 : way & WEIGHTED;
+    const ptrdiff_t length = several ? p->geometry.S / p->geometry.parts : p->geometry.S;
     const ptrdiff_t start = sheet->start, stop = start + sheet->length;
-    const ptrdiff_t first_part = way & WEIGHTED ? start / length : 0;
+    const ptrdiff_t first_part = several ? start / length : 0;
     const ptrdiff_t end_channel = first + sheet->channels, gap = p->geometry.S - sheet->length;
     const real *channel, *weight = NULL;
     real of_part[ALL_COEFFICIENTS], scale = 0, shift = 0;
@@ -248,23 +253,23 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
         channel = place.coefficients;
         for (ptrdiff_t c = first; c < end_channel; c++, channel++) {
             place.coefficients = channel;
-            if (way & WEIGHTED) {
+            if (several || (way & FUSED && way & BACKWARD)) {
                 for (int k = 0; k < COEFFICIENTS; k++)
                     of_part[k] = channel[k * p->geometry.channels];
                 scale = of_part[SCALE], shift = of_part[BIAS];
-                weight = T(weights_of)(p, c);
+                weight = R(weights_of)(p, c);
                 place.coefficients = of_part;
                 place.stride = 1;
             }
             for (ptrdiff_t q = first_part, begin = start, end; begin < stop; q++, begin = end) {
-                end = way & WEIGHTED ? min_of(stop, (q + 1) * length) : stop;
-                if (way & WEIGHTED && way & BACKWARD)
-                    of_part[WEIGHT] = weight[q];
-                else if (way & WEIGHTED) {
+                end = several ? min_of(stop, (q + 1) * length) : stop;
+                if (way & BACKWARD)
+                    of_part[WEIGHT] = several ? weight[q] : 1;
+                else if (several) {
                     of_part[SCALE] = scale * weight[q];
                     of_part[BIAS] = weight[p->geometry.parameters + q] + shift * weight[q];
                 }
-                T(write_rows)(&place, end - begin, 1, 0, ACROSS, way);
+                T(write_rows)(&place, end - begin, 1, 0, T(ACROSS), way);
                 T(move)(&place, end - begin, way);
             }
             T(move)(&place, gap, way);
@@ -278,23 +283,25 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
 INLINE int T(lie_alike)(const struct Pass *p) {
     const ptrdiff_t S = p->geometry.S;
     return p->geometry.period == 1
-           && (p->stream ? LINE_OF == 1 && S * sizeof(stored) % LINE == 0 : S < ALIGNED_RUN);
+           && (p->stream ? T(ROWS) > 1 && S * sizeof(stored) % LINE == 0 : S < ALIGNED_RUN);
 }
 
 /* Write by plane, with a weight and a bias for each value. */
 INLINE void T(write_by_value)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                               struct T(Steps) *steps, const int way) {
-    const int alike = !(way & FUSED) && T(lie_alike)(p);
+    const int alike = !(way & FUSED) && T(lie_alike)(p), rows = p->stream ? T(ROWS) : 4;
     for (ptrdiff_t i = 0; i < sheet->runs; i++) {
         struct T(Place) place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first, steps);
         for (ptrdiff_t c = first, rest = sheet->channels, n; rest > 0; c += n, rest -= n) {
-            place.weights = T(weights_of)(p, c) + sheet->start;
+            place.weights = R(weights_of)(p, c) + sheet->start;
             place.biases = place.weights + p->geometry.parameters;
-            n = alike && rest >= 4 ? 4 : 1;
+            n = alike && rest >= rows ? rows : 1;
             if (n == 4)
                 T(write_rows)(&place, sheet->length, 4, p->geometry.S, 1, way);
+            else if (n == T(ROWS))
+                T(write_rows)(&place, sheet->length, T(ROWS), p->geometry.S, 4 / T(ROWS), way);
             else
-                T(write_rows)(&place, sheet->length, 1, 0, ACROSS, way);
+                T(write_rows)(&place, sheet->length, 1, 0, T(ACROSS), way);
             place.coefficients += n;
             T(move)(&place, n * p->geometry.S, way);
         }
@@ -305,14 +312,14 @@ INLINE void T(write_by_value)(const struct Pass *p, const struct Sheet *sheet, p
    begins in a row goes on into the next by whole steps, and so does the table of coefficients. */
 INLINE void T(write_columns_way)(struct T(Place) place, const struct Sheet *sheet, int wraps,
                                  const int way) {
-    enum { STEP = ACROSS * LANES_OF };
+    enum { STEP = T(STEP) };
     const ptrdiff_t width = sheet->width, stride = sheet->row_stride;
     const real *table = place.coefficients;
     ptrdiff_t rest = sheet->rows, column = 0, n;
     /* Some rows at a time, for which coefficients are loaded once. Not rows that begin at different
        places of their cache lines, if they are streamed or long: one by one they are written from
        line to line. And streamed lines are whole. */
-    if (!wraps && !(way & FUSED) && !(place.streams && LINE_OF > 1)
+    if (!wraps && !(way & FUSED) && !(place.streams && T(LINE_OF) > 1)
         && (stride * sizeof(stored) % LINE == 0 || !(place.streams || width > WIDTH)))
         for (; rest >= 4; rest -= 4) {
             T(write_rows)(&place, width, 4, stride, 1, way);
@@ -321,7 +328,7 @@ INLINE void T(write_columns_way)(struct T(Place) place, const struct Sheet *shee
     for (rest = rest * width + sheet->tail; rest > 0; rest -= n) {
         n = min_of(rest, wraps ? (width - column + STEP - 1) / STEP * STEP : width);
         place.coefficients = table + column;
-        T(write_rows)(&place, n, 1, 0, ACROSS, way);
+        T(write_rows)(&place, n, 1, 0, T(ACROSS), way);
         T(move)(&place, wraps ? n : stride, way);
         for (column += wraps ? n : 0; column >= width;)
             column -= width;
@@ -371,19 +378,19 @@ static struct Sheet T(unbroken)(struct Sheet sheet, ptrdiff_t head) {
 static void T(make_table)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                           ptrdiff_t beyond, real *table) { /* OUT */
     const ptrdiff_t C = p->geometry.channels, parts = p->geometry.parts;
-    const real *weights = T(weights_of)(p, first), *coefficients = (real *)p->coefficients + first;
+    const real *weights = R(weights_of)(p, first), *coefficients = (real *)p->coefficients + first;
     const int backward = p->kind == GRADIENTS;
     const int rows = !backward ? SLOPE : parts > 1 ? ALL_COEFFICIENTS : COEFFICIENTS;
     real weight[WIDTH], bias[WIDTH], *columns;
     for (int q = 0; q < min_of(rows, COEFFICIENTS); q++)
         if (q != MEAN_LOW)
-            T(spread)(coefficients + q * C, sheet->channels, sheet->span, sheet->repeat,
+            R(spread)(coefficients + q * C, sheet->channels, sheet->span, sheet->repeat,
                       table + q * TABLE_WIDTH);
     if (parts > 1) {
         columns = backward ? table + WEIGHT * TABLE_WIDTH : weight;
-        T(spread)(weights, sheet->channels * parts, sheet->span / parts, sheet->repeat, columns);
+        R(spread)(weights, sheet->channels * parts, sheet->span / parts, sheet->repeat, columns);
         if (!backward) {
-            T(spread)(weights + p->geometry.parameters, sheet->channels * parts,
+            R(spread)(weights + p->geometry.parameters, sheet->channels * parts,
                       sheet->span / parts, sheet->repeat, bias);
             for (ptrdiff_t k = 0; k < sheet->width; k++) {
                 table[SCALE * TABLE_WIDTH + k] *= weight[k];
@@ -420,7 +427,7 @@ static void T(write_by_row)(const struct Pass *p, struct Sheet sheet, ptrdiff_t 
             table += -head & (LINE / sizeof(real) - 1);
             wraps = p->stream || sheet.width * sizeof(stored) % LINE;
         }
-        T(make_table)(p, &sheet, first, head + ACROSS * LANES_OF, table);
+        T(make_table)(p, &sheet, first, head + T(STEP), table);
         place.coefficients = table;
         place.stride = TABLE_WIDTH;
         write_columns(p, &place, &(struct Sheet){.width = head, .tail = head}, 0);
@@ -440,11 +447,11 @@ INLINE void T(write_by_plane)(const struct Pass *p, const struct Sheet *sheet, p
         T(write_by_value)(p, sheet, first, &steps, way | BY_VALUE | BACKWARD);
     else if (p->geometry.by_value)
         T(write_by_value)(p, sheet, first, &steps, way | BY_VALUE);
-    else if (backward && p->geometry.parts > 1)
+    else if (backward && (way & FUSED || p->geometry.parts > 1))
         T(write_planes)(p, sheet, first, &steps, way | BACKWARD | WEIGHTED);
     else if (backward)
         T(write_planes)(p, sheet, first, &steps, way | BACKWARD);
-    else if (p->geometry.parts > 1)
+    else if (!(way & FUSED) && p->geometry.parts > 1)
         T(write_planes)(p, sheet, first, &steps, way | WEIGHTED);
     else
         T(write_planes)(p, sheet, first, &steps, way);
@@ -471,53 +478,65 @@ static void T(write)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t 
 /* Write what was loaded of grad_input in some rows, and add up what these find of the gradients of
    weights and biases. */
 INLINE void T(write_summed)(const struct T(Place) *at, ptrdiff_t k, const int rows,
-                            ptrdiff_t row_stride, ptrdiff_t lanes, const struct T(Loaded) *values,
-                            struct T(Coefficients) *c, const int way, real *total,
-                            real *product) {
-    vector sum = REALS(total + k), sum_of_products = REALS(product + k), x_hat;
-    EACH (r, rows) {
-        x_hat = ((values->x[r] - c[r].mean) - c[r].mean_low) * c[r].scale;
-        if (lanes < LANES_OF) /* no product of 0 and what is not finite */
-            x_hat = T(first)(x_hat, lanes);
-        sum += values->grad[r];
-        sum_of_products += values->grad[r] * x_hat;
+                            ptrdiff_t row_stride, const int across, ptrdiff_t lanes,
+                            const struct T(Loaded) *values, struct T(Coefficients) *c,
+                            const int way, real *total, real *product) {
+    vector sums[4], sums_of_products[4], x_hat;
+    EACH (v, across) {
+        sums[v] = REALS(total + k + v * LANES_OF);
+        sums_of_products[v] = REALS(product + k + v * LANES_OF);
     }
-    T(write_vectors)(at, k, rows, row_stride, 1, lanes, values, c, way);
-    REALS(total + k) = sum;
-    REALS(product + k) = sum_of_products;
+    EACH (v, rows * across) {
+        const int r = v / across;
+        x_hat = ((values->x[v] - c[r].mean) - c[r].mean_low) * c[r].scale;
+        if (lanes < LANES_OF) /* no product of 0 and what is not finite */
+            x_hat = R(first)(x_hat, lanes);
+        sums[v % across] += values->grad[v];
+        sums_of_products[v % across] += values->grad[v] * x_hat;
+    }
+    T(write_vectors)(at, k, rows, row_stride, across, lanes, values, c, way);
+    EACH (v, across) {
+        REALS(total + k + v * LANES_OF) = sums[v];
+        REALS(product + k + v * LANES_OF) = sums_of_products[v];
+    }
 }
 
 /* All columns of some rows: as write_rows. */
 INLINE void T(write_summed_rows)(const struct T(Place) *at, const int rows, ptrdiff_t row_stride,
-                                 ptrdiff_t period, ptrdiff_t width, const int way, real *total,
-                                 real *product) {
+                                 ptrdiff_t period, ptrdiff_t width, const int across,
+                                 const int way, real *total, real *product) {
+    const ptrdiff_t step = across * LANES_OF;
     const ptrdiff_t head = way & STREAM ? T(values_to_line)(at->out, width) : 0;
     struct T(Coefficients) c[4];
     struct T(Loaded) now, next;
     ptrdiff_t k = 0;
     EACH (r, rows)
         c[r] = T(coefficients)(at, r * period, LANES_OF, way);
-#define LOAD(k, lanes) T(load_vectors)(at, k, rows, row_stride, 1, lanes, way)
-#define WRITE(lanes, way)                                                                          \
-    T(write_summed)(at, k, rows, row_stride, lanes, &now, c, way, total, product)
+#define LOAD(k, across, lanes) T(load_vectors)(at, k, rows, row_stride, across, lanes, way)
+#define WRITE(across, lanes, way)                                                                  \
+    T(write_summed)(at, k, rows, row_stride, across, lanes, &now, c, way, total, product)
     for (ptrdiff_t n; k < head; k += n) {
         n = min_of(LANES_OF, head - k);
-        now = LOAD(k, n);
-        WRITE(n, way & ~STREAM);
+        now = LOAD(k, 1, n);
+        WRITE(1, n, way & ~STREAM);
     }
-    if (width - k >= LANES_OF) {
-        now = LOAD(k, LANES_OF);
-        for (; width - k >= 2 * LANES_OF; k += LANES_OF) {
-            next = LOAD(k + LANES_OF, LANES_OF);
-            WRITE(LANES_OF, way);
+    if (width - k >= step) {
+        now = LOAD(k, across, LANES_OF);
+        for (; width - k >= 2 * step; k += step) {
+            next = LOAD(k + step, across, LANES_OF);
+            WRITE(across, LANES_OF, way);
             now = next;
         }
-        WRITE(LANES_OF, way);
-        k += LANES_OF;
+        WRITE(across, LANES_OF, way);
+        k += step;
+    }
+    for (; across > 1 && width - k >= LANES_OF; k += LANES_OF) {
+        now = LOAD(k, 1, LANES_OF);
+        WRITE(1, LANES_OF, way & ~STREAM);
     }
     if (k < width) {
-        now = LOAD(k, width - k);
-        WRITE(width - k, way & ~STREAM);
+        now = LOAD(k, 1, width - k);
+        WRITE(1, width - k, way & ~STREAM);
     }
 #undef LOAD
 #undef WRITE
@@ -527,16 +546,19 @@ INLINE void T(write_summed_rows)(const struct T(Place) *at, const int rows, ptrd
 INLINE void T(write_band)(struct T(Place) at, ptrdiff_t rows, ptrdiff_t row_stride, ptrdiff_t period,
                           ptrdiff_t width, const int way, double *grad_bias,
                           double *grad_weight) {
+    const int beside = way & STREAM ? T(ROWS) : 4;
     real total[WIDTH + LANES_OF], product[WIDTH + LANES_OF];
     for (ptrdiff_t k = 0; k < width + LANES_OF; k++)
         total[k] = product[k] = 0;
     for (ptrdiff_t n; rows > 0; rows -= n) {
-        if (rows >= BESIDE) {
-            n = BESIDE;
-            T(write_summed_rows)(&at, BESIDE, row_stride, period, width, way, total, product);
+        if (rows >= beside) {
+            n = beside;
+            T(write_summed_rows)(&at, beside, row_stride, period, width, 4 / beside, way, total,
+                                 product);
         } else {
             n = 1;
-            T(write_summed_rows)(&at, 1, row_stride, period, width, way, total, product);
+            T(write_summed_rows)(&at, 1, row_stride, period, width, 4 / beside, way, total,
+                                 product);
         }
         at.coefficients += n * period;
         T(move)(&at, n * row_stride, way);
@@ -565,7 +587,7 @@ INLINE void T(write_sharing_way)(const struct Pass *p, const struct Sheet *sheet
                     width = min_of(WIDTH, sheet->length - k);
                     place = T(place_of)(p, sheet->offset + i * sheet->run_stride + c * S + k,
                                         first + c, NULL);
-                    place.weights = T(weights_of)(p, first + c) + sheet->start + k;
+                    place.weights = R(weights_of)(p, first + c) + sheet->start + k;
                     T(write_band)(place, rows, period * S, period, width, way, grad_bias + k,
                                   grad_bias + p->geometry.parameters + k);
                 }
@@ -581,7 +603,7 @@ static void T(write_sharing)(const struct Pass *p, const struct Sheet *sheet, pt
     else if (alike && !fuses(p)) {
         T(write_sharing_way)(p, sheet, first, share, BACKWARD | BY_VALUE | STREAM);
         stream_fence();
-    } else { /* rows that do not all begin alike in their cache lines are streamed one by one */
+    } else { /* what is streamed and does not begin alike in cache lines, or has steps, goes row by row */
         T(share_products)(p, sheet, first, share);
         T(write)(p, sheet, first);
     }

@@ -102,9 +102,10 @@ cdef inline PerChannel per_channel_from(PerChannel values, Py_ssize_t first) noe
 
 
 cdef inline Py_ssize_t span_of(const Pass* p) noexcept nogil:
-    """How many channels are run at a time: those whose values, of x or of both arrays, are SPAN."""
+    """How many channels are run at a time: those whose values, of x or of both arrays, are SPAN, of
+    half the size twice as many."""
     cdef Py_ssize_t each = p.geometry.N * p.geometry.S
-    cdef Py_ssize_t n = SPAN // each
+    cdef Py_ssize_t n = (2 * SPAN if is_half(p.storage) else SPAN) // each
     if p.kind != GRADIENTS:
         return min(AT_ONCE, n // EVEN * EVEN if n >= EVEN else max(1, n))
     # Of gradients of parameters, sums of SUMMED channels are added up.

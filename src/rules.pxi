@@ -45,9 +45,19 @@ cdef inline bint is_wanted(value):
 # ---------------------------------------------------------------------------------------- arrays
 
 
+cdef inline bint is_real(int type_num):
+    """Whether cbn computes in this element type of NumPy."""
+    return type_num == NPY_FLOAT or type_num == NPY_DOUBLE
+
+
 cpdef bint is_float(dtype element):
-    """Whether cbn computes with elements of this type."""
-    return storage_of_type(element.num) >= 0 and element.isnative
+    """Whether cbn computes in elements of this type, and parameters may be of it."""
+    return is_real(element.type_num) and element.isnative
+
+
+cpdef bint is_storage(dtype element):
+    """Whether data may be of this type: of one that cbn computes in, or of half its size."""
+    return storage_of_dtype(element) >= 0 and element.isnative
 
 
 cpdef bint is_plain(array):
@@ -55,14 +65,31 @@ cpdef bint is_plain(array):
     return PyArray_CheckExact(array) and PyArray_ISCARRAY_RO(<ndarray>array)
 
 
+cdef dtype float32 = PyArray_DescrFromType(NPY_FLOAT)
+
+
 cpdef bint is_of(element, like):
     """Whether an element type is that which is asked for, if any is."""
     return like is None or element is like or element == like
 
 
+cpdef bint is_taken(dtype element, layer):
+    """Whether a layer of some dtype, or a function, for which it is None, takes such data."""
+    if is_half(storage_of_dtype(element)):
+        element = float32
+    return is_of(element, layer)
+
+
 cdef inline bint is_data(array, like):
+    """Data of one element type."""
     return (is_plain(array) and storage_of(<ndarray>array) >= 0
             and is_of(<object>PyArray_DESCR(<ndarray>array), like))
+
+
+cdef inline bint is_input(array, layer):
+    """Data that a layer of some dtype takes, or a function."""
+    return (is_plain(array) and storage_of(<ndarray>array) >= 0
+            and is_taken(<dtype>PyArray_DESCR(<ndarray>array), layer))
 
 
 cpdef bint has_shape(ndarray array, tuple shape):
@@ -76,7 +103,7 @@ cpdef bint has_shape(ndarray array, tuple shape):
 
 
 cdef inline bint is_float_of_shape(array, tuple shape):
-    return (PyArray_CheckExact(array) and storage_of(<ndarray>array) >= 0
+    return (PyArray_CheckExact(array) and is_real(PyArray_TYPE(<ndarray>array))
             and has_shape(<ndarray>array, shape))
 
 

@@ -15,7 +15,7 @@ cdef inline bint fits(double value, bint single) noexcept nogil:
 
 
 cdef inline bint is_single(ndarray array):
-    return array is not None and storage_of(array) == FLOAT32
+    return array is not None and PyArray_TYPE(array) == NPY_FLOAT
 
 
 cpdef ndarray averages(ndarray statistics, Py_ssize_t C):

@@ -123,6 +123,7 @@ class Scene:
 
 AXIS = "channel_axis: expected 1 (channels first) or -1 (channels last), got "
 NON_NEGATIVE = "eps: expected a finite number >= 0, got "
+OF_DATA = "float32, float64, float16 or bfloat16"
 IN_PLACE = "which training updates in place"
 COPY = "train a copy (copy.deepcopy), or use eval mode"
 

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 from norms_table import BATCH, GROUP, INSTANCE, ROWS
-from refusals import check_refused, overlap_text, overlapping
+from refusals import OF_DATA, check_refused, overlap_text, overlapping
 
 import cbn
 from cbn import functional
@@ -118,9 +118,10 @@ def test_layers_take_their_own_element_type(kind, like, rng):
 
 
 def other_float(name):
+    expected = "float32, float16 or bfloat16" if name == "x" else "float32"
     remedy = f"numpy.asarray({name}, numpy.float32)"
     return (
-        f"{name}: expected float32, got float64; convert it with {remedy}, or use float64 "
+        f"{name}: expected {expected}, got float64; convert it with {remedy}, or use float64 "
         f"throughout"
     )
 
@@ -153,8 +154,8 @@ def test_a_frame_that_can_convert_itself_is_told_to():
             return self.values.astype(dtype)
 
     text = (
-        "x: expected float32, got float64; convert it with x.astype(numpy.float32), or use "
-        "float64 throughout"
+        "x: expected float32, float16 or bfloat16, got float64; convert it with "
+        "x.astype(numpy.float32), or use float64 throughout"
     )
     check_refused(partial(cbn.BatchNorm1d(C), Converting(np.ones((4, C)))), TypeError, text)
 
@@ -206,7 +207,7 @@ def test_the_weight_of_a_folding(fold, like, rng):
 
 def test_bytes_of_whole_numbers_are_no_floats():
     text = (
-        "x: expected float32 or float64, got uint8; convert it first, for example with "
+        f"x: expected {OF_DATA}, got uint8; convert it first, for example with "
         "numpy.asarray(x, numpy.float32)"
     )
     for value in (bytearray(4), array.array("B", bytes(4)), (ctypes.c_uint8 * 4)()):

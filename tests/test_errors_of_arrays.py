@@ -12,6 +12,7 @@ from refusals import (
     KINDS,
     LEARNERS,
     LEARNING,
+    OF_DATA,
     OVERLAPS,
     SHAPE,
     C,
@@ -202,7 +203,7 @@ NOT_FLOATS = {
     "int": (np.ones(SHAPE, np.int32), "int32"),
     "bool": (np.ones(SHAPE, bool), "bool"),
     "complex": (np.ones(SHAPE, np.complex64), "complex64"),
-    "half": (np.ones(SHAPE, np.float16), "float16"),
+    "long": (np.ones(SHAPE, np.longdouble), np.dtype(np.longdouble).name),
     "object": (np.ones(SHAPE, object), "object"),
     "string": (np.full(SHAPE, "1"), "<U1"),
     "list-of-bools": (np.ones(SHAPE, bool).tolist(), "bool"),
@@ -225,12 +226,12 @@ MASKED = "expected an array without a mask, got a masked array; fill it first wi
 part = np.ma.ones(SHAPE[2:], np.float32)
 # The error, and its text for the name of an argument.
 BAD_DATA = {
-    "none": (None, TypeError, "{name}: expected an array of float32 or float64, got None"),
+    "none": (None, TypeError, f"{{name}}: expected an array of {OF_DATA}, got None"),
     **{
         what: (
             value,
             TypeError,
-            f"{{name}}: expected float32 or float64, got {dtype}"
+            f"{{name}}: expected {OF_DATA}, got {dtype}"
             + (CONVERT_LIST if isinstance(value, list) else CONVERT),
         )
         for what, (value, dtype) in NOT_FLOATS.items()
@@ -285,8 +286,9 @@ def test_data_that_is_no_array_of_floats(what, kind, call):
 @pytest.mark.parametrize(("kind", "call"), kinds_and(["layer", "layer-backward", "gradients"]))
 def test_the_other_float(kind, call):
     name, prepare = DATA_CALLS[call]
+    expected = "float32, float16 or bfloat16" if call == "layer" else "float32"
     text = (
-        f"{name}: expected float32, got float64; "
+        f"{name}: expected {expected}, got float64; "
         f"convert it with {name}.astype(numpy.float32), or use float64 throughout"
     )
     check_refused(prepare(Scene(kind), np.ones(SHAPE)), TypeError, text)

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -43,7 +44,7 @@ def same(one, other):
 
 def check(kind, x, residual, grad_output, activation, training=True, **given):
     """Compare a layer with steps and one without, to the bit."""
-    options = {"affine": True, "dtype": x.dtype}
+    options = {"affine": True, "dtype": np.float64 if x.dtype == np.float64 else np.float32}
     if kind.norm.learns:
         options["track_running_stats"] = True
     plain = kind.layer(**options).train(training)
@@ -68,7 +69,7 @@ def check(kind, x, residual, grad_output, activation, training=True, **given):
 @STEPS
 @ISAS
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", ml_dtypes.bfloat16])
 def test_layer(rng, kind, activation, has_residual, isa, threads, dtype, use_isa):
     use_isa(isa)
     x, residual, grad_output = rng.normal(0, 2, (3, *kind.shape)).astype(dtype)

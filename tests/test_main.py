@@ -29,9 +29,9 @@ def test_trouble_is_an_exit_status():
 @pytest.mark.parametrize(
     ("function", "count", "first"),
     [
-        ("batch_norm", 16 * len(_self_test.SHAPES), "(9, 5, 1), axis=1, float32, threads=1, "),
-        ("layer_norm", 8, "layer_norm, (40, 768), {'normalized_shape': 768}, float32, threads=1"),
-        ("instance_norm", 8, "instance_norm, (4, 20, 49), {}, float32, threads=1"),
+        ("batch_norm", 32 * len(_self_test.SHAPES), "(9, 5, 1), axis=1, float32, threads=1, "),
+        ("layer_norm", 16, "layer_norm, (40, 768), {'normalized_shape': 768}, float32, threads=1"),
+        ("instance_norm", 16, "instance_norm, (4, 20, 49), {}, float32, threads=1"),
     ],
 )
 def test_the_self_test_finds_wrong_results(function, count, first, monkeypatch):

@@ -77,7 +77,8 @@ class NormLayer(ABC):
     device : None or "cpu"
         For code that comes from PyTorch.
     dtype : dtype, optional
-        Float32 (None) or float64: of the layer's arrays and the data.
+        Float32 (None) or float64: of the layer's arrays, and of the data. A layer of float32 also
+        takes data of float16 and bfloat16.
     bias : bool
         False keeps the scale and drops the shift.
     channel_axis : {1, -1}
@@ -112,7 +113,6 @@ class NormLayer(ABC):
     weight_grad: Array | None
     bias_grad: Array | None
     residual_grad: Array | None = None
-    activation: str | None = None
     _forward: Saved | None  # what the last call kept for backward; None: there was none
     _norm: Norm  # its row of the table
 
@@ -142,16 +142,21 @@ class NormLayer(ABC):
             forward = self._normalise
         return forward(*arguments, **named)
 
-    def forward(self, x: ArrayLike, out: Array | None = None, **named: Any) -> Array:
-        """Normalise x, as a call of the layer does.
+    if TYPE_CHECKING:  # what is overridden may take less than all
 
-        To be overridden, as in PyTorch: by a subclass, which reaches this one by
-        ``super().forward(x, out)``, or by a function set on a layer.
-        """
-        return self._normalise(x, out, **named)
+        def forward(self, x: ArrayLike, out: Array | None = None) -> Array:
+            raise NotImplementedError
 
-    if not TYPE_CHECKING:
-        forward = _Forward(forward)
+    else:
+
+        @_Forward
+        def forward(self, x, out=None, **named):
+            """Normalise x, as a call of the layer does.
+
+            To be overridden, as in PyTorch: by a subclass, which reaches this one by
+            ``super().forward(x, out)``, or by a function set on a layer.
+            """
+            return self._normalise(x, out, **named)
 
     def _normalise(self, x: ArrayLike, out: Array | None = None) -> Array:
         """Normalise x; arguments, errors and notes are those of :meth:`BatchNorm2d.__call__`."""
@@ -197,8 +202,9 @@ class NormLayer(ABC):
             Array to write to: ``grad_output`` itself, the input of the forward call (which then
             cannot be differentiated again), or memory apart.
         wanted : {"all", "input", "parameters"}
-            Which gradients to compute; what is not wanted becomes None. A frozen layer that only
-            passes gradients on takes "input", the first layer of a network "parameters".
+            Which gradients to compute, that of a residual with that of the input; what is not
+            wanted becomes None. A frozen layer that only passes gradients on takes "input", the
+            first layer of a network "parameters".
 
         Returns
         -------

@@ -77,7 +77,8 @@ class ChannelNorm(NormLayer, of_cbn=True):
     _smallest: ClassVar[dict[str, Any]] = {"num_features": 1, "momentum": None}
     _required = ("num_features",)
     _shown = ("eps", "momentum", "affine", "bias", "track_running_stats")
-    nonfinite = "propagate"  # of pickles that are older than this attribute
+    nonfinite = "propagate"  # of pickles that are older than this attribute, as the next
+    activation: str | None = None
     _warned = False  # of a small batch
     _averages_samples: ClassVar[bool] = False  # whether that is what the running statistics learn
     _by_channel: Norm  # that by given statistics

@@ -29,6 +29,19 @@ class GroupNorm(NormLayer, of_cbn=True):
     activation : {None, "relu"}
         What a call takes of its output in the same pass: ``max(y, 0)``, where a NaN stays one.
 
+    Attributes
+    ----------
+    weight, bias : ndarray of shape (C,) or None
+        Parameters. Edits in place take effect at the next call.
+    weight_grad, bias_grad : ndarray of shape (C,) or None
+        Gradients of the last ``backward``.
+    residual_grad : ndarray of the shape of the data, or None
+        That of the residual of the call before it.
+    training : bool
+        The mode, which changes nothing here.
+    eps, activation
+        As above.
+
     References
     ----------
     Wu and He, "Group Normalization" (2018). Arguments and state follow ``torch.nn.GroupNorm``.
@@ -52,6 +65,7 @@ class GroupNorm(NormLayer, of_cbn=True):
         "activation",
     )
     _later: ClassVar[dict[str, Any]] = {"activation": None}
+    activation: str | None = None  # of older pickles
     _smallest: ClassVar[dict[str, Any]] = {"num_groups": 1, "num_channels": 1}
     _required = ("num_groups", "num_channels")
     _shown = ("eps", "affine", "bias")

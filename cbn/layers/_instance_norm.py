@@ -35,7 +35,7 @@ class _InstanceNorm(ChannelNorm, of_cbn=True):
     follow ``torch.nn.InstanceNorm1d``, ``2d`` and ``3d``.
     """
 
-    _later: ClassVar = {"nonfinite": "propagate", "activation": None}
+    _later: ClassVar = {**ChannelNorm._later, "nonfinite": "propagate"}
     _averages_samples = True
 
     def _set_norm(self) -> None:
