@@ -663,6 +663,9 @@ def layer_norm(
         Lengths of the axes to normalise over.
     weight, bias : array_like of shape normalized_shape, optional
         Scale and shift of each value; 1 and 0 where absent.
+    out : ndarray, optional
+        Array of the shape and dtype of ``x`` to write to: ``x`` itself or memory apart from it.
+        One that is not contiguous is written by way of a temporary.
 
     References
     ----------

@@ -119,7 +119,7 @@ INLINE void put_doubles(double *at, doubles value, ptrdiff_t n) {
 
 #else
 
-INLINE floats some_floats(const float *at, ptrdiff_t n) {
+static NOINLINE floats some_floats(const float *at, ptrdiff_t n) {
     floats value = all_floats(0);
     for (int i = 0; i < FLOATS && i < n; i++)
         value[i] = at[i];
@@ -128,11 +128,11 @@ INLINE floats some_floats(const float *at, ptrdiff_t n) {
 INLINE doubles some_doubles(const double *at, ptrdiff_t n) {
     return (doubles){n > 0 ? at[0] : 0, n > 1 ? at[1] : 0};
 }
-INLINE void put_floats(float *at, floats value, ptrdiff_t n) {
+static NOINLINE void put_floats(float *at, floats value, ptrdiff_t n) {
     for (int i = 0; i < FLOATS && i < n; i++)
         at[i] = value[i];
 }
-INLINE void put_doubles(double *at, doubles value, ptrdiff_t n) {
+static NOINLINE void put_doubles(double *at, doubles value, ptrdiff_t n) {
     for (int i = 0; i < DOUBLES && i < n; i++)
         at[i] = value[i];
 }
@@ -149,6 +149,10 @@ INLINE floats rectified_floats(floats value, unsigned *passed) {
     const __m256 mask = _mm256_cmp_ps((__m256)value, _mm256_setzero_ps(), _CMP_NLE_UQ);
     *passed = (unsigned)_mm256_movemask_ps(mask);
     return (floats)_mm256_and_ps(mask, (__m256)value);
+#elif defined(__SSE2__)
+    const __m128 mask = _mm_cmpnle_ps((__m128)value, _mm_setzero_ps());
+    *passed = (unsigned)_mm_movemask_ps(mask);
+    return (floats)_mm_and_ps(mask, (__m128)value);
 #else
     *passed = 0;
     for (int i = 0; i < FLOATS; i++)
@@ -167,6 +171,10 @@ INLINE doubles rectified_doubles(doubles value, unsigned *passed) {
     const __m256d mask = _mm256_cmp_pd((__m256d)value, _mm256_setzero_pd(), _CMP_NLE_UQ);
     *passed = (unsigned)_mm256_movemask_pd(mask);
     return (doubles)_mm256_and_pd(mask, (__m256d)value);
+#elif defined(__SSE2__)
+    const __m128d mask = _mm_cmpnle_pd((__m128d)value, _mm_setzero_pd());
+    *passed = (unsigned)_mm_movemask_pd(mask);
+    return (doubles)_mm_and_pd(mask, (__m128d)value);
 #else
     *passed = 0;
     for (int i = 0; i < DOUBLES; i++)

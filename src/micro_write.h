@@ -103,8 +103,9 @@ INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int r
                              ptrdiff_t row_stride, const int across, ptrdiff_t lanes,
                              const struct T(Loaded) *values, struct T(Coefficients) *c,
                              const int way) {
-    /* With steps it is found out here, so that there is one form of the loop; ends are not streamed. */
-    const int streams = way & FUSED ? across > 1 && at->streams : way & STREAM;
+    /* With steps, and of half types, it is found out here, so that there is one form of the loop; ends
+       are not streamed. */
+    const int streams = way & FUSED || T(IS_HALF) ? across > 1 && at->streams : way & STREAM;
     vector y[4];
     EACH (v, across)
         if (way & BY_COLUMN)
@@ -137,9 +138,9 @@ INLINE void T(write_some)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t lane
     T(write_vectors)(at, k, rows, row_stride, 1, lanes, &values, c, way);
 }
 
-/* Write steps of whole vectors. The next are loaded before these are stored: a load that follows a
-   store to the same place in another page waits for it, and arrays are often about a whole number of
-   pages apart. */
+/* Write steps of whole vectors. Without steps that go along, the next are loaded before these are
+   stored: a load that follows a store to the same place in another page waits for it, and arrays are
+   often about a whole number of pages apart. */
 INLINE void T(write_steps)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t end, const int rows,
                            ptrdiff_t row_stride, const int across, struct T(Coefficients) *c,
                            const int way) {
@@ -193,7 +194,7 @@ INLINE void T(write_rows)(const struct T(Place) *place, ptrdiff_t n, const int r
     }
     if (n - k >= step) {
         end = k + (n - k) / step * step;
-        if (!(way & FUSED) && at->streams)
+        if (!(way & FUSED || T(IS_HALF)) && at->streams)
             T(write_steps)(at, k, end, rows, row_stride, across, c, way | STREAM);
         else
             T(write_steps)(at, k, end, rows, row_stride, across, c, way);
