@@ -81,6 +81,8 @@ def check(name: str, case: Case, results: Results, channels: Array, expected: Re
         Values of these channels.
     """
     for quantity, result in results.items():
+        if name != "cbn" and case.dtype == "bfloat16" and quantity in ("grad_weight", "grad_bias"):
+            continue  # PyTorch adds up 16,384 rows in bfloat16: its sums are off by two thirds
         dtype = case.dtype if quantity in ("y", "grad_input") else "float32"
         assert result.dtype.name == dtype, f"{name}, {case}, {quantity}: {result.dtype}"
         axis = case.channel_axis if result.ndim > 1 else 0
