@@ -86,6 +86,13 @@ def results(x: Array, grad_output: Array, channel_axis: int) -> Iterator[tuple[s
         yield f"{norm} weight_grad", norm.weight_grad
         if norm.bias_grad is not None:
             yield f"{norm} bias_grad", norm.bias_grad
+    for norm in (bn.train(), *others(x, channel_axis)):
+        if "activation" in norm._saved:
+            norm.activation = "relu"
+            yield f"{norm} y", norm(x, residual=grad_output)
+            yield f"{norm} grad_input", norm.backward(grad_output)
+            yield f"{norm} weight_grad", norm.weight_grad
+            yield f"{norm} residual_grad", norm.residual_grad
 
 
 def type_of_layers(x: Array) -> np.dtype[Any]:

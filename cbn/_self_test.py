@@ -42,7 +42,7 @@ def self_test() -> Iterator[tuple[str, list[str]]]:
     try:
         for isa in _dispatch.supported():
             _dispatch.use(isa)
-            yield isa, [*_faults_of_batch_norm(), *_faults_of_others()]
+            yield isa, [*_faults_of_batch_norm(), *_faults_of_others(), *_faults_of_steps()]
     finally:
         _dispatch.use(_dispatch.active)
 
@@ -80,6 +80,30 @@ def _faults_of_batch_norm() -> Iterator[str]:
             dtype,
         ):
             yield f"{name} of {shape}, {axis=}, {dtype}, {threads=}, {training=}"
+
+
+def _faults_of_steps() -> Iterator[str]:
+    """A ReLU and a residual in the pass, against the steps one by one."""
+    for shape, axis, dtype, threads in product(SHAPES, (1, -1), _types_of_data(), (1, 3)):
+        rng = np.random.default_rng(0)
+        x, residual, grad_output = (
+            _arranged(rng.standard_normal(shape), axis).astype(dtype) for _ in range(3)
+        )
+        given: Any = {"running_mean": None, "running_var": None, "training": True}
+        given["channel_axis"] = axis
+        with _threads.num_threads(threads):
+            y, saved = functional.batch_norm_forward(x, **given)
+            found, with_steps = functional.batch_norm_forward(
+                x, **given, activation="relu", residual=residual
+            )
+            y = y + residual
+            let_through = np.where(y <= 0, 0, grad_output).astype(dtype)
+            right = (np.maximum(y, 0), *functional.norm_backward(let_through, saved), let_through)
+            results = (found, *functional.norm_backward(grad_output, with_steps))
+        names = "y", *GRADIENTS, "grad_residual"
+        for name, one, other in zip(names, results, right, strict=True):
+            if one.tobytes() != other.tobytes():
+                yield f"{name} of steps of {shape}, {axis=}, {dtype}, {threads=}"
 
 
 def _faults_of_others() -> Iterator[str]:
