@@ -36,7 +36,7 @@ class BuildExtensions(build_ext):
     """Add OpenMP to every extension, if a program that needs it compiles and links."""
 
     def finalize_options(self) -> None:
-        """Build side by side: an extension takes ten seconds."""
+        """Build side by side: an extension takes about a minute."""
         super().finalize_options()
         self.parallel = self.parallel or os.cpu_count()
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import ml_dtypes
 import numpy as np
 import pytest
 from norm_kinds import kinds
@@ -13,7 +14,6 @@ from tolerances import CLOSE
 import cbn
 from cbn import _dispatch, _threads, functional, reference
 
-ml_dtypes = pytest.importorskip("ml_dtypes")
 BFLOAT16, FLOAT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 HALF = pytest.mark.parametrize("half", [BFLOAT16, FLOAT16], ids=["bfloat16", "float16"])
 ISA = pytest.mark.parametrize("isa", _dispatch.supported())

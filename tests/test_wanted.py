@@ -101,3 +101,15 @@ def test_output_for_nothing():
     ):
         functional.layer_norm_backward(x, x, 2, out=out, wanted="parameters")
     assert (out == 7).all()
+
+
+def test_gradients_of_parameters_that_the_forward_call_had_not(rng):
+    """By given statistics they are those that the function of gradients finds."""
+    x, grad_output = rng.standard_normal((2, 5, 3), np.float32)
+    mean, var = rng.uniform(0.5, 2, (2, 3)).astype(np.float32)
+    _, saved = functional.batch_norm_forward(x, mean, var)
+    found = functional.norm_backward(grad_output, saved)
+    right = functional.batch_norm_backward(grad_output, x, mean, var, training=False)
+    for one, other in zip(found, right, strict=True):
+        assert one.tobytes() == other.tobytes()
+    np.testing.assert_allclose(found[2], grad_output.sum(0), rtol=1e-5)
