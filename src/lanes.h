@@ -47,7 +47,8 @@ typedef doubles any_doubles __attribute__((aligned(8), may_alias));
 INLINE floats all_floats(float value) { return value - (floats){0}; }
 INLINE doubles all_doubles(double value) { return value - (doubles){0}; }
 
-/* Tails: of n lanes, n < 1 none and more than there are all. What is not loaded is zero. */
+/* Tails: of n lanes, n < 1 none and more than there are all. What is not loaded is zero. Two vectors
+   are joined to the first n lanes of one and the others of the other. */
 
 #if defined(__AVX512F__)
 
@@ -68,32 +69,34 @@ INLINE void put_floats(float *at, floats value, ptrdiff_t n) {
 INLINE void put_doubles(double *at, doubles value, ptrdiff_t n) {
     _mm512_mask_storeu_pd(at, (__mmask8)first_16(n), (__m512d)value);
 }
-INLINE floats first_floats(floats value, ptrdiff_t n) {
-    return (floats)_mm512_maskz_mov_ps(first_16(n), (__m512)value);
+INLINE floats joined_floats(floats a, floats b, ptrdiff_t n) {
+    return (floats)_mm512_mask_mov_ps((__m512)b, first_16(n), (__m512)a);
 }
-INLINE doubles first_doubles(doubles value, ptrdiff_t n) {
-    return (doubles)_mm512_maskz_mov_pd((__mmask8)first_16(n), (__m512d)value);
+INLINE doubles joined_doubles(doubles a, doubles b, ptrdiff_t n) {
+    return (doubles)_mm512_mask_mov_pd((__m512d)b, (__mmask8)first_16(n), (__m512d)a);
 }
 
 #else
 
-INLINE floats first_floats(floats value, ptrdiff_t n) {
+INLINE floats joined_floats(floats a, floats b, ptrdiff_t n) {
     typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES)));
 #if VECTOR_BYTES == 32
     const ints lane = {0, 1, 2, 3, 4, 5, 6, 7};
 #else
     const ints lane = {0, 1, 2, 3};
 #endif
-    return (floats)((ints)value & (lane < (int32_t)n - (ints){0}));
+    const ints is_first = lane < (int32_t)n - (ints){0};
+    return (floats)(((ints)a & is_first) | ((ints)b & ~is_first));
 }
-INLINE doubles first_doubles(doubles value, ptrdiff_t n) {
+INLINE doubles joined_doubles(doubles a, doubles b, ptrdiff_t n) {
     typedef int64_t longs __attribute__((vector_size(VECTOR_BYTES)));
 #if VECTOR_BYTES == 32
     const longs lane = {0, 1, 2, 3};
 #else
     const longs lane = {0, 1};
 #endif
-    return (doubles)((longs)value & (lane < (int64_t)n - (longs){0}));
+    const longs is_first = lane < (int64_t)n - (longs){0};
+    return (doubles)(((longs)a & is_first) | ((longs)b & ~is_first));
 }
 
 #ifdef __AVX2__
@@ -551,7 +554,9 @@ INLINE void store_some_f32(stored_f32 *at, vector_f32 value, ptrdiff_t n) {
 }
 INLINE void stream_f32(stored_f32 *at, vector_f32 value) { stream(at, (doubles)value); }
 INLINE vector_f32 rounded_f32(vector_f32 value) { return value; }
-INLINE vector_f32 first_f32(vector_f32 value, ptrdiff_t n) { return first_floats(value, n); }
+INLINE vector_f32 joined_f32(vector_f32 a, vector_f32 b, ptrdiff_t n) {
+    return joined_floats(a, b, n);
+}
 INLINE vector_f32 rectified_f32(vector_f32 value, unsigned *passed) {
     return rectified_floats(value, passed);
 }
@@ -579,7 +584,9 @@ INLINE void store_some_f64(stored_f64 *at, vector_f64 value, ptrdiff_t n) {
 }
 INLINE void stream_f64(stored_f64 *at, vector_f64 value) { stream(at, value); }
 INLINE vector_f64 rounded_f64(vector_f64 value) { return value; }
-INLINE vector_f64 first_f64(vector_f64 value, ptrdiff_t n) { return first_doubles(value, n); }
+INLINE vector_f64 joined_f64(vector_f64 a, vector_f64 b, ptrdiff_t n) {
+    return joined_doubles(a, b, n);
+}
 INLINE vector_f64 rectified_f64(vector_f64 value, unsigned *passed) {
     return rectified_doubles(value, passed);
 }

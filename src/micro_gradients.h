@@ -14,7 +14,7 @@ struct T(Pair) {
     const real *weight, *mean, *unit;
     const struct T(Normal) *normal;
     ptrdiff_t ahead; /* not by value, of grad_output and x: what is read next from memory; or 0 */
-    struct T(Steps) steps; /* what is let through of grad_output */
+    struct T(Gate) gate; /* what is let through of grad_output */
 };
 
 INLINE void T(move_pair)(struct T(Pair) *at, ptrdiff_t by, const int way) {
@@ -39,8 +39,7 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
         const ptrdiff_t k = v * LANES_OF;
         vector grad = whole ? load(at->grad_output + k) : load_some(at->grad_output + k, lanes - k);
         vector x = whole ? load(at->x + k) : load_some(at->x + k, lanes - k);
-        if (way & FUSED)
-            grad = T(let_through)(&at->steps, grad, at->grad_output + k);
+        grad = T(let_through)(&at->gate, grad, at->grad_output + k);
         if (way & BY_VALUE) {
             if (BEGINS_LINE(v))
                 __builtin_prefetch(at->out + k, 1);
@@ -55,7 +54,7 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
         else
             x = (x - mean[way & BY_COLUMN ? v : 0]) * unit[way & BY_COLUMN ? v : 0];
         if (!whole) /* no product of 0 and what is not finite, such as a large mean in a small unit */
-            x = R(first)(x, lanes - k);
+            x = R(joined)(x, all(0), lanes - k);
         total[v] += grad;
         product[v] += grad * x;
     }
@@ -107,12 +106,8 @@ INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row
             T(move_pair)(&row, 4 * LANES_OF, way | MEANS);
         }
         for (; k < width; k += LANES_OF) {
-            if (width - k >= LANES_OF)
-                T(multiply_rows)(row, j, end, row_stride, 1, LANES_OF, way, band_total + k,
-                                 band_product + k);
-            else
-                T(multiply_rows)(row, j, end, row_stride, 1, width - k, way, band_total + k,
-                                 band_product + k);
+            T(multiply_rows)(row, j, end, row_stride, 1, min_of(LANES_OF, width - k), way,
+                             band_total + k, band_product + k);
             T(move_pair)(&row, LANES_OF, way | MEANS);
         }
         T(move_pair)(&at, (end - j) * row_stride, way);
@@ -182,18 +177,18 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
 }
 
 INLINE struct Sums T(sums_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptrdiff_t run_stride,
-                                   ptrdiff_t length, const int way) {
+                                   ptrdiff_t length) {
     double total[CHAINS] = {0}, product[CHAINS] = {0}; /* as the compiler cannot know */
     if (length < SHORT_RUN)
-        T(sum_pairs)(at, 0, 1, runs, run_stride, length, SHORT_LANES, way, total, product);
+        T(sum_pairs)(at, 0, 1, runs, run_stride, length, SHORT_LANES, 0, total, product);
     else
-        T(sum_pairs)(at, 0, 1, runs, run_stride, length, LANES, way, total, product);
+        T(sum_pairs)(at, 0, 1, runs, run_stride, length, LANES, 0, total, product);
     return (struct Sums){sum_of_chains(total), sum_of_chains(product)};
 }
 
 /* The sums of channels; of each part of one, in a piece that may begin and end within a part. */
 INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const struct Sheet *sheet,
-                             ptrdiff_t parts, const int way, struct Sums *into) {
+                             ptrdiff_t parts, struct Sums *into) {
     const ptrdiff_t length = p->geometry.S / p->geometry.parts;
     const ptrdiff_t start = sheet->start, stop = start + sheet->length;
     const ptrdiff_t reached = parts == 1 ? 0 : start / length;
@@ -206,7 +201,7 @@ INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const stru
             }
             *into = (struct Sums){0, 0};
             if (first < end) {
-                *into = T(sums_of_runs)(&at, sheet->runs, sheet->run_stride, end - first, way);
+                *into = T(sums_of_runs)(&at, sheet->runs, sheet->run_stride, end - first);
                 T(move_pair)(&at, end - first, 0);
             }
         }
@@ -215,7 +210,7 @@ INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const stru
 }
 
 INLINE void T(sums_by_row)(struct T(Pair) at, const struct Sheet *sheet, ptrdiff_t parts,
-                           const int way, struct Sums *into) {
+                           struct Sums *into) {
     const ptrdiff_t period = sheet->channels * sheet->span, span = sheet->span / parts;
     real means[WIDTH], units[WIDTH]; /* of each column */
     double total[WIDTH], product[WIDTH];
@@ -225,7 +220,7 @@ INLINE void T(sums_by_row)(struct T(Pair) at, const struct Sheet *sheet, ptrdiff
     at.unit = units;
     for (ptrdiff_t k = 0; k < sheet->width; k++)
         total[k] = product[k] = 0;
-    T(multiply_columns)(at, sheet->rows, sheet->row_stride, sheet->width, sheet->tail, BY_COLUMN | way,
+    T(multiply_columns)(at, sheet->rows, sheet->row_stride, sheet->width, sheet->tail, BY_COLUMN,
                         total, product);
     for (ptrdiff_t r = 1; r < sheet->repeat; r++)
         for (ptrdiff_t k = 0; k < period; k++) {
@@ -241,7 +236,7 @@ INLINE void T(sums_by_row)(struct T(Pair) at, const struct Sheet *sheet, ptrdiff
 INLINE struct T(Pair) T(pair_of)(const struct Pass *p, ptrdiff_t at) {
     return (struct T(Pair)){.grad_output = (const stored *)p->grad_output + at,
                             .x = (const stored *)p->x + at,
-                            .steps = T(steps_of)(p)};
+                            .gate = T(gate_of)(p)};
 }
 
 /* What channels are centred and scaled by for their sums. mean is in two parts, and what depends on
@@ -272,18 +267,9 @@ static void T(take_units)(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
         units->per_unit[c] = (real)(1 / units->unit[c]);
 }
 
-/* Without steps and with them; a function each, so that nobody has to hold what others need. */
-#define WITH_STEPS(name, declared, ...)                                                            \
-    static NOINLINE void T(name##_plain) declared { T(name##_way)(__VA_ARGS__, 0); }               \
-    static NOINLINE void T(name##_fused) declared { T(name##_way)(__VA_ARGS__, FUSED); }           \
-    static void T(name) declared {                                                                 \
-        p->fused.passed && p->fused.back ? T(name##_fused)(__VA_ARGS__)                            \
-                                         : T(name##_plain)(__VA_ARGS__);                           \
-    }
-
 /* The sums of at most WIDTH channels of a sheet, each in so many parts. */
-INLINE void T(sum_products_way)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
-                                ptrdiff_t parts, struct Sums *into, const int way) {
+static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
+                            ptrdiff_t parts, struct Sums *into) {
     struct T(Pair) at = T(pair_of)(p, sheet->offset);
     struct T(Units) units;
     T(take_units)(p, first, sheet->channels, &units);
@@ -294,23 +280,20 @@ INLINE void T(sum_products_way)(const struct Pass *p, const struct Sheet *sheet,
     else
         at.ahead = p->stream ? BESIDE * sheet->row_stride : 0;
     if (p->geometry.by_plane)
-        T(sums_by_plane)(at, p, sheet, parts, way, into);
+        T(sums_by_plane)(at, p, sheet, parts, into);
     else
-        T(sums_by_row)(at, sheet, parts, way, into);
+        T(sums_by_row)(at, sheet, parts, into);
     for (ptrdiff_t c = 0; c < sheet->channels; c++)
         for (ptrdiff_t q = c * parts; q < (c + 1) * parts; q++)
             into[q].grad_output_centred = into[q].grad_output_centred * units.unit[c]
                                           - units.low[c] * into[q].grad_output;
 }
 
-WITH_STEPS(sum_products, (const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
-                          ptrdiff_t parts, struct Sums *into), p, sheet, first, parts, into)
 
 /* The sums of at most AT_ONCE channels that have a weight for each value; side by side where it is the
    same for all. */
 INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
-                               const int width, double *total, double *product,
-                               const int way) {
+                               const int width, double *total, double *product) {
     enum { FIT = 4 * LANES_OF / SHORT_LANES };
     const int beside = width == SHORT_LANES && FIT > 1 ? FIT : 1;
     const ptrdiff_t n = sheet->channels, S = p->geometry.S;
@@ -325,7 +308,7 @@ INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, 
     at.mean = units.high + c;                                                                      \
     at.unit = units.per_unit + c;                                                                  \
     T(sum_pairs)(&at, S, beside, sheet->runs, sheet->run_stride, sheet->length, width,             \
-                 BY_VALUE | way, totals + c * CHAINS, products + c * CHAINS);                      \
+                 BY_VALUE, totals + c * CHAINS, products + c * CHAINS);                      \
     at.grad_output += beside * S;                                                                  \
     at.x += beside * S;                                                                            \
     at.out += beside * S
@@ -343,20 +326,18 @@ INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, 
         product[c] = product[c] * units.unit[c] - units.low[c] * total[c];
 }
 
-INLINE void T(row_products_way)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
-                                double *total, double *product, const int way) {
+static void T(row_products)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
+                            double *total, double *product) {
     if (sheet->length < SHORT_RUN)
-        T(row_products_in)(p, sheet, first, SHORT_LANES, total, product, way);
+        T(row_products_in)(p, sheet, first, SHORT_LANES, total, product);
     else
-        T(row_products_in)(p, sheet, first, LANES, total, product, way);
+        T(row_products_in)(p, sheet, first, LANES, total, product);
 }
 
-WITH_STEPS(row_products, (const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
-                          double *total, double *product), p, sheet, first, total, product)
 
 /* Add up what channels share: the gradients of weights and biases by value. */
-INLINE void T(share_products_way)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
-                                  double *share, const int way) {
+static void T(share_products)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
+                              double *share) {
     const ptrdiff_t period = p->geometry.period, S = p->geometry.S, parts = p->geometry.parts;
     const ptrdiff_t end = sheet->channels;
     struct T(Pair) pair;
@@ -382,13 +363,9 @@ INLINE void T(share_products_way)(const struct Pass *p, const struct Sheet *shee
                     width = min_of(WIDTH, sheet->length - k);
                     pair = T(pair_of)(p, sheet->offset + c * S + i * sheet->run_stride + k);
                     pair.normal = &normal;
-                    T(multiply_columns)(pair, n, period * S, width, 0, BY_ROW | way, grad_bias + k,
+                    T(multiply_columns)(pair, n, period * S, width, 0, BY_ROW, grad_bias + k,
                                         grad_bias + p->geometry.parameters + k);
                 }
         }
     }
 }
-
-WITH_STEPS(share_products, (const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
-                            double *share), p, sheet, first, share)
-#undef WITH_STEPS

@@ -43,10 +43,8 @@ INLINE void T(sum_band)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, p
 #define COLUMNS_FROM(k) shift ? shift + k : NULL, factor ? factor + k : NULL, total + k, square + k
     for (; width - k >= 4 * LANES_OF; k += 4 * LANES_OF)
         T(sum_rows)(x + k, rows, row_stride, 4, LANES_OF, COLUMNS_FROM(k));
-    for (; width - k >= LANES_OF; k += LANES_OF)
-        T(sum_rows)(x + k, rows, row_stride, 1, LANES_OF, COLUMNS_FROM(k));
-    if (k < width)
-        T(sum_rows)(x + k, rows, row_stride, 1, width - k, COLUMNS_FROM(k));
+    for (; k < width; k += LANES_OF)
+        T(sum_rows)(x + k, rows, row_stride, 1, min_of(LANES_OF, width - k), COLUMNS_FROM(k));
 #undef COLUMNS_FROM
 }
 
@@ -244,7 +242,7 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, con
                         if (scaled)
                             value *= factor;
                         if (shift)
-                            value = R(first)(value - shifts[v / vectors], lanes);
+                            value = R(joined)(value - shifts[v / vectors], all(0), lanes);
                         if (total)
                             band_sum[v] += value;
                         if (square)

@@ -3,12 +3,17 @@
    is kept as a bit for each value of an array. Loops take them where `way` is FUSED, and are compiled
    once more for it: those without steps lose nothing. */
 
+struct T(Gate) { /* what relu has let through, or NULL: everything */
+    const unsigned char *passed;
+    const stored *first; /* of the gradients of outputs */
+};
+
 struct T(Steps) { /* a pointer is NULL where there is no such step */
     const stored *first; /* of the array of outputs, or of their gradients */
     const stored *residual;
     int relu;
     struct Bits bits; /* OUT: what relu lets through */
-    const unsigned char *passed;
+    struct T(Gate) gate;
     stored *grad_residual;
     int streams; /* whether the gradient of the residual goes past the cache */
 };
@@ -52,8 +57,8 @@ INLINE vector T(stepped)(struct T(Steps) *s, vector value, const stored *out, pt
 }
 
 /* What is let through of the gradient of an output. */
-INLINE vector T(let_through)(const struct T(Steps) *s, vector grad, const stored *at) {
-    return s->passed ? R(chosen)(grad, bits_at(s->passed, at - s->first)) : grad;
+INLINE vector T(let_through)(const struct T(Gate) *gate, vector grad, const stored *at) {
+    return gate->passed ? R(chosen)(grad, bits_at(gate->passed, at - gate->first)) : grad;
 }
 
 INLINE void T(put_grad_residual)(const struct T(Steps) *s, vector grad, const stored *at,
@@ -62,13 +67,17 @@ INLINE void T(put_grad_residual)(const struct T(Steps) *s, vector grad, const st
         T(put)(s->grad_residual + (at - s->first), grad, lanes, streams && s->streams);
 }
 
+INLINE struct T(Gate) T(gate_of)(const struct Pass *p) {
+    return (struct T(Gate)){p->fused.back ? p->fused.passed : NULL,
+                            p->kind == GIVEN ? p->x : p->grad_output};
+}
+
 static struct T(Steps) T(steps_of)(const struct Pass *p) {
     const struct Fused *fused = &p->fused;
     const size_t apart = (uintptr_t)fused->grad_residual - (uintptr_t)p->out;
-    struct T(Steps) s = {.first = p->out};
+    struct T(Steps) s = {.first = p->out, .gate = T(gate_of)(p)};
     if (fused->back) {
-        s.first = p->kind == GIVEN ? p->x : p->grad_output;
-        s.passed = fused->passed;
+        s.first = s.gate.first;
         s.grad_residual = fused->grad_residual;
         s.streams = p->stream && apart % LINE == 0;
     } else {

@@ -84,9 +84,9 @@ INLINE struct T(Loaded) T(load_vectors)(const struct T(Place) *at, ptrdiff_t k, 
             values.grad[v] =
                 whole ? load(at->grad_output + i) : load_some(at->grad_output + i, lanes);
         if (way & FUSED && way & BACKWARD)
-            values.grad[v] = T(let_through)(at->steps, values.grad[v], at->grad_output + i);
+            values.grad[v] = T(let_through)(&at->steps->gate, values.grad[v], at->grad_output + i);
         else if (way & FUSED) /* where x is the gradient of an output */
-            values.x[v] = T(let_through)(at->steps, values.x[v], at->x + i);
+            values.x[v] = T(let_through)(&at->steps->gate, values.x[v], at->x + i);
         /* What comes from memory next, while this is computed. */
         if (way & BY_VALUE && BEGINS_LINE(v % across)) {
             __builtin_prefetch(at->x + i + at->ahead);
@@ -98,14 +98,12 @@ INLINE struct T(Loaded) T(load_vectors)(const struct T(Place) *at, ptrdiff_t k, 
 }
 
 /* Write what was loaded, with coefficients that are for all columns (by value, for those of a row), or
-   else for those from k on. */
+   else for those from k on. Whether it is streamed is found out here, and not by another form of the
+   loop. */
 INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int rows,
                              ptrdiff_t row_stride, const int across, ptrdiff_t lanes,
-                             const struct T(Loaded) *values, struct T(Coefficients) *c,
-                             const int way) {
-    /* With steps, and of half types, it is found out here, so that there is one form of the loop; ends
-       are not streamed. */
-    const int streams = way & FUSED || T(IS_HALF) ? across > 1 && at->streams : way & STREAM;
+                             int streams, const struct T(Loaded) *values,
+                             struct T(Coefficients) *c, const int way) {
     vector y[4];
     EACH (v, across)
         if (way & BY_COLUMN)
@@ -135,7 +133,7 @@ INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int r
 INLINE void T(write_some)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t lanes, const int rows,
                           ptrdiff_t row_stride, struct T(Coefficients) *c, const int way) {
     const struct T(Loaded) values = T(load_vectors)(at, k, rows, row_stride, 1, lanes, way);
-    T(write_vectors)(at, k, rows, row_stride, 1, lanes, &values, c, way);
+    T(write_vectors)(at, k, rows, row_stride, 1, lanes, 0, &values, c, way);
 }
 
 /* Write steps of whole vectors. Without steps that go along, the next are loaded before these are
@@ -145,21 +143,22 @@ INLINE void T(write_steps)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t end
                            ptrdiff_t row_stride, const int across, struct T(Coefficients) *c,
                            const int way) {
     const ptrdiff_t step = across * LANES_OF;
+    const int streams = at->streams;
     struct T(Loaded) now, next;
     if (way & FUSED) { /* there is more to do, and more to expand */
         for (; k < end; k += step) {
             now = T(load_vectors)(at, k, rows, row_stride, across, LANES_OF, way);
-            T(write_vectors)(at, k, rows, row_stride, across, LANES_OF, &now, c, way);
+            T(write_vectors)(at, k, rows, row_stride, across, LANES_OF, streams, &now, c, way);
         }
         return;
     }
-    now = T(load_vectors)(at, k, rows, row_stride, across, LANES_OF, way);
-    for (; k < end - step; k += step) {
-        next = T(load_vectors)(at, k + step, rows, row_stride, across, LANES_OF, way);
-        T(write_vectors)(at, k, rows, row_stride, across, LANES_OF, &now, c, way);
+    next = T(load_vectors)(at, k, rows, row_stride, across, LANES_OF, way);
+    for (; k < end; k += step) {
         now = next;
+        if (k + step < end)
+            next = T(load_vectors)(at, k + step, rows, row_stride, across, LANES_OF, way);
+        T(write_vectors)(at, k, rows, row_stride, across, LANES_OF, streams, &now, c, way);
     }
-    T(write_vectors)(at, k, rows, row_stride, across, LANES_OF, &now, c, way);
 }
 
 /* How many of n values lie before the first that begins a cache line. */
@@ -194,24 +193,17 @@ INLINE void T(write_rows)(const struct T(Place) *place, ptrdiff_t n, const int r
     }
     if (n - k >= step) {
         end = k + (n - k) / step * step;
-        if (!(way & FUSED || T(IS_HALF)) && at->streams)
-            T(write_steps)(at, k, end, rows, row_stride, across, c, way | STREAM);
-        else
-            T(write_steps)(at, k, end, rows, row_stride, across, c, way);
+        T(write_steps)(at, k, end, rows, row_stride, across, c, way);
         k = end;
     }
-    if (way & FUSED) {
-        for (; k < n; k += lanes) {
-            lanes = min_of(LANES_OF, n - k);
-            T(write_some)(at, k, lanes, rows, row_stride, c, way);
-        }
-        place->steps->bits = steps.bits;
-        return;
-    }
-    for (; across > 1 && n - k >= LANES_OF; k += LANES_OF)
+    for (; !(way & FUSED) && n - k >= LANES_OF; k += LANES_OF)
         T(write_some)(at, k, LANES_OF, rows, row_stride, c, way);
-    if (k < n)
-        T(write_some)(at, k, n - k, rows, row_stride, c, way);
+    for (; k < n; k += lanes) {
+        lanes = min_of(LANES_OF, n - k);
+        T(write_some)(at, k, lanes, rows, row_stride, c, way);
+    }
+    if (way & FUSED)
+        place->steps->bits = steps.bits;
 }
 
 INLINE void T(move)(struct T(Place) *place, ptrdiff_t by, const int way) {
@@ -238,43 +230,126 @@ INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t
     return place;
 }
 
-/* Write by plane; where a channel has several weights and biases, part by part. */
+/* Where a run is: in a part of a channel, which may be all of it, of which so many values are left. */
+struct T(Walk) {
+    ptrdiff_t channel, part, left;
+    struct T(Coefficients) here;
+};
+
+INLINE void T(enter_part)(struct T(Walk) *walk, const struct Pass *p, const int way) {
+    const int several = p->geometry.parts > 1;
+    const real *weight = several ? R(weights_of)(p, walk->channel) + walk->part : NULL;
+    const real *of_channel = (const real *)p->coefficients + walk->channel;
+    real of_part[ALL_COEFFICIENTS];
+    const struct T(Place) place = {.coefficients = of_part, .stride = 1};
+    for (int q = 0; q < COEFFICIENTS; q++)
+        of_part[q] = of_channel[q * p->geometry.channels];
+    if (way & BACKWARD)
+        of_part[WEIGHT] = several ? *weight : 1;
+    else if (several) {
+        of_part[SCALE] *= *weight;
+        of_part[BIAS] = weight[p->geometry.parameters] + of_part[BIAS] * *weight;
+    }
+    walk->here = T(coefficients)(&place, 0, LANES_OF, way);
+}
+
+INLINE void T(enter_next)(struct T(Walk) *walk, const struct Pass *p, const int way) {
+    if (++walk->part == p->geometry.parts) {
+        walk->part = 0;
+        walk->channel++;
+    }
+    walk->left += p->geometry.S / p->geometry.parts;
+    T(enter_part)(walk, p, way);
+}
+
+/* Coefficients of which the first n lanes are those of a part, and the others those of the next. */
+INLINE struct T(Coefficients) T(joined_coefficients)(struct T(Coefficients) a,
+                                                     struct T(Coefficients) b, ptrdiff_t n,
+                                                     const int way) {
+    a.mean = R(joined)(a.mean, b.mean, n);
+    a.scale = R(joined)(a.scale, b.scale, n);
+    a.bias = R(joined)(a.bias, b.bias, n);
+    if (way & BACKWARD)
+        a.slope = R(joined)(a.slope, b.slope, n);
+    if (way & BACKWARD && way & WEIGHTED)
+        a.weight = R(joined)(a.weight, b.weight, n);
+    return a;
+}
+
+/* Write from k up to `end`, some lanes of a part at a time. */
+INLINE void T(write_up_to)(const struct T(Place) *at, struct T(Walk) *walk, const struct Pass *p,
+                           ptrdiff_t k, ptrdiff_t end, const int way) {
+    for (ptrdiff_t lanes; k < end; k += lanes, walk->left -= lanes) {
+        if (walk->left == 0)
+            T(enter_next)(walk, p, way);
+        lanes = min_of(min_of(LANES_OF, end - k), walk->left);
+        T(write_some)(at, k, lanes, 1, 0, &walk->here, way);
+    }
+}
+
+INLINE void T(write_vector)(const struct T(Place) *at, ptrdiff_t k, struct T(Coefficients) *c,
+                            const int way) {
+    const struct T(Loaded) values = T(load_vectors)(at, k, 1, 0, 1, LANES_OF, way);
+    T(write_vectors)(at, k, 1, 0, 1, LANES_OF, at->streams, &values, c, way);
+}
+
+/* Write n values without a gap in the order of the memory, channel after channel, or part after part
+   of one with several weights. A vector in which one ends and the next begins has coefficients of
+   both: so short planes cost little more than long ones, and lines are streamed whole. */
+INLINE void T(write_run)(const struct Pass *p, const struct T(Place) *place, ptrdiff_t channel,
+                         ptrdiff_t start, ptrdiff_t n, const int way) {
+    const ptrdiff_t length = p->geometry.S / p->geometry.parts, step = T(ACROSS) * LANES_OF;
+    const ptrdiff_t unit = place->streams ? max_of(LANES_OF, T(LINE_VALUES)) : LANES_OF;
+    /* Short parts of whole vectors are better not moved to a line: none would be whole. */
+    const int fits = length % LANES_OF == 0 && length < ALIGNED_RUN;
+    const int aligns = place->streams || (n >= ALIGNED_RUN && !fits);
+    ptrdiff_t k = aligns ? T(values_to_line)(place->out, n) : 0, end = k + (n - k) / unit * unit;
+    struct T(Walk) walk = {
+        .channel = channel, .part = start / length, .left = length - start % length};
+    struct T(Place) here = *place, *at = &here;
+    struct T(Coefficients) both;
+    struct T(Steps) steps;
+    if (way & FUSED) { /* in registers meanwhile */
+        T(seek)(place->steps, place->out);
+        steps = *place->steps;
+        here.steps = &steps;
+    }
+    T(enter_part)(&walk, p, way);
+    T(write_up_to)(at, &walk, p, 0, k, way);
+    while (k < end) {
+        const ptrdiff_t from = k, until = min_of(end, k + walk.left);
+        if (until - k >= 2 * step) {
+            k += (until - k) / step * step;
+            T(write_steps)(at, from, k, 1, 0, T(ACROSS), &walk.here, way);
+        }
+        for (; until - k >= LANES_OF; k += LANES_OF)
+            T(write_vector)(at, k, &walk.here, way);
+        walk.left -= k - from;
+        if (walk.left == 0 && k < end)
+            T(enter_next)(&walk, p, way);
+        if (k == end || walk.left >= LANES_OF)
+            continue;
+        for (both = walk.here; walk.left < LANES_OF;) {
+            const ptrdiff_t filled = walk.left;
+            T(enter_next)(&walk, p, way);
+            both = T(joined_coefficients)(both, walk.here, filled, way);
+        }
+        T(write_vector)(at, k, &both, way);
+        k += LANES_OF;
+        walk.left -= LANES_OF;
+    }
+    T(write_up_to)(at, &walk, p, k, n, way);
+    if (way & FUSED)
+        place->steps->bits = steps.bits;
+}
+
+/* Write by plane. A sheet holds whole channels, or a piece of one. */
 INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                             struct T(Steps) *steps, const int way) {
-    /* With steps there is one form for channels with one weight and with several. */
-    const int several = way & FUSED ? p->geometry.parts > 1 : way & WEIGHTED;
-    const ptrdiff_t length = several ? p->geometry.S / p->geometry.parts : p->geometry.S;
-    const ptrdiff_t start = sheet->start, stop = start + sheet->length;
-    const ptrdiff_t first_part = several ? start / length : 0;
-    const ptrdiff_t end_channel = first + sheet->channels, gap = p->geometry.S - sheet->length;
-    const real *channel, *weight = NULL;
-    real of_part[ALL_COEFFICIENTS], scale = 0, shift = 0;
     for (ptrdiff_t i = 0; i < sheet->runs; i++) {
-        struct T(Place) place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first, steps);
-        channel = place.coefficients;
-        for (ptrdiff_t c = first; c < end_channel; c++, channel++) {
-            place.coefficients = channel;
-            if (several || (way & FUSED && way & BACKWARD)) {
-                for (int k = 0; k < COEFFICIENTS; k++)
-                    of_part[k] = channel[k * p->geometry.channels];
-                scale = of_part[SCALE], shift = of_part[BIAS];
-                weight = R(weights_of)(p, c);
-                place.coefficients = of_part;
-                place.stride = 1;
-            }
-            for (ptrdiff_t q = first_part, begin = start, end; begin < stop; q++, begin = end) {
-                end = several ? min_of(stop, (q + 1) * length) : stop;
-                if (way & BACKWARD)
-                    of_part[WEIGHT] = several ? weight[q] : 1;
-                else if (several) {
-                    of_part[SCALE] = scale * weight[q];
-                    of_part[BIAS] = weight[p->geometry.parameters + q] + shift * weight[q];
-                }
-                T(write_rows)(&place, end - begin, 1, 0, T(ACROSS), way);
-                T(move)(&place, end - begin, way);
-            }
-            T(move)(&place, gap, way);
-        }
+        const struct T(Place) place =
+            T(place_of)(p, sheet->offset + i * sheet->run_stride, first, steps);
+        T(write_run)(p, &place, first, sheet->start, sheet->channels * sheet->length, way);
     }
 }
 
@@ -452,8 +527,6 @@ INLINE void T(write_by_plane)(const struct Pass *p, const struct Sheet *sheet, p
         T(write_planes)(p, sheet, first, &steps, way | BACKWARD | WEIGHTED);
     else if (backward)
         T(write_planes)(p, sheet, first, &steps, way | BACKWARD);
-    else if (!(way & FUSED) && p->geometry.parts > 1)
-        T(write_planes)(p, sheet, first, &steps, way | WEIGHTED);
     else
         T(write_planes)(p, sheet, first, &steps, way);
     if (way & FUSED)
@@ -491,11 +564,11 @@ INLINE void T(write_summed)(const struct T(Place) *at, ptrdiff_t k, const int ro
         const int r = v / across;
         x_hat = ((values->x[v] - c[r].mean) - c[r].mean_low) * c[r].scale;
         if (lanes < LANES_OF) /* no product of 0 and what is not finite */
-            x_hat = R(first)(x_hat, lanes);
+            x_hat = R(joined)(x_hat, all(0), lanes);
         sums[v % across] += values->grad[v];
         sums_of_products[v % across] += values->grad[v] * x_hat;
     }
-    T(write_vectors)(at, k, rows, row_stride, across, lanes, values, c, way);
+    T(write_vectors)(at, k, rows, row_stride, across, lanes, way & STREAM, values, c, way);
     EACH (v, across) {
         REALS(total + k + v * LANES_OF) = sums[v];
         REALS(product + k + v * LANES_OF) = sums_of_products[v];
@@ -510,34 +583,25 @@ INLINE void T(write_summed_rows)(const struct T(Place) *at, const int rows, ptrd
     const ptrdiff_t head = way & STREAM ? T(values_to_line)(at->out, width) : 0;
     struct T(Coefficients) c[4];
     struct T(Loaded) now, next;
-    ptrdiff_t k = 0;
+    ptrdiff_t k = 0, lanes, end;
     EACH (r, rows)
         c[r] = T(coefficients)(at, r * period, LANES_OF, way);
 #define LOAD(k, across, lanes) T(load_vectors)(at, k, rows, row_stride, across, lanes, way)
 #define WRITE(across, lanes, way)                                                                  \
     T(write_summed)(at, k, rows, row_stride, across, lanes, &now, c, way, total, product)
-    for (ptrdiff_t n; k < head; k += n) {
-        n = min_of(LANES_OF, head - k);
-        now = LOAD(k, 1, n);
-        WRITE(1, n, way & ~STREAM);
-    }
-    if (width - k >= step) {
-        now = LOAD(k, across, LANES_OF);
-        for (; width - k >= 2 * step; k += step) {
-            next = LOAD(k + step, across, LANES_OF);
-            WRITE(across, LANES_OF, way);
-            now = next;
+    for (int ends = 0; ends < 2; ends++) {
+        for (end = ends ? width : head; k < end; k += lanes) {
+            lanes = min_of(LANES_OF, end - k);
+            now = LOAD(k, 1, lanes);
+            WRITE(1, lanes, way & ~STREAM);
         }
-        WRITE(across, LANES_OF, way);
-        k += step;
-    }
-    for (; across > 1 && width - k >= LANES_OF; k += LANES_OF) {
-        now = LOAD(k, 1, LANES_OF);
-        WRITE(1, LANES_OF, way & ~STREAM);
-    }
-    if (k < width) {
-        now = LOAD(k, 1, width - k);
-        WRITE(1, width - k, way & ~STREAM);
+        if (!ends && width - k >= step)
+            for (next = LOAD(k, across, LANES_OF); width - k >= step; k += step) {
+                now = next;
+                if (width - k >= 2 * step)
+                    next = LOAD(k + step, across, LANES_OF);
+                WRITE(across, LANES_OF, way);
+            }
     }
 #undef LOAD
 #undef WRITE
