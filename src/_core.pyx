@@ -67,20 +67,11 @@ include "rules.pxi"
 include "contention.pxi"
 include "moments.pxi"
 include "gradients.pxi"
+include "schedule.pxi"
 include "passes.pxi"
 
 if watch_forks_and_threads() != 0:   # a child would hang
     raise MemoryError("pthread_atfork: expected memory to watch forks, got none")
-
-cdef enum:
-    # The output of a pass whose arrays are of this size together is written past the cache: no L2
-    # holds them. Chains of layers that read each other's outputs of 8 to 48 MiB took a quarter
-    # less, gradients of 6 MiB an eighth less; forward passes of 6 MiB differed either way.
-    STREAM_BYTES = 1 << 24
-    # But not where planes, or parts of them, are shorter: they are written one by one, and their
-    # first and last lines not whole. Those of 196 and 289 took up to a third less without it, those
-    # of 784 a tenth to a third more (inference by benchmarks/compare.py, AVX-512).
-    SHORTEST_STREAMED = 512
 
 
 def x86_64_level():
@@ -123,10 +114,6 @@ def openmp():
     return openmp_library().decode("utf-8", "replace"), openmp_version()
 
 
-cdef inline void* data_of(ndarray array):
-    return PyArray_DATA(array) if array is not None else NULL
-
-
 cdef Pass new_pass(Kind kind, View view, ndarray weight, ndarray bias, ndarray mean, ndarray var,
                    double eps):
     cdef Pass p
@@ -155,76 +142,6 @@ cdef void use_statistics(Pass* p, ndarray statistics):
     p.mean.double_ = <const double*>data_of(statistics)
     p.mean_low.double_ = p.mean.double_ + p.geometry.channels
     p.var.double_ = p.mean.double_ + 2 * p.geometry.channels
-
-
-cdef inline Py_ssize_t cost_of(Kind kind) noexcept nogil:
-    """How much more a pass has to do for a value than one that only writes."""
-    if kind == GRADIENTS or kind == FROZEN_GRADIENTS:
-        return 4
-    return 2 if kind == NORMALISE else 1
-
-
-cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for):
-    cdef const Geometry* g = &p.geometry
-    cdef bint gradients = p.kind == GRADIENTS or p.kind == FROZEN_GRADIENTS
-    cdef size_t size = PyArray_NBYTES(x)
-    cdef Team team
-    p.storage = <Storage>storage_of(x)
-    p.x, p.grad_output, p.out = data_of(x), data_of(grad_output), data_of(out)
-    # An output that is also an input is in the cache already, line by line.
-    p.stream = (size * (3 if p.kind == GRADIENTS else 2) >= STREAM_BYTES
-                and p.out != p.x and p.out != p.grad_output and p.out != p.fused.residual
-                and (not g.by_plane or shortest_run(g) >= SHORTEST_STREAMED))
-    # What the pieces find (with given statistics, nothing), shares in gradients, paces, and the
-    # tables of coefficients and of weights and biases of parts of channels.
-    cdef bint spans = has_spans(p)   # which keep nothing of channels
-    cdef size_t found = 0 if spans or p.kind == GIVEN else g.channels * g.pieces * (
-        parts_kept(g) * sizeof(Sums) if gradients else sizeof(Moments))
-    cdef size_t shares = 0
-    if gradients and shares_parameters(g) and (p.grad_weight != NULL or not g.by_value):
-        p.sharers = sharers_of(g)
-        shares = p.sharers * 2 * g.parameters * sizeof(double)
-    cdef int num_threads = threads_for(cost_of(p.kind) * PyArray_SIZE(x))
-    cdef Py_ssize_t tiles = max(tiles_of(g), tiles_of(&p.writing))
-    team.threads = begin_pass(<int>min(num_threads, tiles), PyArray_SIZE(x))
-    cdef size_t paces = <int>ROUNDS * team.threads * sizeof(Pace)
-    cdef size_t real_size = sizeof(double) if p.storage == FLOAT64 else sizeof(float)
-    cdef size_t coefficients = 0 if spans else g.channels * COEFFICIENTS * real_size
-    cdef size_t parameters = 0 if g.parts == 1 else 2 * g.parameters * real_size
-    cdef char* memory = <char*>malloc(found + shares + paces + coefficients + parameters)
-    if memory == NULL:
-        end_call()
-        raise MemoryError
-    p.partial = memory
-    p.shares = <double*>(memory + found) if shares else NULL
-    team.paces = <Pace*>(memory + found + shares)
-    p.coefficients = memory + found + shares + paces
-    p.parameters = memory + found + shares + paces + coefficients
-    team.seconds = team.on_one_thread = 0
-    team.clock = CLOCK_THREAD_CPUTIME_ID if PyArray_SIZE(x) >= LONG_CALL else CLOCK_MONOTONIC
-    with nogil:
-        run(p, &team)
-    end_call()
-    free(memory)
-    if team.threads > 1 and contention.judges:
-        contention.judge(seconds(CLOCK_MONOTONIC), team.seconds, team.on_one_thread,
-                         team.threads if has_new_team() else 0)
-
-
-cdef int begin_pass(int num_threads, Py_ssize_t values):
-    """The number of threads for a pass that may have so many."""
-    cdef Contention contention = contention_here()
-    cdef bint allowed = True
-    if num_threads > 1:
-        allowed = contention.allows_team(num_threads)
-    num_threads = begin_call(num_threads if allowed else 1, values)
-    if num_threads > 1:
-        contention.team_calls += 1
-    elif allowed:
-        contention.single_calls += 1
-    else:
-        contention.contended_calls += 1
-    return num_threads
 
 
 cdef ndarray new_statistics(npy_intp C):

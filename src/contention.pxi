@@ -164,3 +164,19 @@ cdef Contention contention_here():
     if is_new_child():
         contention = Contention(contention.judges)
     return contention
+
+
+cdef int begin_pass(int num_threads, Py_ssize_t values):
+    """The number of threads for a pass that may have so many."""
+    cdef Contention contention = contention_here()
+    cdef bint allowed = True
+    if num_threads > 1:
+        allowed = contention.allows_team(num_threads)
+    num_threads = begin_call(num_threads if allowed else 1, values)
+    if num_threads > 1:
+        contention.team_calls += 1
+    elif allowed:
+        contention.single_calls += 1
+    else:
+        contention.contended_calls += 1
+    return num_threads

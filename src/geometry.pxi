@@ -308,6 +308,6 @@ cdef inline bint is_in_spans(const Geometry* g) noexcept nogil:
     return g.by_value and g.pieces == 1
 
 
-cdef inline Py_ssize_t shortest_run(const Geometry* g) noexcept nogil:
-    """By plane, the values that are written with the same coefficients, or parameters by value."""
-    return g.S if g.by_value else g.S // g.parts
+cdef inline Py_ssize_t written_run(const Geometry* g) noexcept nogil:
+    """By plane, the values that are written without a gap, where parameters are by value of a channel."""
+    return g.S if g.by_value else g.strip_channels * g.S // g.inner_pieces

@@ -205,3 +205,7 @@ cdef PerChannel per_channel(ndarray array, double absent):
         else:
             p.double_ = <const double*>PyArray_DATA(array)
     return p
+
+
+cdef inline void* data_of(ndarray array):
+    return PyArray_DATA(array) if array is not None else NULL
