@@ -5,6 +5,7 @@
     python benchmarks/compare.py --norms layer rms group instance --layout NC NCHW --threads 2
     python benchmarks/compare.py --shapes 32x64x56x56 4096x768 --layout NCHW NC --markdown
     python benchmarks/compare.py --quick --dtypes float32 bfloat16 float16 --peers PyTorch
+    python benchmarks/compare.py --family feature_maps --norms batch --steps none relu add-relu
 
 Whatever is installed takes part; with data of half types cbn and PyTorch alone, whose parameters
 stay float32. Every result is checked against cbn.reference, then the libraries are timed turn by
@@ -12,7 +13,9 @@ turn in this one process (turns.py says how), with the same number of threads (N
 one), and a table is printed: median time, GB/s, how many times as long each other
 library takes, and the share of the limit, which is what a mere copy of the same arrays would leave
 of the time (scale_copy.c). GB/s count what a pass must move at least: one read and one write, for
-backward two reads and one write.
+backward two reads and one write; a residual is one more, and so is its gradient. With steps that go
+along with a batch norm (--steps), others take theirs one after the other or as their compiler fuses
+them, and what a step costs in cbn's pass is printed at the end.
 
 Every call allocates its output, as a user's call does, except in the rows marked out=. Fresh memory
 would cost each a page fault per 4 KiB, which can take longer than the computation and depends on
@@ -49,8 +52,15 @@ from figure import draw
 from limit import ORDINARY, STREAMING, Limit
 from peers import PEERS
 from peers_base import Peer
-from report import print_first_calls, print_header, print_markdown, print_row, print_summary
-from shapes import DTYPES, FAMILIES, LAYOUTS, NORMS, PASSES, Case, all_cases, make_data
+from report import (
+    print_first_calls,
+    print_header,
+    print_markdown,
+    print_row,
+    print_steps,
+    print_summary,
+)
+from shapes import DTYPES, FAMILIES, LAYOUTS, NORMS, PASSES, STEPS, Case, all_cases, make_data
 from tqdm import tqdm
 from turns import OtherWork, release_heap, time_in_turns, warm_heap
 
@@ -82,6 +92,7 @@ def main() -> None:
         arguments.norms,
         arguments.shapes,
         arguments.dtypes,
+        arguments.steps,
     )
     if arguments.figure and not any(case.norm == "batch" for case in cases):
         sys.exit("--figure: there is no case of batch norm to draw")
@@ -107,6 +118,7 @@ def main() -> None:
     progress.close()
 
     print_summary(records)
+    print_steps(records)
     print_first_calls(records)
     if arguments.markdown:
         print_markdown(records, [peer.name for peer in peers])
@@ -133,6 +145,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--layout", nargs="+", choices=LAYOUTS, default=LAYOUTS, help="layouts")
     add("--shapes", nargs="+", default=(), metavar="NxCx...", help="of those, these shapes only")
     add("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="of data")
+    add("--steps", nargs="+", choices=STEPS, default=["none"], help="along with batch norm")
     add("--peers", nargs="*", choices=names, default=names, help="libraries beside cbn")
     add("--threads", nargs="+", type=int, default=[len(os.sched_getaffinity(0))], metavar="N")
     add("--passive", action="store_true", help="waiting threads sleep: for a machine that is busy")
@@ -190,14 +203,14 @@ def measure(
     runs, first_calls = {}, {}
     for peer in peers:
         begin = perf_counter()
-        if call := peer.call(case, data):
+        if peer.takes(case) and (call := peer.call(case, data)):
             result = call.run()
             first_calls[peer.name] = perf_counter() - begin
             check(peer.name, case, call.results(result), channels, right)
             del result
             runs[peer.name] = call.run
-    if limit:
-        runs |= limit.calls(case, data, threads)
+    limits = limit.calls(case, data, threads) if limit else {}
+    runs |= limits
     warm_heap(4 * case.values)
     with OtherWork() as other_work:
         timings = time_in_turns(runs, seconds)
@@ -208,6 +221,7 @@ def measure(
         "layout": case.layout,
         "shape": case.shape,
         "dtype": case.dtype,
+        "steps": case.steps,
         "out": case.reuses_out,
         "group": case.group,
         "threads": threads,
@@ -216,7 +230,7 @@ def measure(
         "first calls": first_calls,
         "libraries": {name: timing._asdict() for name, timing in timings.items()},
     }
-    if limit:
+    if limits:
         record["limit"] = min(timings[STREAMING].median, timings[ORDINARY].median)
     return record
 

@@ -63,13 +63,17 @@ class Limit:
     def calls(self, case: Case, data: Data, threads: int) -> dict[str, Callable[[], object]]:
         """Return a copy with streaming stores and one with ordinary ones: the faster is the limit.
 
-        A backward pass is held to a copy that adds two inputs. A thread gets 64 KiB at least: for
+        A backward pass, and one with a residual, is held to a copy that adds two inputs; to a pass
+        that writes two arrays there is none. A thread gets 64 KiB at least: for
         less its start takes longer than its work.
         """
+        if case.has_residual and case.pass_ == "backward":
+            return {}
         threads = min(threads, max(1, case.values >> 14))
-        x, grad_output = (as_float32(array) for array in (data.x, data.grad_output))
+        inputs = (data.x, data.residual if case.has_residual else data.grad_output)
+        x, second = (as_float32(array) for array in inputs)
         out = np.empty_like(x)
-        other = grad_output if case.pass_ == "backward" else None
+        other = second if case.has_residual or case.pass_ == "backward" else None
         expected = (x if other is None else x + other) * np.float32(0.5)
 
         def call(stream: bool) -> Callable[[], object]:

@@ -26,6 +26,7 @@ class Peer:
     name = ""
     packages: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("float32",)  # of data that it takes
+    steps: tuple[str, ...] = ("none",)  # that it takes along with a norm
     threads = 1
 
     @classmethod
@@ -43,10 +44,12 @@ class Peer:
         self.threads = threads
         return True
 
+    def takes(self, case: Case) -> bool:
+        """Whether the library has such data and such steps at all."""
+        return case.dtype in self.dtypes and case.steps in self.steps
+
     def call(self, case: Case, data: Data) -> Call | None:
         """Return the call of a case, or None where the library has none."""
-        if case.dtype not in self.dtypes:
-            return None
         if case.norm == "batch":
             return self.call_of_batch_norm(case, data)
         return self.call_of_layer(case, data)
@@ -73,8 +76,9 @@ def layer_of(case: Case, library: Any, **layout: int) -> Any:
 
 
 def gradients(arrays: Iterable[Array]) -> Results:
-    """Name the results of a backward pass; the last is left out where there is no bias."""
-    return dict(zip(("grad_input", "grad_weight", "grad_bias"), arrays, strict=False))
+    """Name the results of a backward pass; the last are left out where there are none."""
+    names = ("grad_input", "grad_weight", "grad_bias", "grad_residual")
+    return dict(zip(names, arrays, strict=False))
 
 
 def as_given(case: Case, arrays: Iterable[Any]) -> Results:

@@ -35,7 +35,7 @@ class OnnxRuntime(Peer):
         session = self.runtime.InferenceSession(
             self.model(case, names), options, providers=["CPUExecutionProvider"]
         )
-        inputs = dict(zip(names, (data.x, *data[2:]), strict=False))
+        inputs = dict(zip(names, (data.x, *data.of_channels), strict=False))
         if not case.reuses_out:
             return Call(lambda: session.run(["y"], inputs), lambda outputs: {"y": outputs[0]})
         value = self.runtime.OrtValue.ortvalue_from_numpy
@@ -113,7 +113,7 @@ class OpenVino(Peer):
         """The norm of x, an operator of its own where there is one."""
         ops = self.ops
         if case.norm == "batch":
-            return ops.batch_norm_inference(x, *data[2:], EPS)
+            return ops.batch_norm_inference(x, *data.of_channels, EPS)
         if case.norm == "group":
             return ops.group_normalization(x, data.weight, data.bias, case.groups, EPS)
         if case.norm == "rms":
@@ -146,7 +146,7 @@ class Jax(Peer):
         shape, column, own, shared = broadcasting(case)
         x, grad_output = (jnp.asarray(array.reshape(shape)) for array in data[:2])
         weight, bias, running_mean, running_var = (
-            jnp.asarray(array.reshape(column)) for array in data[2:]
+            jnp.asarray(array.reshape(column)) for array in data.of_channels
         )
         count = case.values // case.channels
         centred = case.norm != "rms"

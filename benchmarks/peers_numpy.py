@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from peers_base import Call, Peer, as_given, broadcasting, gradients, layer_of
-from shapes import DTYPES, EPS, MOMENTUM, Array, Case, Data
+from shapes import DTYPES, EPS, MOMENTUM, STEPS, Array, Case, Data
 
 import cbn
 from cbn import functional
@@ -19,6 +19,7 @@ class Cbn(Peer):
     name = "cbn"
     packages = ("cbn",)
     dtypes = tuple(DTYPES)
+    steps = STEPS
 
     def set_num_threads(self, threads: int) -> bool:  # noqa: D102
         cbn.set_num_threads(threads)
@@ -27,6 +28,8 @@ class Cbn(Peer):
     def call_of_batch_norm(self, case: Case, data: Data) -> Call:  # noqa: D102
         axis = case.channel_axis
         out = np.empty_like(data.x) if case.reuses_out else None
+        if case.steps != "none" and case.pass_ != "inference":
+            return self.call_with_steps(case, data, out)
         if case.pass_ == "backward":
             mean, var, _ = functional.batch_norm_stats(data.x, channel_axis=axis)
             return Call(
@@ -56,8 +59,23 @@ class Cbn(Peer):
                 EPS,
                 channel_axis=axis,
                 out=out,
+                **steps_of(case, data),
             ),
             lambda y: {"y": y, "running_mean": running_mean, "running_var": running_var},
+        )
+
+    def call_with_steps(self, case: Case, data: Data, out: Array | None) -> Call:
+        """A pass of training, which keeps what ReLU lets through, or the one back through it."""
+        axis: dict[str, Any] = {"channel_axis": case.channel_axis}
+        running_mean, running_var = data.running_mean.copy(), data.running_var.copy()
+        batch_norm = partial(functional.batch_norm_forward, **axis, **steps_of(case, data))
+        forward = (data.x, running_mean, running_var, data.weight, data.bias, True, MOMENTUM, EPS)
+        if case.pass_ == "training":
+            return Call(lambda: batch_norm(*forward, out=out), lambda found: {"y": found[0]})
+        _, saved = batch_norm(*forward)
+        return Call(
+            lambda: functional.norm_backward(data.grad_output, saved, data.weight, out=out),
+            gradients,
         )
 
     def call_of_layer(self, case: Case, data: Data) -> Call:  # noqa: D102
@@ -75,6 +93,14 @@ class Cbn(Peer):
         )
 
 
+def steps_of(case: Case, data: Data) -> dict[str, Any]:
+    """What goes along, as cbn's functions take it."""
+    return {
+        "activation": None if case.steps == "none" else "relu",
+        "residual": data.residual if case.has_residual else None,
+    }
+
+
 class NumPy(Peer):
     """The formulas in float32, with as few temporaries as they can do with. Always one thread."""
 
@@ -85,7 +111,7 @@ class NumPy(Peer):
         shape, column, axes, _ = broadcasting(case)
         x, grad_output = data.x.reshape(shape), data.grad_output.reshape(shape)
         weight, bias, running_mean, running_var = (
-            array.reshape(column).copy() for array in data[2:]
+            array.reshape(column).copy() for array in data.of_channels
         )
         count = case.values // case.channels
         out = np.empty_like(x) if case.reuses_out else None

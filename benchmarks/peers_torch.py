@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from peers_base import Call, Peer, gradients, layer_of
-from shapes import DTYPES, EPS, MOMENTUM, Array, Case, Data
+from shapes import DTYPES, EPS, MOMENTUM, STEPS, Array, Case, Data
 
 
 class PyTorch(Peer):
@@ -17,6 +17,7 @@ class PyTorch(Peer):
     name = "PyTorch"
     packages = ("torch",)
     dtypes = tuple(DTYPES)
+    steps = STEPS
 
     def __init__(self) -> None:
         self.torch = import_module("torch")
@@ -49,13 +50,20 @@ class PyTorch(Peer):
     def call_of_batch_norm(self, case: Case, data: Data) -> Call | None:  # noqa: D102
         torch = self.torch
         x, grad_output = self.tensor(data.x, case), self.tensor(data.grad_output, case)
-        weight, bias, running_mean, running_var = (torch.from_numpy(a.copy()) for a in data[2:])
+        weight, bias, running_mean, running_var = (
+            torch.from_numpy(a.copy()) for a in data.of_channels
+        )
         forward = (x, weight, bias, running_mean, running_var, case.pass_ != "inference")
+        if case.steps != "none" and case.reuses_out:
+            return None
         if case.pass_ == "backward":
-            _, mean, inv_std = torch.native_batch_norm(*forward, MOMENTUM, EPS)
+            y, mean, inv_std = torch.native_batch_norm(*forward, MOMENTUM, EPS)
             backward = self.compiled(torch.ops.aten.native_batch_norm_backward)
             statistics = (running_mean, running_var, mean, inv_std)
-            arguments = (grad_output, x, weight, *statistics, True, EPS, [True] * 3)
+            arguments = (x, weight, *statistics, True, EPS, [True] * 3)
+            if case.steps != "none":
+                return self.call_back_through_steps(case, data, y, arguments)
+            arguments = (grad_output, *arguments)
             out = {}
             if case.reuses_out:
                 if x.layout is not torch.strided:
@@ -77,11 +85,45 @@ class PyTorch(Peer):
                 lambda: torch.native_batch_norm(*forward, MOMENTUM, EPS, out=outs),
                 lambda y: {"y": self.array(y[0], case)},
             )
-        batch_norm = self.compiled(torch.nn.functional.batch_norm)
+        residual = self.tensor(data.residual, case) if case.has_residual else None
+
+        def norm_and_steps(*arguments: Any) -> Any:
+            y = torch.nn.functional.batch_norm(*arguments)
+            if residual is not None:
+                y = y.add_(residual)
+            return y if case.steps == "none" else y.relu_()
+
+        batch_norm = self.compiled(norm_and_steps)
         training = case.pass_ == "training"
         return Call(
             lambda: batch_norm(x, running_mean, running_var, weight, bias, training, MOMENTUM, EPS),
             lambda y: {"y": self.array(y, case)},
+        )
+
+    def call_back_through_steps(
+        self, case: Case, data: Data, y: Any, arguments: tuple[Any, ...]
+    ) -> Call:
+        """The gradients of a norm, given its output, behind a ReLU, and that of a residual."""
+        grad_output = self.tensor(data.grad_output, case)
+        if case.has_residual:
+            y = y + self.tensor(data.residual, case)
+        y = y.relu_()
+
+        def both(grad_output: Any, y: Any) -> Any:
+            through = self.torch.ops.aten.threshold_backward(grad_output, y, 0)
+            grads = self.torch.ops.aten.native_batch_norm_backward(through, *arguments)
+            return (*grads, through)[: 4 if case.has_residual else 3]
+
+        backward = self.compiled(both)
+        return Call(
+            lambda: backward(grad_output, y),
+            lambda grads: gradients(
+                (
+                    self.array(grads[0], case),
+                    *map(dense, grads[1:3]),
+                    *(self.array(grad, case) for grad in grads[3:]),
+                )
+            ),
         )
 
     def call_of_layer(self, case: Case, data: Data) -> Call | None:  # noqa: D102
@@ -137,6 +179,7 @@ class OneDNN(PyTorch):
 
     name = "oneDNN"
     dtypes = ("float32",)
+    steps = ("none",)
 
     @property
     def version(self) -> str:

@@ -65,20 +65,38 @@ def print_summary(records: Sequence[Record]) -> None:
                 if value < 1:
                     losses.append((value, peer, record))
 
-    titles = f"{'threads':<8}{'norm, pass, layout':<24}{'peer':<14}{'cases':>6}"
+    titles = f"{'threads':<8}{'norm, pass, layout':<34}{'peer':<14}{'cases':>6}"
     print(f"\n{titles}{'mean':>8}{'worst':>8}")
     for (threads, group, peer), members in sorted(groups.items()):
         mean = geometric_mean(value for value, _ in members)
         worst, record = min(members, key=lambda member: member[0])
         shape = "x".join(map(str, record["shape"]))
         print(
-            f"{threads:<8}{group:<24}{peer:<14}{len(members):6}{mean:8.2f}{worst:8.2f}  at {shape}"
+            f"{threads:<8}{group:<34}{peer:<14}{len(members):6}{mean:8.2f}{worst:8.2f}  at {shape}"
         )
 
     print(f"\ncases beside other work: {sum(map(disturbed, records))} of {len(records)}")
     print(f"losses (cbn takes longer): {len(losses)}")
     for value, peer, record in sorted(losses, key=lambda loss: loss[0]):
         print(f"  {value:.2f} of {peer}: {name_of(record)}, threads: {record['threads']}")
+
+
+def print_steps(records: Sequence[Record]) -> None:
+    """Print how many times as long a pass takes with steps as without."""
+    keys = ("threads", "norm", "pass", "layout", "dtype", "out")
+    alone = {(*(r[key] for key in keys), *r["shape"]): r for r in records if r["steps"] == "none"}
+    groups = defaultdict(list)
+    for record in records:
+        without = alone.get((*(record[key] for key in keys), *record["shape"]))
+        if record["steps"] != "none" and without:
+            medians = [r["libraries"]["cbn"]["median"] for r in (record, without)]
+            groups[record["threads"], record["group"]].append(medians[0] / medians[1])
+    if groups:
+        titles = f"{'threads':<8}{'cbn with steps over without':<34}{'cases':>6}"
+        print(f"\n{titles}{'mean':>8}{'worst':>8}")
+    for (threads, group), times in sorted(groups.items()):
+        mean, worst = geometric_mean(times), max(times)
+        print(f"{threads:<8}{group:<34}{len(times):6}{mean:8.2f}{worst:8.2f}")
 
 
 def print_first_calls(records: Sequence[Record]) -> None:

@@ -22,6 +22,8 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
+from cbn import functional
+
 Array = NDArray[Any]
 
 DTYPES = {np.dtype(dtype).name: np.dtype(dtype) for dtype in ("float32", "float16", bfloat16)}
@@ -33,7 +35,13 @@ EPS = 1e-5
 MOMENTUM = 0.1
 MOST_GROUPS = 32  # of group norm
 
-# Arrays read and written by each pass when nothing is read twice: the least that it can move.
+# What goes along with a batch norm: nothing, relu(norm(x)), or relu(norm(x) + residual).
+STEPS = ("none", "relu", "add-relu")
+# Outputs that are nearer to 0 may be rounded to either side, where ReLU lets them through or not.
+NEAR_ZERO = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 0.1}
+
+# Arrays read and written by each pass when nothing is read twice: the least that it can move. A
+# residual, or its gradient, is one more.
 TRAFFIC = {"training": 2, "inference": 2, "forward": 2, "backward": 3}
 PASSES = tuple(TRAFFIC)
 
@@ -71,7 +79,7 @@ class Case:
 
     ``shape`` is in the order of ``layout``; ``reuses_out`` is whether the output is allocated
     once, before the calls, or by every call. ``dtype`` is that of the data; parameters and
-    statistics are of float32.
+    statistics are of float32. ``steps`` is one of STEPS.
     """
 
     norm: str
@@ -81,6 +89,12 @@ class Case:
     shape: tuple[int, ...]
     reuses_out: bool = False
     dtype: str = "float32"
+    steps: str = "none"
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether something is added to what the norm makes."""
+        return self.steps == "add-relu"
 
     @property
     def channel_axis(self) -> int:
@@ -105,28 +119,37 @@ class Case:
     @property
     def bytes(self) -> int:
         """The least number of bytes that the pass moves."""
-        return TRAFFIC[self.pass_] * self.values * DTYPES[self.dtype].itemsize
+        arrays = TRAFFIC[self.pass_] + self.has_residual
+        return arrays * self.values * DTYPES[self.dtype].itemsize
 
     @property
     def group(self) -> str:
         """What is summarised together."""
         norm = "" if self.norm == "batch" else f"{self.norm} "
         dtype = "" if self.dtype == "float32" else f" {self.dtype}"
-        return f"{norm}{self.pass_} {self.layout}{dtype}" + (" out=" if self.reuses_out else "")
+        steps = "" if self.steps == "none" else f" {self.steps}"
+        out = " out=" if self.reuses_out else ""
+        return f"{norm}{self.pass_} {self.layout}{dtype}{steps}{out}"
 
     def __str__(self) -> str:
         return f"{self.group} " + "x".join(map(str, self.shape))
 
 
 class Data(NamedTuple):
-    """The arrays of a case: two of data, and others of float32."""
+    """The arrays of a case: three of data, and others of float32."""
 
     x: Array
     grad_output: Array
+    residual: Array
     weight: Array
     bias: Array
     running_mean: Array
     running_var: Array
+
+    @property
+    def of_channels(self) -> tuple[Array, Array, Array, Array]:
+        """The arrays of float32."""
+        return self.weight, self.bias, self.running_mean, self.running_var
 
 
 def all_cases(
@@ -137,6 +160,7 @@ def all_cases(
     norms: Sequence[str] = tuple(NORMS),
     shapes: Sequence[str] = (),
     dtypes: Sequence[str] = ("float32",),
+    steps: Sequence[str] = ("none",),
 ) -> list[Case]:
     """Return the cases of some families, passes, layouts and norms, each once.
 
@@ -150,6 +174,8 @@ def all_cases(
         The only ones to take, if any, channels first: "32x64x56x56".
     dtypes : sequence of str
         Element types of the data.
+    steps : sequence of str
+        What goes along, of batch norm alone.
 
     Returns
     -------
@@ -165,10 +191,11 @@ def all_cases(
             if not shapes or "x".join(map(str, listed)) in shapes:
                 family_of.setdefault((norm, layout, shape), family)
     return [
-        Case(norm, family, pass_, layout, shape, reuses_out, dtype)
+        Case(norm, family, pass_, layout, shape, reuses_out, dtype, step)
         for (norm, layout, shape), family in family_of.items()
         for pass_ in passes
         for dtype in dtypes
+        for step in (steps if norm == "batch" else ("none",))
         for reuses_out in ((False, True) if family == "small" else (False,))
         if layout in layouts and pass_ in NORMS[norm].passes
     ]
@@ -179,15 +206,31 @@ def make_data(case: Case) -> Data:
     x, grad_output = (
         np.resize(values.astype(DTYPES[case.dtype]), case.shape) for values in _random()
     )
+    residual = np.roll(grad_output, 1)
     channel = np.arange(case.channels, dtype=np.float32) / case.channels
-    return Data(
+    data = Data(
         x,
         grad_output,
+        residual,
         weight=0.5 + channel,
         bias=channel - 0.5,
         running_mean=2 + channel,
         running_var=3 + channel,
     )
+    if case.steps != "none" and case.pass_ == "backward":
+        grad_output[is_near_zero(case, data)] = 0
+    return data
+
+
+def is_near_zero(case: Case, data: Data) -> Array:
+    """Where nobody can tell whether ReLU lets an output through."""
+    y: Any = functional.batch_norm(
+        data.x, None, None, data.weight, data.bias, True, eps=EPS, channel_axis=case.channel_axis
+    )
+    y = y.astype(np.float32)
+    if case.has_residual:
+        y += data.residual.astype(np.float32)
+    return np.abs(y) < NEAR_ZERO[case.dtype]
 
 
 def _shapes(family: str) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -14,6 +14,7 @@ class View:
     parts: int
     period: int
     of_samples: bool
+    turned: bool  # whether it is of the transpose of the caller's array
     parameter_shape: Shape
     values: int
 
@@ -21,6 +22,7 @@ class Norm:
     """A row of the table of norms (cbn/_norms.py), for one choice of its arguments."""
 
     centred: bool
+    turned: Norm | None  # for the transposes of (N, C) in Fortran order
     views: dict[Shape, View]
 
     def view(self, shape: Shape) -> View:

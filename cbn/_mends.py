@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from cbn import _arrays, _scalars, _statistics
-from cbn._types import Array
+from cbn._dispatch import kernels
+from cbn._types import Array, Shape
 
 
 def mended(function: Callable[..., Any], given: tuple[Any, ...], amiss: str | list[int]) -> Any:
@@ -36,7 +37,8 @@ class _Call:
     def __init__(self, function: Callable[..., Any], given: tuple[Any, ...]) -> None:
         self._function = function
         self._given = SimpleNamespace(**dict(zip(_names(function), given, strict=False)))
-        self._returned: Array | None = None  # an out of a class of its own
+        self._returned: Array | None = None  # an out of a class of its own, or turned
+        self._turned = False  # whether all arrays of the input's shape are transposes
 
     def complete(self, amiss: str | list[int]) -> Any:
         """Mend what is amiss, and what comes to light then."""
@@ -50,6 +52,8 @@ class _Call:
                 rule, _, name = result.partition(":")
                 getattr(self, rule)(name)
             before, result = result, self._function(**vars(self._given))
+        if self._turned and isinstance(result, tuple):  # but for what is of a channel each
+            result = tuple(item.T if isinstance(item, np.ndarray) else item for item in result)
         return result if self._returned is None else (self._returned, *result[1:])
 
     # ------------------------------------------------------------------------------------ input
@@ -58,17 +62,36 @@ class _Call:
         given, of_layer = self._given, name == "x"
         dtype = getattr(given, "dtype", None) if of_layer else given.saved.dtype
         array = _arrays.array(name, getattr(given, name), dtype, of_layer)
+        turned = getattr(given.norm, "turned", None) if of_layer else None
+        if turned is not None and array.ndim == 2 and kernels.is_plain(array.T):
+            given.norm, self._turned = turned, True
+        elif not of_layer:
+            self._turned = given.saved.view.turned
+        if self._turned:
+            array = array.T
+            self._turn_others(array.dtype)
         given.data = _arrays.data(name, array, dtype, of_layer)
         setattr(given, name, array)
+
+    def _turn_others(self, dtype: np.dtype[Any]) -> None:
+        """Let the other arrays of the input's shape be transposes too."""
+        given = self._given
+        if getattr(given, "given_x", None) is not None:
+            given.given_x = given.given_x.T
+        if getattr(given, "residual", None) is not None:
+            given.residual = _arrays.array("residual", given.residual, dtype).T
+        if getattr(given, "out", None) is not None:
+            self.out("")
+            given.out = given.out.T
 
     def enough_values(self, _: str) -> None:
         given, view = self._given, self._view()
         correction = 0.0 if given.running_mean is None else given.correction
-        _statistics.enough_values(self._data().shape, view.values, correction, view.of_samples)
+        _statistics.enough_values(self._shape(), view.values, correction, view.of_samples)
 
     def few_values(self, _: str) -> None:
         view = self._view()
-        _statistics.warn_of_few_values(view.values, self._data().shape, view.of_samples)
+        _statistics.warn_of_few_values(view.values, self._shape(), view.of_samples)
         self._given.least = 1  # it has been said
 
     def _data(self) -> Array:
@@ -79,6 +102,11 @@ class _Call:
             data = given.x if hasattr(given, "x") else given.grad_output
         array: Array = data
         return array
+
+    def _shape(self, array: Any = None) -> Shape:
+        """That of the input, or of another array, as the caller has it."""
+        shape: Shape = (self._data() if array is None else array).shape
+        return shape[::-1] if self._turned else shape
 
     def _view(self) -> Any:
         given = self._given
@@ -155,26 +183,25 @@ class _Call:
         given, dtype = self._given, self._data().dtype
         array = _arrays.array("residual", given.residual, dtype)
         if given.out is not None:  # which may be the array of the caller
-            given.over_residual = _arrays.overlaps(given.out, "residual", array)
+            given.over_residual = self._is_over("residual", array)
         given.residual = _arrays.data("residual", array, dtype)
 
     def residual_shape(self, _: str) -> NoReturn:
         raise ValueError(
-            f"residual: expected shape {self._data().shape}, that of x, got "
-            f"{self._given.residual.shape}"
+            f"residual: expected shape {self._shape()}, that of x, got "
+            f"{self._shape(self._given.residual)}"
         )
 
     def over_residual(self, _: str) -> None:
-        given = self._given
-        given.over_residual = _arrays.overlaps(given.out, "residual", given.residual)
+        self._given.over_residual = self._is_over("residual", self._given.residual)
 
     # ---------------------------------------------------------------------------------- backward
 
     def grad_shape(self, _: str) -> NoReturn:
         given = self._given
         raise ValueError(
-            f"grad_output: expected shape {given.saved.shape}, that of the input of the forward "
-            f"call, got {given.grad_output.shape}"
+            f"grad_output: expected shape {self._shape(given.saved)}, that of the input of the "
+            f"forward call, got {self._shape(given.grad_output)}"
         )
 
     def input_gone(self, _: str) -> NoReturn:
@@ -209,16 +236,18 @@ class _Call:
         self._returned, self._given.out = out, np.ndarray.view(out, np.ndarray)
 
     def out_shape(self, _: str) -> NoReturn:
-        raise ValueError(f"out: expected shape {self._data().shape}, got {self._given.out.shape}")
+        out = self._given.out
+        raise ValueError(f"out: expected shape {self._shape()}, got {self._shape(out)}")
 
     def out_dtype(self, _: str) -> NoReturn:
         out = self._given.out
         raise TypeError(
-            f"out: expected {self._data().dtype}, got {out.dtype} in an array of shape {out.shape}"
+            f"out: expected {self._data().dtype}, got {out.dtype} in an array of shape "
+            f"{self._shape(out)}"
         )
 
     def out_read_only(self, _: str) -> NoReturn:
-        shape = self._given.out.shape
+        shape = self._shape(self._given.out)
         raise ValueError(f"out: expected a writable array, got a read-only one of shape {shape}")
 
     def out_layout(self, _: str) -> None:
@@ -233,7 +262,7 @@ class _Call:
     def out_apart(self, name: str) -> NoReturn:
         raise ValueError(
             f"out: expected memory apart from {name}, got an overlap in an array of shape "
-            f"{self._given.out.shape}"
+            f"{self._shape(self._given.out)}"
         )
 
     def over_x(self, _: str) -> None:
@@ -241,8 +270,13 @@ class _Call:
         x = given.x if hasattr(given, "x") else given.given_x
         if x is None:
             x = given.saved.x
-        given.over_x = _arrays.overlaps(given.out, "x", x)
+        given.over_x = self._is_over("x", x)
 
     def over_grad(self, _: str) -> None:
-        given = self._given
-        given.over_grad = _arrays.overlaps(given.out, "grad_output", given.grad_output)
+        self._given.over_grad = self._is_over("grad_output", self._given.grad_output)
+
+    def _is_over(self, name: str, array: Array) -> bool:
+        """Whether out is the very memory of an input, both as the caller has them."""
+        out = self._given.out
+        turned = (out.T, array.T) if self._turned else (out, array)
+        return _arrays.overlaps(turned[0], name, turned[1])

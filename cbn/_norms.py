@@ -28,10 +28,13 @@ MOST_AXES: int = kernels.MOST_AXES
 # ----------------------------------------------------------------------------------- the rows
 
 
-def _batch(axes: Axes, least_axes: int, shape: Shape) -> View:
-    axis = _axis_of_channels(shape, axes, least_axes)
+def _batch(axes: Axes, least_axes: int, turned: bool, shape: Shape) -> View:
+    """turned: the shape is that of the transpose of an array."""
+    axis = _axis_of_channels(shape[::-1] if turned else shape, axes, least_axes)
+    if turned:
+        axis = len(shape) - 1 - axis
     N, C, S = prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :])
-    view: View = kernels.View(1, N, C, S, 1, C, False, (C,))
+    view: View = kernels.View(1, N, C, S, 1, C, False, (C,), turned)
     return view
 
 
@@ -139,15 +142,18 @@ def lengths_of(value: Any) -> Shape:
 # ----------------------------------------------------------------------------------- the table
 
 
-def _norm(make_view: Callable[[Shape], View], centred: bool = True) -> Norm:
-    norm: Norm = kernels.Norm(make_view, centred)
+def _norm(
+    make_view: Callable[[Shape], View], centred: bool = True, turned: Norm | None = None
+) -> Norm:
+    norm: Norm = kernels.Norm(make_view, centred, turned)
     return norm
 
 
 @lru_cache
 def batch(axes: Axes, least_axes: int = 0) -> Norm:
     """Batch norm, and any norm by given statistics of the channels."""
-    return _norm(partial(_batch, axes, least_axes))
+    turned = _norm(partial(_batch, axes, least_axes, True))
+    return _norm(partial(_batch, axes, least_axes, False), turned=turned)
 
 
 @lru_cache

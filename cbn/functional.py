@@ -89,7 +89,8 @@ def batch_norm(
         one step after the other. It may be ``out``.
     out : ndarray, optional
         Array of the shape and dtype of ``x`` to write to: ``x`` or ``residual`` itself, or memory
-        apart from them. One that is not contiguous is written by way of a temporary.
+        apart from them. One that is not contiguous, or not in the order of ``x``, is written by
+        way of a temporary.
 
     Returns
     -------

@@ -6,7 +6,8 @@
 # cbn/_mends.py then converts the argument, refuses it in words, or finds out what takes longer to
 # know, and the call is made again:
 #
-#   data     the input as a kernel can read it, where the caller's array is of another layout
+#   data     the input as a kernel can read it, where the caller's array is of another layout; its
+#            transpose, where the view is turned: then so is every other array of its shape
 #   over_x   whether out is the very memory of x, where their ends alone do not tell; over_grad:
 #            that of grad_output
 #   spread   True: an out of another layout has no two elements in one place
@@ -359,6 +360,8 @@ def backward(grad_output, Saved saved, weight, out, wanted, threads_for,
     cdef bint of_input, of_parameters
     cdef int type_num
     if data is None:
+        if view.turned:
+            return "data:grad_output"
         data = grad_output
     if not is_data(data, saved.dtype):
         return "data:grad_output"

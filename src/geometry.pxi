@@ -123,6 +123,7 @@ cdef class View:
 
     cdef readonly Py_ssize_t B, N, C, S, parts, period
     cdef readonly bint of_samples         # whether each channel is of one sample
+    cdef readonly bint turned             # whether it is of the transpose of the caller's array
     cdef readonly tuple parameter_shape   # of weight, bias, and running statistics
     cdef readonly Py_ssize_t values       # that a mean is of
     # Whether backward computes statistics that were not kept on its way through x, and whether they
@@ -134,9 +135,10 @@ cdef class View:
     cdef Geometry gathering
 
     def __init__(self, Py_ssize_t B, Py_ssize_t N, Py_ssize_t C, Py_ssize_t S, Py_ssize_t parts,
-                 Py_ssize_t period, bint of_samples, tuple parameter_shape):
+                 Py_ssize_t period, bint of_samples, tuple parameter_shape, bint turned=False):
         self.B, self.N, self.C, self.S, self.parts, self.period = B, N, C, S, parts, period
         self.of_samples, self.parameter_shape = of_samples, parameter_shape
+        self.turned = turned
         # Of no sample there are no values, but of a batch without any each mean would be of some.
         self.values = N * S if B * C > 0 or not of_samples else 0
         if B * N * C * S > 0:
@@ -161,10 +163,11 @@ cdef class Norm:
 
     cdef readonly bint centred   # whether the mean is subtracted
     cdef readonly dict views     # of shapes that it has seen
+    cdef readonly Norm turned    # for the transposes of (N, C) in Fortran order; None: by a copy
     cdef object make_view        # a function that returns the view of a shape, or refuses it
 
-    def __init__(self, make_view, bint centred=True):
-        self.make_view, self.centred, self.views = make_view, centred, {}
+    def __init__(self, make_view, bint centred=True, Norm turned=None):
+        self.make_view, self.centred, self.turned, self.views = make_view, centred, turned, {}
 
     def view(self, tuple shape):
         return view_of(self, shape)
@@ -309,5 +312,5 @@ cdef inline bint is_in_spans(const Geometry* g) noexcept nogil:
 
 
 cdef inline Py_ssize_t written_run(const Geometry* g) noexcept nogil:
-    """By plane, the values that are written without a gap, where parameters are by value of a channel."""
+    """By plane, the values that are written without a gap; by value, those of a channel."""
     return g.S if g.by_value else g.strip_channels * g.S // g.inner_pieces

@@ -9,7 +9,7 @@ cdef enum:
     # holds them. Chains of layers that read each other's outputs of 8 to 48 MiB took a quarter
     # less, gradients of 6 MiB an eighth less; forward passes of 6 MiB differed either way.
     STREAM_BYTES = 1 << 24
-    # But not where what is written without a gap is shorter: its first and last lines are not whole.
+    # But not where what is written without a gap is shorter: its ends are no whole lines.
     SHORTEST_STREAMED = 512
 
 

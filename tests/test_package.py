@@ -184,8 +184,10 @@ def build(tmp_path_factory):
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("CBN_", "PYTHON"))}
         return subprocess.run(
             # For a processor whose family has one instruction set, to build sooner.
-            [sys.executable, "-c", "import platform; platform.machine = str; import setup"]
-            + ["build", "--build-base", "made", "--build-lib", "library"],
+            [
+                *(sys.executable, "-c", "import platform; platform.machine = str; import setup"),
+                *("build", "--build-base", "made", "--build-lib", "library"),
+            ],
             cwd=folder,
             env={**clean, "CC": str(compiler), **environment},
             capture_output=True,

@@ -104,7 +104,8 @@ class _BatchNorm(ChannelNorm, of_cbn=True):
             ``out``.
         out : ndarray, optional
             Array of the shape and dtype of ``x`` to write to: ``x`` or ``residual`` itself or
-            memory apart from them. One that is not contiguous is written by way of a temporary.
+            memory apart from them. One that is not contiguous, or not in the order of ``x``, is
+            written by way of a temporary.
         residual : array_like, shape and dtype of x, optional
             What is added to the output before the activation. ``backward`` leaves its gradient in
             ``residual_grad``.
