@@ -38,6 +38,7 @@ cdef extern from "threads.h":
     int usable_cpus() nogil
     int online_cpus()
     void wait_for_team() nogil
+    void fence_streams() nogil
     Py_ssize_t fetch_and_add(Py_ssize_t* value, Py_ssize_t more) nogil
     const char* openmp_library()
     int openmp_version()

@@ -94,16 +94,18 @@ cdef inline double weight_of(const Pass* p, Py_ssize_t k) noexcept nogil:
     return (<const float*>p.parameters)[k]
 
 
-cdef inline Sums merge_channel(const Pass* p, Py_ssize_t c, double reciprocal) noexcept nogil:
+cdef inline Sums merge_channel(const Pass* p, Py_ssize_t c,
+                               Py_ssize_t sharer, Py_ssize_t turn,   # c divided by the period
+                               double reciprocal) noexcept nogil:
     """Merge what the pieces found of a channel, and keep its part in gradients that are shared."""
     cdef const Geometry* g = &p.geometry
     cdef Py_ssize_t kept = parts_kept(g), piece, first, q
     cdef const Sums* found = <const Sums*>p.partial + c * kept
-    cdef Py_ssize_t weight = c % g.period * g.parts
+    cdef Py_ssize_t weight = turn * g.parts
     cdef double* grad_bias
     cdef double* grad_weight
     cdef Sums sums
-    grad_bias = p.shares + c // g.period * 2 * g.parameters + weight
+    grad_bias = p.shares + sharer * 2 * g.parameters + weight
     grad_weight = grad_bias + g.parameters
     if g.parts == 1:
         sums = merge_sums(found, g.pieces, g.channels)

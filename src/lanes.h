@@ -256,13 +256,6 @@ INLINE void stream(void *at, doubles value) { /* a multiple of VECTOR_BYTES */
 #endif
 }
 
-/* Make streamed lines visible before whatever the caller does next. */
-INLINE void stream_fence(void) {
-#ifdef __SSE2__
-    _mm_sfence();
-#endif
-}
-
 /* A sum in CHAINS chains, which an adder of four cycles' latency can take in parallel, folded by
    halves. */
 enum { CHAINS = 8, VECTORS_OF_CHAINS = CHAINS / DOUBLES };

@@ -176,14 +176,12 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
     }
 }
 
-INLINE struct Sums T(sums_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptrdiff_t run_stride,
-                                   ptrdiff_t length) {
-    double total[CHAINS] = {0}, product[CHAINS] = {0}; /* as the compiler cannot know */
+INLINE void T(sum_pairs_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptrdiff_t run_stride,
+                                 ptrdiff_t length, double *total, double *product) { /* OUT (CHAINS) */
     if (length < SHORT_RUN)
         T(sum_pairs)(at, 0, 1, runs, run_stride, length, SHORT_LANES, 0, total, product);
     else
         T(sum_pairs)(at, 0, 1, runs, run_stride, length, LANES, 0, total, product);
-    return (struct Sums){sum_of_chains(total), sum_of_chains(product)};
 }
 
 /* The sums of channels; of each part of one, in a piece that may begin and end within a part. */
@@ -192,21 +190,26 @@ INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const stru
     const ptrdiff_t length = p->geometry.S / p->geometry.parts;
     const ptrdiff_t start = sheet->start, stop = start + sheet->length;
     const ptrdiff_t reached = parts == 1 ? 0 : start / length;
-    ptrdiff_t first = start, end = stop;
+    double totals[AT_ONCE * CHAINS], products[AT_ONCE * CHAINS];
+    ptrdiff_t first = start, end = stop, n = 0;
     for (ptrdiff_t c = 0; c < sheet->channels; c++, at.mean++, at.unit++) {
-        for (ptrdiff_t q = 0; q < parts; q++, into++) {
+        for (ptrdiff_t q = 0; q < parts; q++) {
             if (parts > 1) {
                 first = max_of(start, (reached + q) * length);
-                end = min_of(stop, (reached + q + 1) * length);
+                end = max_of(first, min_of(stop, (reached + q + 1) * length));
             }
-            *into = (struct Sums){0, 0};
-            if (first < end) {
-                *into = T(sums_of_runs)(&at, sheet->runs, sheet->run_stride, end - first);
-                T(move_pair)(&at, end - first, 0);
+            T(sum_pairs_of_runs)(&at, sheet->runs, sheet->run_stride, end - first,
+                                 totals + n * CHAINS, products + n * CHAINS);
+            T(move_pair)(&at, end - first, 0);
+            if (++n == AT_ONCE) {
+                fold_sums(totals, products, n, into);
+                into += n;
+                n = 0;
             }
         }
         T(move_pair)(&at, p->geometry.S - sheet->length, 0);
     }
+    fold_sums(totals, products, n, into);
 }
 
 INLINE void T(sums_by_row)(struct T(Pair) at, const struct Sheet *sheet, ptrdiff_t parts,

@@ -545,8 +545,6 @@ static void T(write)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t 
         T(write_by_plane_fused)(p, sheet, first);
     else
         T(write_by_plane)(p, sheet, first, 0);
-    if (p->stream)
-        stream_fence();
 }
 
 /* Write what was loaded of grad_input in some rows, and add up what these find of the gradients of
@@ -665,10 +663,9 @@ static void T(write_sharing)(const struct Pass *p, const struct Sheet *sheet, pt
     const int alike = p->geometry.S * sizeof(stored) % LINE == 0;
     if (!p->stream && !fuses(p))
         T(write_sharing_way)(p, sheet, first, share, BACKWARD | BY_VALUE);
-    else if (alike && !fuses(p)) {
+    else if (alike && !fuses(p))
         T(write_sharing_way)(p, sheet, first, share, BACKWARD | BY_VALUE | STREAM);
-        stream_fence();
-    } else { /* what is streamed and does not begin alike in cache lines, or has steps, goes row by row */
+    else { /* what is streamed and does not begin alike in cache lines, or has steps, goes row by row */
         T(share_products)(p, sheet, first, share);
         T(write)(p, sheet, first);
     }

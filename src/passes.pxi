@@ -37,7 +37,7 @@ cdef void finish_channels(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcep
     cdef Columns found = columns_in(values, AT_ONCE)
     cdef Moments moments
     cdef Sums sums
-    cdef Py_ssize_t c
+    cdef Py_ssize_t c, sharer, turn
     if finds_statistics(p):
         for c in range(n):
             moments = merge(<const Moments*>p.partial + first + c, g.pieces, g.channels)
@@ -49,11 +49,16 @@ cdef void finish_channels(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcep
         return
     micro.finish_coefficients(p, first, n, reciprocal)
     if p.kind == GRADIENTS or p.kind == FROZEN_GRADIENTS:
+        # A division costs as much as ten values.
+        sharer, turn = first // g.period, first % g.period
         for c in range(n):
             if p.shares == NULL or g.by_value:
                 sums = merge_sums(<const Sums*>p.partial + first + c, g.pieces, g.channels)
             else:
-                sums = merge_channel(p, first + c, reciprocal[c])
+                sums = merge_channel(p, first + c, sharer, turn, reciprocal[c])
+            turn += 1
+            if turn == g.period:
+                sharer, turn = sharer + 1, 0
             total[c], product[c] = sums.grad_output, sums.grad_output_centred
         micro.finish_gradients(p, first, n, reciprocal, total, product)
 
@@ -228,6 +233,8 @@ cdef void work(const Pass* p, Team* team, int thread) noexcept nogil:
         end_round(team, pace)
     else:
         run_rounds(p, team, thread)
+    if p.stream:   # once, because it waits until all lines are written
+        fence_streams()
     if p.shares != NULL and p.grad_weight != NULL:
         wait_for(team)
         while take(team, PARAMETERS, thread, 1, &k) > 0:

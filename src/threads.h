@@ -4,6 +4,9 @@
 
 #include <stddef.h>
 #include <unistd.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 /* The CPUs of the machine, whatever this process may use of them. */
 static inline int online_cpus(void) { return (int)sysconf(_SC_NPROCESSORS_ONLN); }
@@ -11,6 +14,13 @@ static inline int online_cpus(void) { return (int)sysconf(_SC_NPROCESSORS_ONLN);
 /* The value before; one thread after the other. */
 static inline ptrdiff_t fetch_and_add(ptrdiff_t *value, ptrdiff_t more) {
     return __atomic_fetch_add(value, more, __ATOMIC_RELAXED);
+}
+
+/* Make streamed lines visible to other threads before whatever this one does next. */
+static inline void fence_streams(void) {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
 }
 
 #ifdef _OPENMP
