@@ -4,7 +4,7 @@
     python benchmarks/team_threshold.py --threads 4 --passes inference backward
 
 cbn gives a call a team where it reads SERIAL_BELOW values or more (cbn/_threads.py), those that it
-reads again included: training counts its input twice, backward both of its inputs twice. Here
+reads again included: training counts its input twice, and so does backward. Here
 every pass is timed on one thread and with a team, at sizes below that number and above it, in
 turns and with out= (turns.py says how; the team's threads are awake). A number in the table is the
 time on one thread over that of the team. At the end of a row is the number of values read from
@@ -26,7 +26,7 @@ from cbn import _dispatch, _threads
 
 SIZES = [size for k in range(13, 19) for size in (1 << k, 3 << k - 1)]  # values of x
 # How often a pass reads the values of x, or as many of another input, in cbn's count.
-READS = {"inference": 1, "training": 2, "backward": 4}
+READS = {"inference": 1, "training": 2, "backward": 2}
 # By a word, the shape of x without what makes it so large, which is -1, and its norm.
 FORMS: dict[str, tuple[tuple[int, ...], Callable[[tuple[int, ...]], cbn.layers.NormLayer]]] = {
     "batch 1xCx16x16": ((1, -1, 16, 16), lambda shape: cbn.BatchNorm2d(shape[1])),

@@ -52,9 +52,10 @@ def _default() -> tuple[int, str]:
     return (cpus, why) if cpus <= most else (most, "OpenMP's maximum")
 
 
-# Values read, below which a call keeps to one thread. On two AVX-512 cores whose threads are awake,
-# a team costs about 5 us; one core normalises 16,384 values in 7 us. A pool that sleeps costs more.
-SERIAL_BELOW = 32_768
+# Values read, below which a call keeps to one thread. From where on a team of two pays depends on
+# the machine (benchmarks/team_threshold.py): on one from 49,152 to 65,536 values of x in inference,
+# on another from 131,072 to 196,608. A pool that sleeps costs more.
+SERIAL_BELOW = 98_304
 
 _process_wide, _origin = _default()
 # The numbers of the ``with`` blocks that this thread or task is in, the innermost last.

@@ -242,10 +242,8 @@ cdef void work(const Pass* p, Team* team, int thread) noexcept nogil:
 
 
 cdef inline Py_ssize_t cost_of(Kind kind) noexcept nogil:
-    """How much more a pass has to do for a value than one that only writes."""
-    if kind == GRADIENTS or kind == FROZEN_GRADIENTS:
-        return 4
-    return 2 if kind == NORMALISE else 1
+    """How much more a pass has to do for a value than one that only writes or only reduces."""
+    return 1 if kind == GIVEN or kind == STATISTICS else 2
 
 
 cdef char* take_memory(Pass* p, Team* team) noexcept nogil:

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 from tolerances import CLOSE
 
-from cbn import _dispatch
+from cbn import _dispatch, _threads
 
-# Tests ask for teams of threads and must get them, however busy the machine is.
+# Tests ask for teams of threads and must get them, however busy the machine is, and for small arrays.
 _dispatch.kernels.calls().judges = False
+_threads.SERIAL_BELOW = 16_384
 
 # The same examples at every run: what fails here fails everywhere; and nothing by the clock.
 settings.register_profile(

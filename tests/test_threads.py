@@ -265,7 +265,7 @@ def test_without_environment_variable_openmp_decides():
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux does")
 @pytest.mark.parametrize(
     ("rows", "started"),
-    [(100_000, 2), (SERIAL_BELOW // 2 - 1, 0)],
+    [("100_000", 2), ("cbn._threads.SERIAL_BELOW // 2 - 1", 0)],
     ids=["large", "below_the_serial_threshold"],
 )
 def test_a_call_runs_on_that_many_threads(rows, started):
