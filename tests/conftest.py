@@ -13,7 +13,7 @@ from tolerances import CLOSE
 
 from cbn import _dispatch, _threads
 
-# Tests ask for teams of threads and must get them, however busy the machine is, and for small arrays.
+# Tests ask for teams of threads and must get them, on a busy machine and for small arrays.
 _dispatch.kernels.calls().judges = False
 _threads.SERIAL_BELOW = 16_384
 
