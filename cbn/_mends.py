@@ -62,26 +62,32 @@ class _Call:
         given, of_layer = self._given, name == "x"
         dtype = getattr(given, "dtype", None) if of_layer else given.saved.dtype
         array = _arrays.array(name, getattr(given, name), dtype, of_layer)
-        turned = getattr(given.norm, "turned", None) if of_layer else None
-        if turned is not None and array.ndim == 2 and kernels.is_plain(array.T):
-            given.norm, self._turned = turned, True
-        elif not of_layer:
+        norm = given.norm if of_layer else None
+        if norm is None:
             self._turned = given.saved.view.turned
-        if self._turned:
-            array = array.T
-            self._turn_others(array.dtype)
+        elif norm.turned is not None and array.ndim == 2 and not array.flags.c_contiguous:
+            self._turned = kernels.is_plain(array.T)
+        array = self._turn(array)
         given.data = _arrays.data(name, array, dtype, of_layer)
         setattr(given, name, array)
+        if self._turned:
+            if norm is not None:
+                given.norm = norm.turned
+            self._turn_others()
 
-    def _turn_others(self, dtype: np.dtype[Any]) -> None:
-        """Let the other arrays of the input's shape be transposes too."""
+    def _turn(self, array: Array) -> Array:
+        """An array of the caller as the call has it, or the other way round."""
+        return array.T if self._turned else array
+
+    def _turn_others(self) -> None:
+        """Read the other arrays of the input's shape, and let them be transposes too."""
         given = self._given
         if getattr(given, "given_x", None) is not None:
             given.given_x = given.given_x.T
         if getattr(given, "residual", None) is not None:
-            given.residual = _arrays.array("residual", given.residual, dtype).T
+            given.residual = _arrays.array("residual", given.residual, given.data.dtype).T
         if getattr(given, "out", None) is not None:
-            self.out("")
+            self.out()
             given.out = given.out.T
 
     def enough_values(self, _: str) -> None:
@@ -229,7 +235,7 @@ class _Call:
 
     # ------------------------------------------------------------------------------------ output
 
-    def out(self, _: str) -> None:
+    def out(self, _: str = "") -> None:
         out = self._given.out
         if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
             raise TypeError(f"out: expected an array, got {type(out).__name__}")
@@ -251,7 +257,7 @@ class _Call:
         raise ValueError(f"out: expected a writable array, got a read-only one of shape {shape}")
 
     def out_layout(self, _: str) -> None:
-        out = self._given.out
+        out = self._turn(self._given.out)
         if _arrays.may_overlap_itself(out):
             raise ValueError(
                 f"out: expected an array that does not overlap itself, "
@@ -278,5 +284,4 @@ class _Call:
     def _is_over(self, name: str, array: Array) -> bool:
         """Whether out is the very memory of an input, both as the caller has them."""
         out = self._given.out
-        turned = (out.T, array.T) if self._turned else (out, array)
-        return _arrays.overlaps(turned[0], name, turned[1])
+        return _arrays.overlaps(self._turn(out), name, self._turn(array))

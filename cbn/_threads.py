@@ -52,9 +52,9 @@ def _default() -> tuple[int, str]:
     return (cpus, why) if cpus <= most else (most, "OpenMP's maximum")
 
 
-# Values read, below which a call keeps to one thread. From where on a team of two pays depends on
-# the machine (benchmarks/team_threshold.py): on one from 49,152 to 65,536 values of x in inference,
-# on another from 131,072 to 196,608. A pool that sleeps costs more.
+# Values, those of a pass that reduces and writes twice, below which a call keeps to one thread: a
+# number between those of two machines. A team of two paid on one from 49,152 to 65,536 values on in
+# inference, on the other from 131,072 to 196,608 (benchmarks/team_threshold.py).
 SERIAL_BELOW = 98_304
 
 _process_wide, _origin = _default()
@@ -89,7 +89,7 @@ def process_wide() -> tuple[int, str]:
 
 
 def threads_for(values: int) -> int:
-    """The number of threads for a call that reads so many values, those that it reads again too."""
+    """The number of threads for a call of so many values, as SERIAL_BELOW counts them."""
     return 1 if values < SERIAL_BELOW else get_num_threads()
 
 

@@ -181,7 +181,8 @@ cdef Steps steps_of(activation, residual, ndarray x, bint keeps):
     steps = Steps.__new__(Steps)
     steps.relu, steps.residual = activation == "relu", residual
     if steps.relu and keeps:
-        size[0] = PyArray_SIZE(x) // 64 + 2   # the last bits are read in four bytes
+        # The last vector of a row is read in four bytes, also where none of its values is there.
+        size[0] = PyArray_SIZE(x) // 64 + 3
         steps.passed = PyArray_EMPTY(1, size, NPY_UINT64, 0)
     return steps
 

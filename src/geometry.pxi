@@ -18,9 +18,9 @@
 # S // parts of its values, and after `period` channels they repeat.
 #
 # The array is cut into strips of whole channels of a batch and each strip into pieces; (strip,
-# piece) is a tile, the unit of parallel work. The reductions read a tile
-# as a sheet: rows of `width` contiguous values, with one accumulator per column. Columns never mix
-# inside a loop, which is why vectors of any width give the same bits.
+# piece) is a tile, the unit of parallel work. The reductions read a tile as a sheet: rows of
+# `width` contiguous values, with one accumulator per column. Columns never mix inside a loop, which
+# is why vectors of any width give the same bits.
 #
 #   by plane (S long):   each run of S values of a channel is folded into rows of `lanes` values;
 #                        the last one may be shorter. A strip is one channel, or several that have
@@ -313,4 +313,8 @@ cdef inline bint is_in_spans(const Geometry* g) noexcept nogil:
 
 cdef inline Py_ssize_t written_run(const Geometry* g) noexcept nogil:
     """By plane, the values that are written without a gap; by value, those of a channel."""
-    return g.S if g.by_value else g.strip_channels * g.S // g.inner_pieces
+    if g.by_value:
+        return g.S
+    if g.strip_channels == g.C and g.inner_pieces == 1:
+        return g.N // g.outer_pieces * g.C * g.S
+    return g.strip_channels * g.S // g.inner_pieces

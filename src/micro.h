@@ -4,7 +4,6 @@
    set. */
 
 enum {
-    T(IS_HALF) = sizeof(stored) < sizeof(real),
     T(LINE_VALUES) = LINE / sizeof(stored), /* in a cache line */
     T(LINE_OF) = T(LINE_VALUES) / LANES_OF, /* the same, in vectors */
     /* Vectors that are written side by side: what is loaded together fills no more registers. */

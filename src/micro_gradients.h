@@ -292,7 +292,6 @@ static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptr
                                           - units.low[c] * into[q].grad_output;
 }
 
-
 /* The sums of at most AT_ONCE channels that have a weight for each value; side by side where it is the
    same for all. */
 INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
@@ -311,7 +310,7 @@ INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, 
     at.mean = units.high + c;                                                                      \
     at.unit = units.per_unit + c;                                                                  \
     T(sum_pairs)(&at, S, beside, sheet->runs, sheet->run_stride, sheet->length, width,             \
-                 BY_VALUE, totals + c * CHAINS, products + c * CHAINS);                      \
+                 BY_VALUE, totals + c * CHAINS, products + c * CHAINS);                            \
     at.grad_output += beside * S;                                                                  \
     at.x += beside * S;                                                                            \
     at.out += beside * S
@@ -336,7 +335,6 @@ static void T(row_products)(const struct Pass *p, const struct Sheet *sheet, ptr
     else
         T(row_products_in)(p, sheet, first, LANES, total, product);
 }
-
 
 /* Add up what channels share: the gradients of weights and biases by value. */
 static void T(share_products)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,

@@ -7,13 +7,13 @@
 
 enum { /* what `way` says of a loop, as a literal: the compiler keeps what it needs */
     BACKWARD = 1,   /* grad_input is written, not y */
-    STREAM = 2,     /* past the cache: whole cache lines */
+    STREAM = 2,     /* past the cache, where a loop has a form for it: whole cache lines */
     WEIGHTED = 4,   /* a channel has several weights; grad_output has its own as a coefficient */
     BY_COLUMN = 8,  /* coefficients, or means, are for a column each, not one for all */
     BY_VALUE = 16,  /* a weight and a bias beside each value of a run */
     BY_ROW = 32,    /* x is normalised first, by what each row has */
     MEANS = 64,     /* means go along with the columns */
-    FUSED = 128,    /* steps go along: an activation, a residual, or what they let through */
+    FUSED = 128,    /* steps go along with what is written */
 };
 
 enum {

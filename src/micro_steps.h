@@ -1,7 +1,7 @@
 /* The steps that go along with a pass that writes: y = relu(norm(x) + residual), and, on the way back,
    what relu lets through of the gradient of y, which is that of the residual too. What it lets through
-   is kept as a bit for each value of an array. Loops take them where `way` is FUSED, and are compiled
-   once more for it: those without steps lose nothing. */
+   is kept as a bit for each value of an array. Loops that write take them where `way` is FUSED, and are
+   compiled once more for it; sums ask for each vector whether there are such bits. */
 
 struct T(Gate) { /* what relu has let through, or NULL: everything */
     const unsigned char *passed;

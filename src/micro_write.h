@@ -98,8 +98,7 @@ INLINE struct T(Loaded) T(load_vectors)(const struct T(Place) *at, ptrdiff_t k, 
 }
 
 /* Write what was loaded, with coefficients that are for all columns (by value, for those of a row), or
-   else for those from k on. Whether it is streamed is found out here, and not by another form of the
-   loop. */
+   else for those from k on. */
 INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int rows,
                              ptrdiff_t row_stride, const int across, ptrdiff_t lanes,
                              int streams, const struct T(Loaded) *values,
@@ -230,36 +229,47 @@ INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t
     return place;
 }
 
-/* Where a run is: in a part of a channel, which may be all of it, of which so many values are left. */
+/* Where a run is: in a part of a channel, which may be all of it, of which so many values are left. It
+   knows what it needs of the pass: after a store, the compiler would have to look again. */
 struct T(Walk) {
-    ptrdiff_t channel, part, left;
+    const struct Pass *pass;
+    ptrdiff_t channel, first, end; /* after the last channel comes the first, of the next sample */
+    ptrdiff_t part, parts, length, left;
+    const real *coefficients; /* of channel 0 */
+    ptrdiff_t stride;
     struct T(Coefficients) here;
 };
 
-INLINE void T(enter_part)(struct T(Walk) *walk, const struct Pass *p, const int way) {
-    const int several = p->geometry.parts > 1;
-    const real *weight = several ? R(weights_of)(p, walk->channel) + walk->part : NULL;
-    const real *of_channel = (const real *)p->coefficients + walk->channel;
-    real of_part[ALL_COEFFICIENTS];
-    const struct T(Place) place = {.coefficients = of_part, .stride = 1};
-    for (int q = 0; q < COEFFICIENTS; q++)
-        of_part[q] = of_channel[q * p->geometry.channels];
-    if (way & BACKWARD)
-        of_part[WEIGHT] = several ? *weight : 1;
-    else if (several) {
-        of_part[SCALE] *= *weight;
-        of_part[BIAS] = weight[p->geometry.parameters] + of_part[BIAS] * *weight;
+INLINE void T(enter_part)(struct T(Walk) *walk, const int way) {
+    const real *of_channel = walk->coefficients + walk->channel, *weight;
+    const ptrdiff_t stride = walk->stride;
+    real scale = of_channel[SCALE * stride], bias = of_channel[BIAS * stride], of_grad = 1;
+    if (walk->parts > 1) {
+        weight = R(weights_of)(walk->pass, walk->channel) + walk->part;
+        if (way & BACKWARD)
+            of_grad = *weight;
+        else {
+            scale *= *weight;
+            bias = weight[walk->pass->geometry.parameters] + bias * *weight;
+        }
     }
-    walk->here = T(coefficients)(&place, 0, LANES_OF, way);
+    walk->here.mean = all(of_channel[MEAN * stride]);
+    walk->here.scale = all(scale);
+    walk->here.bias = all(bias);
+    if (way & BACKWARD)
+        walk->here.slope = all(of_channel[SLOPE * stride]);
+    if (way & BACKWARD && way & WEIGHTED)
+        walk->here.weight = all(of_grad);
 }
 
-INLINE void T(enter_next)(struct T(Walk) *walk, const struct Pass *p, const int way) {
-    if (++walk->part == p->geometry.parts) {
+INLINE void T(enter_next)(struct T(Walk) *walk, const int way) {
+    if (++walk->part == walk->parts) {
         walk->part = 0;
-        walk->channel++;
+        if (++walk->channel == walk->end)
+            walk->channel = walk->first;
     }
-    walk->left += p->geometry.S / p->geometry.parts;
-    T(enter_part)(walk, p, way);
+    walk->left += walk->length;
+    T(enter_part)(walk, way);
 }
 
 /* Coefficients of which the first n lanes are those of a part, and the others those of the next. */
@@ -277,11 +287,11 @@ INLINE struct T(Coefficients) T(joined_coefficients)(struct T(Coefficients) a,
 }
 
 /* Write from k up to `end`, some lanes of a part at a time. */
-INLINE void T(write_up_to)(const struct T(Place) *at, struct T(Walk) *walk, const struct Pass *p,
-                           ptrdiff_t k, ptrdiff_t end, const int way) {
+INLINE void T(write_up_to)(const struct T(Place) *at, struct T(Walk) *walk, ptrdiff_t k,
+                           ptrdiff_t end, const int way) {
     for (ptrdiff_t lanes; k < end; k += lanes, walk->left -= lanes) {
         if (walk->left == 0)
-            T(enter_next)(walk, p, way);
+            T(enter_next)(walk, way);
         lanes = min_of(min_of(LANES_OF, end - k), walk->left);
         T(write_some)(at, k, lanes, 1, 0, &walk->here, way);
     }
@@ -296,16 +306,17 @@ INLINE void T(write_vector)(const struct T(Place) *at, ptrdiff_t k, struct T(Coe
 /* Write n values without a gap in the order of the memory, channel after channel, or part after part
    of one with several weights. A vector in which one ends and the next begins has coefficients of
    both: so short planes cost little more than long ones, and lines are streamed whole. */
-INLINE void T(write_run)(const struct Pass *p, const struct T(Place) *place, ptrdiff_t channel,
-                         ptrdiff_t start, ptrdiff_t n, const int way) {
-    const ptrdiff_t length = p->geometry.S / p->geometry.parts, step = T(ACROSS) * LANES_OF;
+INLINE void T(write_run)(const struct T(Place) *place, struct T(Walk) walk, ptrdiff_t n,
+                         const int way) {
+    const ptrdiff_t length = walk.length, step = T(ACROSS) * LANES_OF;
     const ptrdiff_t unit = place->streams ? max_of(LANES_OF, T(LINE_VALUES)) : LANES_OF;
-    /* Short parts of whole vectors are better not moved to a line: none would be whole. */
+    /* Short parts of whole vectors are better not moved to a line: none would be whole. Parts of one or
+       two are better written on their own. */
     const int fits = length % LANES_OF == 0 && length < ALIGNED_RUN;
     const int aligns = place->streams || (n >= ALIGNED_RUN && !fits);
-    ptrdiff_t k = aligns ? T(values_to_line)(place->out, n) : 0, end = k + (n - k) / unit * unit;
-    struct T(Walk) walk = {
-        .channel = channel, .part = start / length, .left = length - start % length};
+    const int apart = !place->streams && length < 3 * LANES_OF;
+    ptrdiff_t k = apart ? n : aligns ? T(values_to_line)(place->out, n) : 0;
+    ptrdiff_t end = k + (n - k) / unit * unit;
     struct T(Place) here = *place, *at = &here;
     struct T(Coefficients) both;
     struct T(Steps) steps;
@@ -314,8 +325,8 @@ INLINE void T(write_run)(const struct Pass *p, const struct T(Place) *place, ptr
         steps = *place->steps;
         here.steps = &steps;
     }
-    T(enter_part)(&walk, p, way);
-    T(write_up_to)(at, &walk, p, 0, k, way);
+    T(enter_part)(&walk, way);
+    T(write_up_to)(at, &walk, 0, k, way);
     while (k < end) {
         const ptrdiff_t from = k, until = min_of(end, k + walk.left);
         if (until - k >= 2 * step) {
@@ -326,19 +337,19 @@ INLINE void T(write_run)(const struct Pass *p, const struct T(Place) *place, ptr
             T(write_vector)(at, k, &walk.here, way);
         walk.left -= k - from;
         if (walk.left == 0 && k < end)
-            T(enter_next)(&walk, p, way);
+            T(enter_next)(&walk, way);
         if (k == end || walk.left >= LANES_OF)
             continue;
         for (both = walk.here; walk.left < LANES_OF;) {
             const ptrdiff_t filled = walk.left;
-            T(enter_next)(&walk, p, way);
+            T(enter_next)(&walk, way);
             both = T(joined_coefficients)(both, walk.here, filled, way);
         }
         T(write_vector)(at, k, &both, way);
         k += LANES_OF;
         walk.left -= LANES_OF;
     }
-    T(write_up_to)(at, &walk, p, k, n, way);
+    T(write_up_to)(at, &walk, k, n, way);
     if (way & FUSED)
         place->steps->bits = steps.bits;
 }
@@ -346,10 +357,18 @@ INLINE void T(write_run)(const struct Pass *p, const struct T(Place) *place, ptr
 /* Write by plane. A sheet holds whole channels, or a piece of one. */
 INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                             struct T(Steps) *steps, const int way) {
-    for (ptrdiff_t i = 0; i < sheet->runs; i++) {
+    const ptrdiff_t length = p->geometry.S / p->geometry.parts;
+    const ptrdiff_t values = sheet->channels * sheet->length;
+    const int one_run = sheet->run_stride == values; /* of all samples */
+    const struct T(Walk) walk = {
+        .pass = p, .channel = first, .first = first, .end = first + sheet->channels,
+        .part = sheet->start / length, .parts = p->geometry.parts,
+        .length = length, .left = length - sheet->start % length,
+        .coefficients = p->coefficients, .stride = p->geometry.channels};
+    for (ptrdiff_t i = 0; i < (one_run ? 1 : sheet->runs); i++) {
         const struct T(Place) place =
             T(place_of)(p, sheet->offset + i * sheet->run_stride, first, steps);
-        T(write_run)(p, &place, first, sheet->start, sheet->channels * sheet->length, way);
+        T(write_run)(&place, walk, one_run ? values * sheet->runs : values, way);
     }
 }
 

@@ -49,7 +49,6 @@ cdef void finish_channels(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcep
         return
     micro.finish_coefficients(p, first, n, reciprocal)
     if p.kind == GRADIENTS or p.kind == FROZEN_GRADIENTS:
-        # A division costs as much as ten values.
         sharer, turn = first // g.period, first % g.period
         for c in range(n):
             if p.shares == NULL or g.by_value:
@@ -220,13 +219,12 @@ cdef void work(const Pass* p, Team* team, int thread) noexcept nogil:
     """What one thread of a team does: strips, several at a time where they are small, or rounds."""
     cdef const Geometry* g = &p.geometry
     cdef Pace* pace = team.paces + thread
-    cdef Py_ssize_t values = g.strip_channels * g.S * g.N
-    cdef Py_ssize_t most = max(1, min(g.strips // team.threads, PIECE // values))
-    cdef Py_ssize_t first, n = 1, k
+    cdef Py_ssize_t most, first, n = 1, k
     if team.by_strip:
+        most = min(g.strips // team.threads, PIECE // (g.strip_channels * g.S * g.N))
         begin_round(team, pace)
         while n > 0:
-            n = take(team, REDUCTIONS, thread, most, &first)
+            n = take(team, REDUCTIONS, thread, max(1, most), &first)
             for k in range(first, first + n):
                 run_strip(p, k)
                 pace.channels += channels_of(g, k)
@@ -242,7 +240,8 @@ cdef void work(const Pass* p, Team* team, int thread) noexcept nogil:
 
 
 cdef inline Py_ssize_t cost_of(Kind kind) noexcept nogil:
-    """How much more a pass has to do for a value than one that only writes or only reduces."""
+    """How much more a pass has to do for a value than one that only writes or only reduces; from
+    how many values on a team pays, benchmarks/team_threshold.py tells."""
     return 1 if kind == GIVEN or kind == STATISTICS else 2
 
 
@@ -279,6 +278,9 @@ cdef void prepare(Pass* p, Team* team) noexcept nogil:
         p.weight = per_channel_absent(1)
         p.bias = per_channel_absent(0)
     team.by_strip = goes_by_strip(p, team.threads)
+    cdef const Geometry* writing = g if team.by_strip else &p.writing
+    if writing.by_plane and written_run(writing) < SHORTEST_STREAMED:
+        p.stream = False
     share_out(team, REDUCTIONS, g.strips if team.by_strip else tiles_of(g))
     share_out(team, FINISHES, ceil_div(g.channels, FINISHED))
     share_out(team, WRITES, tiles_of(&p.writing), p.kind != GIVEN)
@@ -311,8 +313,7 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for)
     p.x, p.grad_output, p.out = data_of(x), data_of(grad_output), data_of(out)
     # An output that is also an input is in the cache already, line by line.
     p.stream = (size * (3 if p.kind == GRADIENTS else 2) >= STREAM_BYTES
-                and p.out != p.x and p.out != p.grad_output and p.out != p.fused.residual
-                and (not g.by_plane or written_run(g) >= SHORTEST_STREAMED))
+                and p.out != p.x and p.out != p.grad_output and p.out != p.fused.residual)
     num_threads = <int>min(num_threads, max(tiles_of(g), tiles_of(&p.writing)))
     team.threads = begin_pass(num_threads, values)
     team.clock = CLOCK_THREAD_CPUTIME_ID if values >= LONG_CALL else CLOCK_MONOTONIC

@@ -228,6 +228,13 @@ def test_table_by_column_is_refused_by_its_own_shape():
         bn(x, x.T)
     with pytest.raises(ValueError, match=r"^residual: expected shape \(5, 3\).*got \(3, 5\)$"):
         bn(x, residual=x.T)
+    spread = np.lib.stride_tricks.as_strided(np.ones(5, np.float32), (5, C), (4, 0))
+    with pytest.raises(
+        ValueError, match=r"overlap itself, got shape \(5, 3\) with strides \(4, 0\)$"
+    ):
+        bn(x, spread)
+    with pytest.raises(TypeError, match=r"^x: expected float32"):
+        bn(x.astype(int, order="K"), residual=[[1.0] * C] * 5)
     bn(x)
     with pytest.raises(ValueError, match=r"^grad_output: expected shape \(5, 3\).*got \(3, 5\)$"):
         bn.backward(x.T)
@@ -272,6 +279,13 @@ def test_out_in_any_layout(layout, layers, x, dy):
     assert layer.backward(dy, out=grad) is grad
     assert_bits(grad, expected.backward(dy))
     assert_same_state(layer, expected)
+
+
+def test_table_of_one_column_is_in_both_orders(rng):
+    x = rng.standard_normal((7, 1), np.float32)
+    expected = cbn.BatchNorm1d(1)(x)
+    assert_bits(cbn.BatchNorm1d(1)(x.view(Tagged)), expected)
+    assert_bits(cbn.BatchNorm1d(1)(x.tolist()), expected)
 
 
 @pytest.mark.parametrize(

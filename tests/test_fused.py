@@ -216,6 +216,15 @@ def test_state_file(tmp_path, name):
     assert cls.load(path).activation == "relu"
 
 
+@pytest.mark.parametrize("length", [513, 514, 575])
+def test_bits_are_read_within_their_array(length, rng):
+    """A row of LANES values is read by whole vectors, each with its bits in four bytes."""
+    x = rng.standard_normal((7, 9, length), np.float32)
+    _, saved = functional.batch_norm_forward(x, None, None, training=True, activation="relu")
+    last_vector = x.size - length % 64 + 62
+    assert saved.passed.nbytes >= last_vector // 8 + 4
+
+
 def test_a_pickle_keeps_nothing_as_large_as_the_data(rng):
     x = rng.standard_normal((4, 6), np.float32)
     bn = cbn.BatchNorm1d(6)
