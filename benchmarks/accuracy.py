@@ -138,7 +138,7 @@ def of_calls(peers: list[Peer], case: Case, data: Data, right: Exact) -> Iterato
 def data_of(case: Case, x: Array, grad_output: Array) -> Data:
     """The arrays of a case."""
     weight, bias = parameters(case.channels, np.float32)
-    return Data(x, grad_output, weight, bias, np.zeros_like(bias), np.ones_like(bias))
+    return Data(x, grad_output, x, weight, bias, np.zeros_like(bias), np.ones_like(bias))
 
 
 def of_large(layout: str, shape: tuple[int, ...], kind: Hard) -> Iterator[Row]:

@@ -80,6 +80,7 @@ cdef public struct Pass:
     Py_ssize_t origin
     Py_ssize_t ahead
     bint stream             # whether it is written past the cache
+    bint from_memory        # whether x is larger than what a cache keeps of it from pass to pass
     bint centred            # whether the mean is subtracted; RMS norm does not
     Fused fused
     PerChannel weight       # of a channel, where it has one

@@ -84,14 +84,16 @@ INLINE void T(multiply_rows)(struct T(Pair) at, ptrdiff_t j, ptrdiff_t end, ptrd
 }
 
 /* Add up at most WIDTH columns of rows, and of one more row `tail`, of a few rows at a time: more would
-   take the same places of the L1 cache, where rows are a power of two apart. */
+   take the same places of the L1 cache, where rows are a power of two apart. What comes from memory
+   and has no gaps is read in its order, row by row. */
 INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row_stride,
-                                ptrdiff_t width, ptrdiff_t tail, const int way, double *total,
-                                double *product) {
+                                ptrdiff_t width, ptrdiff_t tail, int from_memory, const int way,
+                                double *total, double *product) {
+    const ptrdiff_t beside = from_memory && row_stride == width ? 1 : BESIDE;
     real band_total[WIDTH + LANES_OF], band_product[WIDTH + LANES_OF];
     struct T(Pair) row;
     for (ptrdiff_t j = 0, end, k; j < rows + (tail > 0); j = end) {
-        end = min_of(rows, j + BESIDE);
+        end = min_of(rows, j + beside);
         if (j == rows) {
             end = rows + 1;
             width = tail;
@@ -213,7 +215,7 @@ INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const stru
 }
 
 INLINE void T(sums_by_row)(struct T(Pair) at, const struct Sheet *sheet, ptrdiff_t parts,
-                           struct Sums *into) {
+                           int from_memory, struct Sums *into) {
     const ptrdiff_t period = sheet->channels * sheet->span, span = sheet->span / parts;
     real means[WIDTH], units[WIDTH]; /* of each column */
     double total[WIDTH], product[WIDTH];
@@ -223,8 +225,8 @@ INLINE void T(sums_by_row)(struct T(Pair) at, const struct Sheet *sheet, ptrdiff
     at.unit = units;
     for (ptrdiff_t k = 0; k < sheet->width; k++)
         total[k] = product[k] = 0;
-    T(multiply_columns)(at, sheet->rows, sheet->row_stride, sheet->width, sheet->tail, BY_COLUMN,
-                        total, product);
+    T(multiply_columns)(at, sheet->rows, sheet->row_stride, sheet->width, sheet->tail, from_memory,
+                        BY_COLUMN, total, product);
     for (ptrdiff_t r = 1; r < sheet->repeat; r++)
         for (ptrdiff_t k = 0; k < period; k++) {
             total[k] += total[r * period + k];
@@ -285,7 +287,7 @@ static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptr
     if (p->geometry.by_plane)
         T(sums_by_plane)(at, p, sheet, parts, into);
     else
-        T(sums_by_row)(at, sheet, parts, into);
+        T(sums_by_row)(at, sheet, parts, p->from_memory, into);
     for (ptrdiff_t c = 0; c < sheet->channels; c++)
         for (ptrdiff_t q = c * parts; q < (c + 1) * parts; q++)
             into[q].grad_output_centred = into[q].grad_output_centred * units.unit[c]
@@ -364,7 +366,7 @@ static void T(share_products)(const struct Pass *p, const struct Sheet *sheet, p
                     width = min_of(WIDTH, sheet->length - k);
                     pair = T(pair_of)(p, sheet->offset + c * S + i * sheet->run_stride + k);
                     pair.normal = &normal;
-                    T(multiply_columns)(pair, n, period * S, width, 0, BY_ROW, grad_bias + k,
+                    T(multiply_columns)(pair, n, period * S, width, 0, 0, BY_ROW, grad_bias + k,
                                         grad_bias + p->geometry.parameters + k);
                 }
         }

@@ -206,6 +206,7 @@ static void finish_moments(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
 
 enum {
     BESIDE = 4,      /* rows that are added up at a time */
+    SIDE_BY_SIDE = VECTOR_BYTES == 64 ? 8 : 4, /* vectors whose sums fit the registers */
     SHORT_RUN = 512, /* values that are not worth rows of LANES */
 };
 

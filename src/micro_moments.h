@@ -8,7 +8,8 @@ INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, c
                         const real *shift,   /* NULL: sum x; else x - shift and its square */
                         const real *factor,  /* of x, or NULL */
                         real *total, real *square) {
-    vector shifts[4], factors[4], totals[4], squares[4], value;
+    vector shifts[SIDE_BY_SIDE], factors[SIDE_BY_SIDE], value;
+    vector totals[SIDE_BY_SIDE], squares[SIDE_BY_SIDE];
     EACH (v, vectors) {
         totals[v] = squares[v] = shifts[v] = factors[v] = all(0);
         if (shift)
@@ -36,13 +37,18 @@ INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, c
     }
 }
 
-/* Add up the columns of a few rows, as many columns at a time as registers hold. */
+/* Add up the columns of a few rows, as many columns at a time as registers hold: memory likes it best
+   if that is all of a row. */
 INLINE void T(sum_band)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, ptrdiff_t width,
                         const real *shift, const real *factor, real *total, real *square) {
     ptrdiff_t k = 0;
 #define COLUMNS_FROM(k) shift ? shift + k : NULL, factor ? factor + k : NULL, total + k, square + k
-    for (; width - k >= 4 * LANES_OF; k += 4 * LANES_OF)
+    for (; width - k >= SIDE_BY_SIDE * LANES_OF; k += SIDE_BY_SIDE * LANES_OF)
+        T(sum_rows)(x + k, rows, row_stride, SIDE_BY_SIDE, LANES_OF, COLUMNS_FROM(k));
+    if (SIDE_BY_SIDE > 4 && width - k >= 4 * LANES_OF) {
         T(sum_rows)(x + k, rows, row_stride, 4, LANES_OF, COLUMNS_FROM(k));
+        k += 4 * LANES_OF;
+    }
     for (; k < width; k += LANES_OF)
         T(sum_rows)(x + k, rows, row_stride, 1, min_of(LANES_OF, width - k), COLUMNS_FROM(k));
 #undef COLUMNS_FROM

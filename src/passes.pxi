@@ -5,6 +5,10 @@ cdef enum:
     SPAN = 4096        # values of some channels that are still in the L1 cache after
     EVEN = 8           # channels that are finished side by side, if there are so many
     CACHED = 1 << 17   # values of a strip of rows that are still in the L2 cache (1 MiB) after
+    # Bytes of an array whose rows are read in the order of the memory, which takes more loads and
+    # stores of sums than a few rows side by side. On an EPYC, whose core then reads 20 GB/s rather
+    # than 10, backward took three quarters of the time (channels last, benchmarks/compare.py).
+    BEYOND_CACHES = 1 << 24
     # The output of a pass whose arrays are of this size together is written past the cache: no L2
     # holds them. Chains of layers that read each other's outputs of 8 to 48 MiB took a quarter
     # less, gradients of 6 MiB an eighth less; forward passes of 6 MiB differed either way.
@@ -311,6 +315,7 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for)
     cdef floating_point_modes before = modes   # set, because private variables begin as copies
     p.storage = <Storage>storage_of(x)
     p.x, p.grad_output, p.out = data_of(x), data_of(grad_output), data_of(out)
+    p.from_memory = size >= BEYOND_CACHES
     # An output that is also an input is in the cache already, line by line.
     p.stream = (size * (3 if p.kind == GRADIENTS else 2) >= STREAM_BYTES
                 and p.out != p.x and p.out != p.grad_output and p.out != p.fused.residual)
