@@ -52,9 +52,9 @@ def _default() -> tuple[int, str]:
     return (cpus, why) if cpus <= most else (most, "OpenMP's maximum")
 
 
-# Values, those of a pass that reduces and writes twice, below which a call keeps to one thread: a
-# number between those of two machines. A team of two paid on one from 49,152 to 65,536 values on in
-# inference, on the other from 131,072 to 196,608 (benchmarks/team_threshold.py).
+# Values below which a call keeps to one thread; a pass that reduces and writes counts them twice.
+# It lies between the numbers of two machines: a team of two paid on one from 49,152 to 65,536
+# values on in inference, on the other from 131,072 to 196,608 (benchmarks/team_threshold.py).
 SERIAL_BELOW = 98_304
 
 _process_wide, _origin = _default()

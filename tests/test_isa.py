@@ -5,7 +5,7 @@ import pytest
 from processes import printed_by
 
 import cbn
-from cbn import _dispatch, functional
+from cbn import _dispatch, functional, reference
 
 SHAPES = [
     (4, 3),
@@ -54,7 +54,7 @@ def test_same_bits_as_the_baseline(isa, dtype, channel_axis, shape, use_isa):
 
 
 @pytest.mark.parametrize("channel_axis", [1, -1])
-@pytest.mark.parametrize("shape", [(9, 1001, 31, 31), (30, 31, 97, 97)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 1001, 31, 31), (30, 31, 97, 97), (2557, 67, 7, 7)], ids=str)
 def test_same_bits_when_written_past_the_cache(channel_axis, shape, use_isa):
     rng = np.random.default_rng(8)
     C = shape[1]
@@ -71,6 +71,35 @@ def test_same_bits_when_written_past_the_cache(channel_axis, shape, use_isa):
             functional.batch_norm(x, mean, var, channel_axis=channel_axis, out=out)
             found[isa, offset] = hash(out.tobytes())
     assert len(set(found.values())) == 1, found
+
+
+@pytest.mark.parametrize("channel_axis", [1, -1])
+@pytest.mark.parametrize("shape", [(1501, 61, 7, 7), (301, 61, 16, 16)], ids=str)
+def test_training_on_arrays_that_no_cache_holds(channel_axis, shape, use_isa, assert_close):
+    """Rows in the order of the memory, and short planes that are streamed: as the formulas say."""
+    rng = np.random.default_rng(9)
+    x, grad_output = (
+        np.ascontiguousarray(np.moveaxis(array, 1, channel_axis))
+        for array in rng.standard_normal((2, *shape), np.float32)
+    )
+    x += 3
+    assert x.nbytes >= 1 << 24
+    mean, var, _ = reference.batch_norm_stats(x, channel_axis=channel_axis)
+    y, _, _ = reference.batch_norm(x, None, None, training=True, channel_axis=channel_axis)
+    grads = reference.batch_norm_backward(grad_output, x, mean, var, channel_axis=channel_axis)
+    found = set()
+    for isa in _dispatch.supported():
+        use_isa(isa)
+        for threads in (1, 3):
+            with cbn.num_threads(threads):
+                actual, saved = functional.batch_norm_forward(
+                    x, None, None, training=True, channel_axis=channel_axis
+                )
+                actual_grads = functional.norm_backward(grad_output, saved)
+            found.add(hash(b"".join(array.tobytes() for array in (actual, *actual_grads[:3]))))
+    assert len(found) == 1
+    assert_close("y", actual, y, np.float32)
+    assert_close("grad_input", actual_grads[0], grads[0], np.float32)
 
 
 @pytest.mark.parametrize("isa", _dispatch.supported())
