@@ -22,7 +22,7 @@ import numpy as np
 from turns import time_in_turns
 
 import cbn
-from cbn import _dispatch, _threads
+from cbn import _dispatch
 
 SIZES = [size for k in range(13, 19) for size in (1 << k, 3 << k - 1)]  # values of x
 # How often a pass counts the values of x.
@@ -78,7 +78,7 @@ def ratio(form: str, pass_: str, size: int, seconds: float) -> float:
         call = partial(layer.backward, grad_output.reshape(pattern), np.empty_like(x))
 
     def run(serial_below: int) -> None:
-        _threads.SERIAL_BELOW = serial_below
+        _dispatch.kernels.take_threads_from(cbn.get_num_threads, serial_below)
         call()
 
     calls = {"team": partial(run, 0), "one": partial(run, READS[pass_] * size + 1)}

@@ -14,7 +14,6 @@ from numpy.typing import ArrayLike
 
 from cbn._dispatch import kernels
 from cbn._mends import mended
-from cbn._threads import threads_for
 from cbn._types import Array
 
 if TYPE_CHECKING:
@@ -52,7 +51,6 @@ def forward(
     given = (
         x, norm, dtype, weight, bias, eps, out, least, running_mean, running_var,
         num_batches_tracked, momentum, correction, nonfinite, keeps, activation, residual,
-        threads_for,
     )  # fmt: skip
     done: Any = kernels.forward(*given)
     return done if type(done) is tuple else mended(kernels.forward, given, done)
@@ -75,7 +73,7 @@ def forward_given(
     """Normalise x by given statistics."""
     given = (
         x, norm, dtype, running_mean, running_var, weight, bias, eps, out, keeps, activation,
-        residual, threads_for,
+        residual,
     )  # fmt: skip
     done: Any = kernels.forward_given(*given)
     return done if type(done) is tuple else mended(kernels.forward_given, given, done)
@@ -83,7 +81,7 @@ def forward_given(
 
 def statistics(x: ArrayLike, norm: Norm, eps: float = 0.0) -> Saved:
     """Return what a forward pass would have kept, for a backward pass without one."""
-    given = x, norm, eps, threads_for
+    given = x, norm, eps
     done: Saved | str = kernels.saved_statistics(*given)
     return mended(kernels.saved_statistics, given, done) if isinstance(done, str) else done
 
@@ -109,6 +107,6 @@ def backward(
 
     given_x: the input of the forward pass as the caller has it, where that is another layout.
     """
-    given = grad_output, saved, weight, out, wanted, threads_for, given_x
+    given = grad_output, saved, weight, out, wanted, given_x
     done: Any = kernels.backward(*given)
     return done if type(done) is tuple else mended(kernels.backward, given, done)

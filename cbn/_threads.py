@@ -88,11 +88,6 @@ def process_wide() -> tuple[int, str]:
     return _process_wide, _origin
 
 
-def threads_for(values: int) -> int:
-    """The number of threads for a call of so many values, as SERIAL_BELOW counts them."""
-    return 1 if values < SERIAL_BELOW else get_num_threads()
-
-
 class num_threads(ContextDecorator):
     """Use this number of threads within a ``with`` block, in this thread (or task) only.
 
@@ -149,3 +144,6 @@ def set_num_threads(num_threads: int) -> int:
     new = _thread_count(num_threads)
     old, _process_wide, _origin = _process_wide, new, "set_num_threads"
     return old
+
+
+kernels.take_threads_from(get_num_threads, SERIAL_BELOW)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cbn import _arrays, _dispatch, _engine, _norms, _scalars, _threads
+from cbn import _arrays, _dispatch, _engine, _norms, _scalars
 from cbn._docstrings import documented_by
 from cbn._types import Array, Gradient
 
@@ -126,7 +126,7 @@ def batch_norm(
     # One step for the ordinary call: a small one pays more for each of Python's than for its data.
     done: Array | None = _dispatch.kernels.batch_norm(
         x, running_mean, running_var, weight, bias, training, momentum, eps, _norms.BATCH,
-        channel_axis, correction, out, activation, residual, _threads.threads_for,
+        channel_axis, correction, out, activation, residual,
     )  # fmt: skip
     if done is not None:
         return done

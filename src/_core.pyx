@@ -115,9 +115,8 @@ def openmp():
     return openmp_library().decode("utf-8", "replace"), openmp_version()
 
 
-cdef Pass new_pass(Kind kind, View view, ndarray weight, ndarray bias, ndarray mean, ndarray var,
-                   double eps):
-    cdef Pass p
+cdef void set_up(Pass* p, Kind kind, View view, ndarray weight, ndarray bias, ndarray mean,
+                 ndarray var, double eps):
     p.kind = kind
     p.geometry = (view.writing if kind == GIVEN else view.gathering if kind == GRADIENTS
                   else view.reducing)
@@ -134,7 +133,6 @@ cdef Pass new_pass(Kind kind, View view, ndarray weight, ndarray bias, ndarray m
     p.grad_weight = p.grad_bias = NULL
     memset(&p.fused, 0, sizeof(Fused))
     p.origin = p.ahead = 0
-    return p
 
 
 cdef void use_statistics(Pass* p, ndarray statistics):
@@ -204,12 +202,12 @@ cdef class Saved:
     cdef readonly bint has_residual
 
 
-cpdef Saved new_saved(x, tuple shape, dtype, View view, ndarray statistics, eps, bint centred,
-                      bint frozen, Steps steps):
+cpdef Saved new_saved(x, dtype, View view, ndarray statistics, eps, bint centred, bint frozen,
+                      Steps steps):
     cdef Saved saved = Saved.__new__(Saved)
     if steps is not None:
         saved.passed, saved.has_residual = steps.passed, steps.residual is not None
-    saved.x, saved.shape, saved.dtype, saved.view = x, shape, dtype, view
+    saved.x, saved.shape, saved.dtype, saved.view = x, view.shape, dtype, view
     saved.statistics, saved.eps, saved.centred, saved.frozen = statistics, eps, centred, frozen
     return saved
 
@@ -217,12 +215,12 @@ cpdef Saved new_saved(x, tuple shape, dtype, View view, ndarray statistics, eps,
 cpdef statistics_of(ndarray x, View view,
                     double eps,           # that will be added to the variance
                     bint centred,
-                    ndarray statistics,   # OUT
-                    threads_for):
-    cdef Pass p = new_pass(STATISTICS, view, None, None, None, None, eps)
+                    ndarray statistics):  # OUT
+    cdef Pass p
+    set_up(&p, STATISTICS, view, None, None, None, None, eps)
     p.centred = centred
     p.statistics = <double*>data_of(statistics)
-    run_pass(&p, x, None, None, threads_for)
+    run_pass(&p, x, None, None)
 
 
 cdef void fuse(Pass* p, Steps steps):
@@ -236,36 +234,39 @@ cdef void fuse(Pass* p, Steps steps):
 cpdef normalise(ndarray x, View view, ndarray weight, ndarray bias, double eps, bint centred,
                 ndarray statistics,   # OUT, or None, where nobody keeps them
                 ndarray out,          # OUT
-                Steps steps, threads_for):
+                Steps steps):
     """Normalise every channel by its own statistics."""
-    cdef Pass p = new_pass(NORMALISE, view, weight, bias, None, None, eps)
+    cdef Pass p
+    set_up(&p, NORMALISE, view, weight, bias, None, None, eps)
     p.centred = centred
     fuse(&p, steps)
     if statistics is None and not has_spans(&p):
         statistics = new_statistics(p.geometry.channels)
     use_statistics(&p, statistics)
     p.statistics = <double*>data_of(statistics)
-    run_pass(&p, x, None, out, threads_for)
+    run_pass(&p, x, None, out)
 
 
 cpdef normalise_by(ndarray x, View view, ndarray statistics, ndarray weight, ndarray bias,
                    double eps,
                    ndarray out,   # OUT
-                   Steps steps, threads_for):
+                   Steps steps):
     """Normalise by statistics of x: the same bits as normalise."""
-    cdef Pass p = new_pass(GIVEN, view, weight, bias, None, None, eps)
+    cdef Pass p
+    set_up(&p, GIVEN, view, weight, bias, None, None, eps)
     fuse(&p, steps)
     use_statistics(&p, statistics)
-    run_pass(&p, x, None, out, threads_for)
+    run_pass(&p, x, None, out)
 
 
 cpdef normalise_given(ndarray x, View view, ndarray mean, ndarray var, ndarray weight, ndarray bias,
                       double eps,
                       ndarray out,   # OUT
-                      Steps steps, threads_for):
-    cdef Pass p = new_pass(GIVEN, view, weight, bias, mean, var, eps)
+                      Steps steps):
+    cdef Pass p
+    set_up(&p, GIVEN, view, weight, bias, mean, var, eps)
     fuse(&p, steps)
-    run_pass(&p, x, None, out, threads_for)
+    run_pass(&p, x, None, out)
 
 
 cdef void gate(Pass* p, Saved saved, ndarray grad_residual):
@@ -276,31 +277,32 @@ cdef void gate(Pass* p, Saved saved, ndarray grad_residual):
 
 
 cpdef gradients_of_scaling(ndarray grad_output, Saved saved, ndarray weight,
-                           ndarray grad_input, ndarray grad_residual,   # OUT; the second, or None
-                           threads_for):
+                           ndarray grad_input,
+                           ndarray grad_residual):   # OUT, both; the second, or None
     """The gradient of an input that the statistics do not depend on; it has no part in it."""
-    cdef Pass p = new_pass(GIVEN, saved.view, weight, None, None, saved.statistics[2], saved.eps)
+    cdef Pass p
+    set_up(&p, GIVEN, saved.view, weight, None, None, saved.statistics[2], saved.eps)
     gate(&p, saved, grad_residual)
-    run_pass(&p, grad_output, None, grad_input, threads_for)
+    run_pass(&p, grad_output, None, grad_input)
 
 
 cpdef gradients(ndarray grad_output, Saved saved, ndarray weight,
                 ndarray grad_input,                       # OUT, or None where it is not wanted
                 ndarray grad_weight, ndarray grad_bias,   # OUT, or None, both
-                ndarray grad_residual,                    # OUT, or None
-                threads_for):
-    cdef Pass p = new_pass(FROZEN_GRADIENTS if saved.frozen else GRADIENTS, saved.view,
-                           weight, None, None, None, saved.eps)
+                ndarray grad_residual):                   # OUT, or None
+    cdef Pass p
     cdef ndarray statistics = saved.statistics
+    set_up(&p, FROZEN_GRADIENTS if saved.frozen else GRADIENTS, saved.view, weight, None, None,
+           None, saved.eps)
     p.centred = saved.centred
     if statistics is None and not has_spans(&p):
         statistics = new_statistics(p.geometry.channels)
-        statistics_of(saved.x, saved.view, saved.eps, saved.centred, statistics, threads_for)
+        statistics_of(saved.x, saved.view, saved.eps, saved.centred, statistics)
     use_statistics(&p, statistics)
     p.grad_weight = data_of(grad_weight)
     p.grad_bias = data_of(grad_bias)
     gate(&p, saved, grad_residual)
-    run_pass(&p, saved.x, grad_output, grad_input, threads_for)
+    run_pass(&p, saved.x, grad_output, grad_input)
 
 
 include "running.pxi"

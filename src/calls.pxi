@@ -14,7 +14,7 @@
 
 cdef object seen(data, Norm norm, dtype):
     """The view of an input, or what is amiss."""
-    return view_of(norm, data.shape) if is_input(data, dtype) else "data:x"
+    return view_of(norm, data) if is_input(data, dtype) else "data:x"
 
 
 cdef inline str amiss_in_parameters(weight, bias, tuple shape):
@@ -46,11 +46,12 @@ cdef str amiss_in_running_statistics(running_mean, running_var, tuple shape, x):
         amiss = amiss_in_running_statistic("running_var", running_var, shape)
     if amiss is not None:
         return amiss
-    if not are_apart(<ndarray>running_mean, <ndarray>running_var):
+    cdef Ends of_mean = ends_of(running_mean), of_var = ends_of(running_var), of_x = ends_of(x)
+    if not are_apart(of_mean, of_var):
         return "apart:running_mean and running_var"
-    if not are_apart(<ndarray>running_mean, <ndarray>x):
+    if not are_apart(of_mean, of_x):
         return "apart:running_mean and x"
-    if not are_apart(<ndarray>running_var, <ndarray>x):
+    if not are_apart(of_var, of_x):
         return "apart:running_var and x"
     return None
 
@@ -68,13 +69,14 @@ cdef str amiss_in_out(out, ndarray like, bint spread, running_mean, running_var,
         return "out_read_only"
     if not (spread or PyArray_IS_C_CONTIGUOUS(<ndarray>out)):
         return "out_layout"
-    if not (running_mean is None or are_apart(<ndarray>out, <ndarray>running_mean)):
+    cdef Ends of_out = ends_of(out)
+    if not (running_mean is None or are_apart(of_out, ends_of(running_mean))):
         return "out_apart:running_mean"
-    if not (running_var is None or are_apart(<ndarray>out, <ndarray>running_var)):
+    if not (running_var is None or are_apart(of_out, ends_of(running_var))):
         return "out_apart:running_var"
-    if not (weight is None or are_apart(<ndarray>out, <ndarray>weight)):
+    if not (weight is None or are_apart(of_out, ends_of(weight))):
         return "out_apart:weight"
-    if not (bias is None or are_apart(<ndarray>out, <ndarray>bias)):
+    if not (bias is None or are_apart(of_out, ends_of(bias))):
         return "out_apart:bias"
     return None
 
@@ -95,7 +97,7 @@ cdef str amiss_in_steps(activation, residual, data, out, over_residual):
 
 cdef inline bint is_known(out, like, over):
     """Whether it is known if an output is the very memory of an input."""
-    return over is not None or out is like or are_apart(<ndarray>out, <ndarray>like)
+    return over is not None or out is like or are_apart(ends_of(out), ends_of(like))
 
 
 cdef inline bint is_over(out, like, over):
@@ -134,7 +136,7 @@ cpdef object forward(
         running_mean, running_var, num_batches_tracked, momentum, correction, nonfinite,
         bint keeps,         # whether there may be a backward pass
         activation, residual,   # steps after the norm, or None
-        threads_for, data=None, over_x=None, bint spread=False, over_residual=None):
+        data=None, over_x=None, bint spread=False, over_residual=None):
     """Normalise by the statistics of x: return the output and a Saved, or None if none is kept.
 
     Where statistics that are not finite are refused, their channels are returned, in a list.
@@ -197,10 +199,9 @@ cpdef object forward(
     if empty:
         statistics[...] = 0
     elif looks_first:
-        statistics_of(data, view, eps, norm.centred, statistics, threads_for)
+        statistics_of(data, view, eps, norm.centred, statistics)
     else:
-        normalise(data, view, weight, bias, eps, norm.centred, statistics, buffer, steps,
-                  threads_for)
+        normalise(data, view, weight, bias, eps, norm.centred, statistics, buffer, steps)
     if not empty and (learns or raises):
         if view.of_samples:
             learnt = averages(statistics, parameter_shape[0])
@@ -209,18 +210,18 @@ cpdef object forward(
             if lost:
                 return lost
         if looks_first:
-            normalise_by(data, view, statistics, weight, bias, eps, buffer, steps, threads_for)
+            normalise_by(data, view, statistics, weight, bias, eps, buffer, steps)
         learn(running_mean, running_var, num_batches_tracked, learnt, momentum, count, correction,
               nonfinite == "skip")
     if not keeps:
         return returned(out, buffer), None
     return returned(out, buffer), new_saved(
-        None if is_over(out, x, over_x) else data, data.shape, <object>PyArray_DESCR(<ndarray>data),
-        view, statistics, eps, norm.centred, False, steps)
+        None if is_over(out, x, over_x) else data, <object>PyArray_DESCR(<ndarray>data), view,
+        statistics, eps, norm.centred, False, steps)
 
 
 cdef object infer(x, data, View view, running_mean, running_var, weight, bias, eps, out,
-                  bint keeps, activation, residual, threads_for, over_x, bint spread,
+                  bint keeps, activation, residual, over_x, bint spread,
                   over_residual):
     """The output and its steps, or what is amiss."""
     cdef str amiss
@@ -250,13 +251,12 @@ cdef object infer(x, data, View view, running_mean, running_var, weight, bias, e
     buffer = written(out, data)
     steps = steps_of(activation, residual, data, keeps)
     if PyArray_SIZE(<ndarray>data) > 0:
-        normalise_given(data, view, running_mean, running_var, weight, bias, eps, buffer, steps,
-                        threads_for)
+        normalise_given(data, view, running_mean, running_var, weight, bias, eps, buffer, steps)
     return returned(out, buffer), steps
 
 
 def forward_given(x, Norm norm, dtype, running_mean, running_var, weight, bias, eps, out,
-                  bint keeps, activation, residual, threads_for, data=None, over_x=None,
+                  bint keeps, activation, residual, data=None, over_x=None,
                   bint spread=False, over_residual=None):
     """Normalise x by given statistics: return the output and a Saved, or None if none is kept."""
     cdef View view
@@ -268,19 +268,19 @@ def forward_given(x, Norm norm, dtype, running_mean, running_var, weight, bias, 
         return found
     view = found
     done = infer(x, data, view, running_mean, running_var, weight, bias, eps, out, keeps,
-                 activation, residual, threads_for, over_x, spread, over_residual)
+                 activation, residual, over_x, spread, over_residual)
     if type(done) is str:
         return done
     y, steps = done
     if not keeps:
         return y, None
-    return y, new_saved(None if is_over(out, x, over_x) else data, data.shape,
-                        <object>PyArray_DESCR(<ndarray>data), view,
-                        given_statistics(running_mean, running_var), eps, True, True, steps)
+    return y, new_saved(
+        None if is_over(out, x, over_x) else data, <object>PyArray_DESCR(<ndarray>data), view,
+        given_statistics(running_mean, running_var), eps, True, True, steps)
 
 
 def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, dict norms,
-               channel_axis, correction, out, activation, residual, threads_for):
+               channel_axis, correction, out, activation, residual):
     """Return the output of the function of this name, or None where any argument is amiss."""
     cdef object done
     cdef Norm norm
@@ -289,18 +289,17 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
     norm = norms[channel_axis]
     if training is True:
         done = forward(x, norm, None, weight, bias, eps, out, 2, running_mean, running_var, None,
-                       momentum, correction, "propagate", False, activation, residual,
-                       threads_for)
+                       momentum, correction, "propagate", False, activation, residual)
         return (<tuple>done)[0] if type(done) is tuple else None
     if not (training is False and is_finite(momentum) and is_non_negative(correction)
             and is_input(x, None)):
         return None
-    done = infer(x, x, view_of(norm, x.shape), running_mean, running_var, weight, bias, eps, out,
-                 False, activation, residual, threads_for, None, False, None)
+    done = infer(x, x, view_of(norm, x), running_mean, running_var, weight, bias, eps, out,
+                 False, activation, residual, None, False, None)
     return None if type(done) is str else (<tuple>done)[0]
 
 
-def saved_statistics(x, Norm norm, eps, threads_for, data=None):
+def saved_statistics(x, Norm norm, eps, data=None):
     """Return the Saved that a forward pass would have kept."""
     cdef str amiss
     cdef View view
@@ -316,10 +315,10 @@ def saved_statistics(x, Norm norm, eps, threads_for, data=None):
     if not view.recomputes:
         statistics = new_statistics(view.B * view.C)
         if PyArray_SIZE(<ndarray>data) > 0:
-            statistics_of(data, view, eps, norm.centred, statistics, threads_for)
+            statistics_of(data, view, eps, norm.centred, statistics)
         else:
             statistics[...] = 0
-    return new_saved(data, data.shape, <object>PyArray_DESCR(<ndarray>data), view, statistics, eps,
+    return new_saved(data, <object>PyArray_DESCR(<ndarray>data), view, statistics, eps,
                      norm.centred, False, None)
 
 
@@ -345,11 +344,11 @@ def saved_given(x, Norm norm, mean, var, training, eps, data=None):
         return "non_negative:eps"
     if not are_usable(<ndarray>var, eps):
         return "usable:var"
-    return new_saved(data, data.shape, <object>PyArray_DESCR(<ndarray>data), view,
+    return new_saved(data, <object>PyArray_DESCR(<ndarray>data), view,
                      given_statistics(mean, var), eps, True, not training, None)
 
 
-def backward(grad_output, Saved saved, weight, out, wanted, threads_for,
+def backward(grad_output, Saved saved, weight, out, wanted,
              given_x,   # the input of the forward pass as the caller has it, or None
              data=None, over_x=None, over_grad=None, bint spread=False):
     """Return the gradients of input, weight, bias and residual, None for what is not wanted."""
@@ -404,10 +403,9 @@ def backward(grad_output, Saved saved, weight, out, wanted, threads_for,
         grad_bias[...] = 0
     if PyArray_SIZE(<ndarray>data) > 0:
         if of_parameters or not saved.frozen:
-            gradients(data, saved, weight, buffer, grad_weight, grad_bias, grad_residual,
-                      threads_for)
+            gradients(data, saved, weight, buffer, grad_weight, grad_bias, grad_residual)
         else:
-            gradients_of_scaling(data, saved, weight, buffer, grad_residual, threads_for)
+            gradients_of_scaling(data, saved, weight, buffer, grad_residual)
     if x is not None and is_over(out, given_x, over_x):
         saved.x = None
     return returned(out, buffer), grad_weight, grad_bias, grad_residual

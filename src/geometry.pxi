@@ -124,6 +124,7 @@ cdef class View:
     cdef readonly Py_ssize_t B, N, C, S, parts, period
     cdef readonly bint of_samples         # whether each channel is of one sample
     cdef readonly bint turned             # whether it is of the transpose of the caller's array
+    cdef readonly tuple shape             # of the array; view_of says it
     cdef readonly tuple parameter_shape   # of weight, bias, and running statistics
     cdef readonly Py_ssize_t values       # that a mean is of
     # Whether backward computes statistics that were not kept on its way through x, and whether they
@@ -162,7 +163,8 @@ cdef class Norm:
     """A row of the table of norms (cbn/_norms.py), for one choice of its arguments."""
 
     cdef readonly bint centred   # whether the mean is subtracted
-    cdef readonly dict views     # of shapes that it has seen
+    cdef readonly dict views     # of shapes that it has seen, ...
+    cdef View latest             # ... the last of which is found without making a tuple of it
     cdef readonly Norm turned    # for the transposes of (N, C) in Fortran order; None: by a copy
     cdef object make_view        # a function that returns the view of a shape, or refuses it
 
@@ -170,18 +172,21 @@ cdef class Norm:
         self.make_view, self.centred, self.turned, self.views = make_view, centred, turned, {}
 
     def view(self, tuple shape):
-        return view_of(self, shape)
+        """The view of an array of this shape, or an error."""
+        cdef View view = self.views.get(shape)
+        if view is None:
+            view = self.make_view(shape)
+            view.shape = shape
+            if len(self.views) >= MOST_VIEWS:
+                self.views.clear()
+            self.views[shape] = view
+        return view
 
 
-cdef View view_of(Norm norm, tuple shape):
-    """The view of an array of this shape, or an error."""
-    cdef View view = norm.views.get(shape)
-    if view is None:
-        view = norm.make_view(shape)
-        if len(norm.views) >= MOST_VIEWS:
-            norm.views.clear()
-        norm.views[shape] = view
-    return view
+cdef inline View view_of(Norm norm, ndarray x):
+    if norm.latest is None or not has_shape(x, norm.latest.shape):
+        norm.latest = norm.view((<object>x).shape)
+    return norm.latest
 
 
 cdef Geometry cut(View view,

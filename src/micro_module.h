@@ -155,31 +155,62 @@ static void fold_sums(double *totals, double *products, ptrdiff_t n, struct Sums
         into[k] = (struct Sums){total[k], product[k]};
 }
 
-/* The moments of the channels of a sheet, each from those of its columns in every repeat. */
-static void fold(const struct Sheet *sheet, const struct Columns *columns, struct Moments *into) {
-    const ptrdiff_t span = sheet->span, period = sheet->channels * span;
-    const ptrdiff_t n = span * sheet->repeat;
-    double rows[WIDTH], mean[WIDTH], square[WIDTH];
-    for (ptrdiff_t c = 0, k = 0; c < sheet->channels; c++, k += span) {
-        struct Moments m = {(double)sheet->rows, columns->shift[k], columns->mean[k],
-                            columns->m2[k]};
-        if (n > 1) {
-            const double shift = m.shift;
-            for (ptrdiff_t r = 0, i = 0, at = k; r < sheet->repeat; r++, at += period)
-                for (ptrdiff_t s = at; s < at + span; s++, i++) {
-                    rows[i] = (double)(sheet->rows + (s < sheet->tail));
-                    mean[i] = (columns->shift[s] - shift) + columns->mean[s];
-                    square[i] = rows[i] * mean[i];
+/* The moments of at most AT_ONCE channels of a sheet, from those of all columns of each: channels side
+   by side, because a division has a long way. Each sum is in chains, folded by halves, as sum_of. */
+INLINE void fold_some(const struct Sheet *sheet, const struct Columns *columns, ptrdiff_t first,
+                      ptrdiff_t n, const ptrdiff_t span, struct Moments *into) {
+    const ptrdiff_t period = sheet->channels * span;
+    const ptrdiff_t longer = sheet->tail / period; /* repeats that have one more row */
+    const double count = (double)(span * (sheet->repeat * sheet->rows + longer));
+    double shift[AT_ONCE], mean[AT_ONCE], chain[CHAINS][AT_ONCE];
+    int chains = 1;
+    while (chains < CHAINS && chains < span * sheet->repeat)
+        chains *= 2;
+    for (ptrdiff_t c = 0; c < n; c++)
+        shift[c] = columns->shift[(first + c) * span];
+    for (int squares = 0; squares < 2; squares++) {
+        memset(chain, 0, chains * sizeof *chain);
+        for (ptrdiff_t r = 0, i = 0; r < sheet->repeat; r++) {
+            const double rows = (double)(sheet->rows + (r < longer));
+            for (ptrdiff_t s = 0; s < span; s++, i++) {
+                const ptrdiff_t at = r * period + first * span + s;
+                double *sum = chain[i % CHAINS];
+                for (ptrdiff_t c = 0; c < n; c++) {
+                    const ptrdiff_t k = at + c * span;
+                    double value = (columns->shift[k] - shift[c]) + columns->mean[k];
+                    if (squares)
+                        value = columns->m2[k] + rows * ((value - mean[c]) * (value - mean[c]));
+                    else
+                        value *= rows;
+                    sum[c] += value;
                 }
-            m.count = sum_of(rows, n);
-            m.mean = sum_of(square, n) / m.count;
-            for (ptrdiff_t r = 0, i = 0, at = k; r < sheet->repeat; r++, at += period)
-                for (ptrdiff_t s = at; s < at + span; s++, i++)
-                    square[i] = columns->m2[s]
-                                + rows[i] * ((mean[i] - m.mean) * (mean[i] - m.mean));
-            m.m2 = sum_of(square, n);
+            }
         }
-        into[c] = m;
+        for (int half = chains / 2; half > 0; half /= 2)
+            for (int h = 0; h < half; h++)
+                for (ptrdiff_t c = 0; c < n; c++)
+                    chain[h][c] += chain[h + half][c];
+        for (ptrdiff_t c = 0; c < n; c++)
+            if (squares)
+                into[c] = (struct Moments){count, shift[c], mean[c], chain[0][c]};
+            else
+                mean[c] = chain[0][c] / count;
+    }
+}
+
+/* The moments of the channels of a sheet. */
+static void fold(const struct Sheet *sheet, const struct Columns *columns, struct Moments *into) {
+    ptrdiff_t n;
+    for (ptrdiff_t c = 0; c < sheet->channels; c += n) {
+        n = min_of(AT_ONCE, sheet->channels - c);
+        if (sheet->span > 1)
+            fold_some(sheet, columns, c, n, sheet->span, into + c);
+        else if (sheet->repeat > 1)
+            fold_some(sheet, columns, c, n, 1, into + c);
+        else
+            for (ptrdiff_t k = c; k < c + n; k++)
+                into[k] = (struct Moments){(double)sheet->rows, columns->shift[k],
+                                           columns->mean[k], columns->m2[k]};
     }
 }
 

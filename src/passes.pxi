@@ -15,6 +15,10 @@ cdef enum:
     STREAM_BYTES = 1 << 24
     # But not where what is written without a gap is shorter: its ends are no whole lines.
     SHORTEST_STREAMED = 512
+    # A small pass works in memory of the stack, and keeps the GIL: malloc, and to give up the GIL
+    # and take it back, would be a tenth of its time (shapes "small" of benchmarks/compare.py).
+    NEAR = 1024        # values of float64
+    HOLDS_GIL = 8192   # values, those of a pass that reduces and writes counted twice
 
 
 cdef inline bint finds_statistics(const Pass* p) noexcept nogil:
@@ -249,9 +253,9 @@ cdef inline Py_ssize_t cost_of(Kind kind) noexcept nogil:
     return 1 if kind == GIVEN or kind == STATISTICS else 2
 
 
-cdef char* take_memory(Pass* p, Team* team) noexcept nogil:
+cdef char* take_memory(Pass* p, Team* team, double* near) noexcept nogil:
     """What the pieces find (with given statistics, nothing), shares in gradients, paces, and the
-    tables of coefficients and of weights and biases of parts of channels."""
+    tables of coefficients and of weights and biases of parts of channels; near, where they fit."""
     cdef const Geometry* g = &p.geometry
     cdef bint gradients = p.kind == GRADIENTS or p.kind == FROZEN_GRADIENTS
     cdef bint spans = has_spans(p)   # which keep nothing of channels
@@ -265,7 +269,8 @@ cdef char* take_memory(Pass* p, Team* team) noexcept nogil:
     cdef size_t real_size = sizeof(double) if p.storage == FLOAT64 else sizeof(float)
     cdef size_t coefficients = 0 if spans else g.channels * COEFFICIENTS * real_size
     cdef size_t parameters = 0 if g.parts == 1 else 2 * g.parameters * real_size
-    cdef char* memory = <char*>malloc(found + shares + paces + coefficients + parameters)
+    cdef size_t size = found + shares + paces + coefficients + parameters
+    cdef char* memory = <char*>(near if size <= NEAR * sizeof(double) else malloc(size))
     p.partial = memory
     p.shares = <double*>(memory + found) if shares else NULL
     team.paces = <Pace*>(memory + found + shares)
@@ -301,13 +306,15 @@ cdef double on_one_thread(const Pass* p, const Team* team) noexcept nogil:
     return reducing + writing
 
 
-cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for):
+cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out):
     """Run a pass. The schedule is free: no result depends on it."""
     cdef const Geometry* g = &p.geometry
     cdef Py_ssize_t values = PyArray_SIZE(x)
     cdef size_t size = PyArray_NBYTES(x)
-    cdef int num_threads = threads_for(cost_of(p.kind) * values)
+    cdef Py_ssize_t cost = cost_of(p.kind) * values
+    cdef int num_threads = 1 if cost < serial_below else get_num_threads()
     cdef double took = 0, alone = 0   # seconds: of the team, and of one thread in its place
+    cdef double[NEAR] near
     cdef Team team
     # A thread computes in the modes of the caller: another library may have switched subnormal
     # numbers off, in the calling thread or in those of the pool. It gets its own back.
@@ -322,24 +329,29 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out, threads_for)
     num_threads = <int>min(num_threads, max(tiles_of(g), tiles_of(&p.writing)))
     team.threads = begin_pass(num_threads, values)
     team.clock = CLOCK_THREAD_CPUTIME_ID if values >= LONG_CALL else CLOCK_MONOTONIC
-    cdef char* memory = take_memory(p, &team)
+    cdef char* memory = take_memory(p, &team, near)
     if memory == NULL:
         end_call()
         raise MemoryError
-    with nogil:
+    if cost < HOLDS_GIL and team.threads == 1:
         prepare(p, &team)
-        if team.threads == 1:
-            work(p, &team, 0)
-        else:
-            took = seconds(CLOCK_MONOTONIC)
-            with parallel(num_threads=team.threads):
-                before = change_modes(modes)
-                work(p, &team, threadid())
-                change_modes(before)
-            took = seconds(CLOCK_MONOTONIC) - took
-            alone = on_one_thread(p, &team)
+        work(p, &team, 0)
+    else:
+        with nogil:
+            prepare(p, &team)
+            if team.threads == 1:
+                work(p, &team, 0)
+            else:
+                took = seconds(CLOCK_MONOTONIC)
+                with parallel(num_threads=team.threads):
+                    before = change_modes(modes)
+                    work(p, &team, threadid())
+                    change_modes(before)
+                took = seconds(CLOCK_MONOTONIC) - took
+                alone = on_one_thread(p, &team)
     end_call()
-    free(memory)
+    if memory != <char*>near:
+        free(memory)
     if team.threads > 1 and contention.judges:
         contention.judge(seconds(CLOCK_MONOTONIC), took, alone,
                          team.threads if has_new_team() else 0)

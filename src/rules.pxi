@@ -129,16 +129,22 @@ cdef inline bint is_int64(array):
 # ---------------------------------------------------------------------------------------- memory
 
 
-cdef inline void find_ends(ndarray array, size_t* first, size_t* end):   # OUT
-    """Where an array begins and ends in memory."""
-    first[0] = end[0] = <size_t>PyArray_DATA(array)
+cdef struct Ends:   # where an array begins and ends in memory
+    size_t first
+    size_t end
+
+
+cdef inline Ends ends_of(ndarray array):
+    cdef Ends ends
+    ends.first = ends.end = <size_t>PyArray_DATA(array)
     if PyArray_IS_C_CONTIGUOUS(array):
-        end[0] += PyArray_NBYTES(array)
+        ends.end += PyArray_NBYTES(array)
     elif PyArray_SIZE(array) > 0:
-        find_ends_of_strides(array, first, end)
+        add_strides(array, &ends)
+    return ends
 
 
-cdef void find_ends_of_strides(ndarray array, size_t* first, size_t* end):   # IN, OUT
+cdef void add_strides(ndarray array, Ends* ends):   # IN, OUT
     cdef size_t reach
     cdef npy_intp stride
     cdef int i
@@ -146,18 +152,15 @@ cdef void find_ends_of_strides(ndarray array, size_t* first, size_t* end):   # I
         stride = PyArray_STRIDE(array, i)
         reach = (PyArray_DIM(array, i) - 1) * (stride if stride > 0 else -stride)
         if stride > 0:
-            end[0] += reach
+            ends.end += reach
         else:
-            first[0] -= reach
-    end[0] += PyArray_ITEMSIZE(array)
+            ends.first -= reach
+    ends.end += PyArray_ITEMSIZE(array)
 
 
-cdef bint are_apart(ndarray a, ndarray b):
+cdef inline bint are_apart(Ends a, Ends b):
     """Whether nothing between the ends of two arrays is in both."""
-    cdef size_t a_first = 0, a_end = 0, b_first = 0, b_end = 0
-    find_ends(a, &a_first, &a_end)
-    find_ends(b, &b_first, &b_end)
-    return a_end <= b_first or b_end <= a_first or a_first == a_end or b_first == b_end
+    return a.end <= b.first or b.end <= a.first or a.first == a.end or b.first == b.end
 
 
 # ------------------------------------------------------------------------------------ statistics

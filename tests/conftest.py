@@ -15,7 +15,8 @@ from cbn import _dispatch, _threads
 
 # Tests ask for teams of threads and must get them, on a busy machine and for small arrays.
 _dispatch.kernels.calls().judges = False
-_threads.SERIAL_BELOW = 16_384
+SERIAL_BELOW = 16_384
+_dispatch.kernels.take_threads_from(_threads.get_num_threads, SERIAL_BELOW)
 
 # The same examples at every run: what fails here fails everywhere; and nothing by the clock.
 settings.register_profile(
@@ -56,6 +57,14 @@ def use_isa():
     """A function that makes calls compute on an instruction set, until the test ends."""
     yield _dispatch.use
     _dispatch.use(_dispatch.active)
+
+
+@pytest.fixture
+def use_threads():
+    """A function that makes calls ask for so many threads, however small, until the test ends."""
+    take = _dispatch.kernels.take_threads_from
+    yield lambda num_threads: take(lambda: num_threads, 0)
+    take(_threads.get_num_threads, SERIAL_BELOW)
 
 
 @pytest.fixture(scope="session")

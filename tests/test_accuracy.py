@@ -10,7 +10,7 @@ from norms_table import BATCH, NORMS
 from tolerances import LARGEST_SUM_ERROR
 
 import cbn
-from cbn import _dispatch, _threads, functional, reference
+from cbn import _dispatch, functional, reference
 
 # Two and three values per channel are computed like any other number.
 TINY = pytest.mark.filterwarnings("ignore::cbn.SmallBatchWarning")
@@ -300,7 +300,7 @@ def test_any_parameters_of_any_type(rng, assert_all_close, kind, dtype, paramete
 
 @DTYPE
 @of_kinds(SOME)
-def test_the_same_bits_for_any_threads_and_instruction_set(rng, monkeypatch, use_isa, kind, dtype):
+def test_the_same_bits_for_any_threads_and_instruction_set(rng, use_threads, use_isa, kind, dtype):
     x, grad_output = draw(rng, kind, dtype)
     weight, bias = rng.uniform(-2, 2, (2, *kind.parameter_shape)).astype(dtype)
     x.flat[0] = 1e4
@@ -310,7 +310,7 @@ def test_the_same_bits_for_any_threads_and_instruction_set(rng, monkeypatch, use
     for isa, threads in product(_dispatch.supported(), (1, 2, 3, 7)):
         use_isa(isa)
         # As many as that, also where there is too little work for them.
-        monkeypatch.setattr(_threads, "threads_for", lambda values, threads=threads: threads)
+        use_threads(threads)
         results = compute(functional, kind, x, grad_output, weight, bias)
         seen.add(b"".join(array.tobytes() for array in results.values()))
     assert len(seen) == 1

@@ -53,10 +53,10 @@ def run(code):
 
 
 def test_calls():
-    # A kernel takes 200 bytes and more from malloc, and a Python object is a block. One of either
-    # that is lost in one of the twelve calls makes 1.7 MB, or 8400 blocks.
+    # A pass over so many channels takes 10 kB from malloc, and a Python object is a block. One of
+    # either that is lost in one of the twelve calls makes 84 MB, or 8400 blocks.
     run("""
-C = 4
+C = 300
 x = rng.random((6, C, 5), np.float32)
 rows = rng.random((6, C))
 mean, var, weight = np.ones((3, C))
@@ -106,8 +106,8 @@ assert blocks < 1000, blocks
 
 def test_threads_that_end():
     # A team that is lost leaves its threads, and the pool of OpenMP that knew them: kilobytes.
-    # Outputs would hide that: where malloc puts them, between what the threads leave, moves memory
-    # by one of them now and then.
+    # Outputs would hide that, here as after forks: where malloc puts them moves memory by one of
+    # them now and then.
     run("""
 out = np.empty_like(large)
 
@@ -130,13 +130,16 @@ assert count_threads() <= threads + 1, count_threads()   # the last team takes a
 def test_forks():
     # Each gives up the team, and the parent makes another.
     run("""
+out = np.empty_like(large)
+
+
 def fork():
     pid = os.fork()
     if pid == 0:
-        bn(large)
+        bn(large, out)
         os._exit(count_threads())
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
-    bn(large)
+    bn(large, out)
 
 
 fork()   # which ends the threads of NumPy's BLAS

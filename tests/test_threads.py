@@ -12,7 +12,6 @@ from processes import TEAMS, printed_by
 
 import cbn
 from cbn import _dispatch, functional
-from cbn._threads import SERIAL_BELOW
 
 # (N, C, S) and how it is walked: the way, the strips, and the pieces; fewer and more strips than
 # threads, one piece and many, with tails.
@@ -91,14 +90,15 @@ def run_pass(rng):
 @DTYPE
 @LAYOUT
 @pytest.mark.parametrize("shape", WALKS, ids=str)
-def test_no_bit_depends_on_the_number_of_threads(run_pass, shape, channel_axis, dtype, name):
-    assert np.prod(shape) >= SERIAL_BELOW
+def test_no_bit_depends_on_the_number_of_threads(
+    run_pass, use_threads, shape, channel_axis, dtype, name
+):
     run = run_pass(name, shape, channel_axis, dtype)
-    with cbn.num_threads(1):
-        expected = [array.tobytes() for array in run()]
+    use_threads(1)
+    expected = [array.tobytes() for array in run()]
     for num_threads in (2, 3, 4, 7):
-        with cbn.num_threads(num_threads):
-            actual = [array.tobytes() for array in run()]
+        use_threads(num_threads)
+        actual = [array.tobytes() for array in run()]
         assert actual == expected, f"{num_threads} threads"
 
 

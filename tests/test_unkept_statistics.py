@@ -17,10 +17,6 @@ VIEWS = {
 }
 
 
-def one_thread(_):
-    return 1
-
-
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", VIEWS)
@@ -34,14 +30,12 @@ def test_no_bit_depends_on_whether_statistics_are_kept(rng, name, dtype, centred
     for kept in (statistics, None):
         y, grad_input = np.empty_like(x), np.empty_like(x)
         grad_weight, grad_bias = np.empty_like(weight), np.empty_like(bias)
-        _core.normalise(x, view, weight, bias, eps, centred, kept, y, None, one_thread)
-        saved = _core.new_saved(x, shape, x.dtype, view, kept, eps, centred, False, None)
-        _core.gradients(
-            grad_output, saved, weight, grad_input, grad_weight, grad_bias, None, one_thread
-        )
+        _core.normalise(x, view, weight, bias, eps, centred, kept, y, None)
+        saved = _core.new_saved(x, x.dtype, view, kept, eps, centred, False, None)
+        _core.gradients(grad_output, saved, weight, grad_input, grad_weight, grad_bias, None)
         results.append((y, grad_input, grad_weight, grad_bias))
     found = np.empty_like(statistics)
-    _core.statistics_of(x, view, eps, centred, found, one_thread)
+    _core.statistics_of(x, view, eps, centred, found)
     np.testing.assert_array_equal(found, statistics)
     for with_them, without in zip(*results, strict=True):
         assert with_them.tobytes() == without.tobytes()
