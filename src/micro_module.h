@@ -18,6 +18,7 @@ enum { /* what `way` says of a loop, as a literal: the compiler keeps what it ne
 
 enum {
     WORTH_A_TABLE = 4096, /* values */
+    HALF_OF_L1 = 1 << 14, /* bytes, where it is 32 KiB */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
     /* Of a table of coefficients: a line more than WIDTH, so that a row can start within one; and its
        rows do not lie whole pages apart, where they would fight for the same places of the L1 cache. */
