@@ -60,14 +60,14 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
     }
 }
 
-/* Add some vectors of columns of a few rows. */
+/* Add some vectors of columns of a few rows; begins: the first of their sums. */
 INLINE void T(multiply_rows)(struct T(Pair) at, ptrdiff_t j, ptrdiff_t end, ptrdiff_t row_stride,
-                             const int vectors, ptrdiff_t lanes, const int way, real *total,
-                             real *product) {
+                             const int vectors, ptrdiff_t lanes, const int way, int begins,
+                             real *total, real *product) {
     vector totals[4], products[4], mean[4], unit[4];
     EACH (v, vectors) {
-        totals[v] = REALS(total + v * LANES_OF);
-        products[v] = REALS(product + v * LANES_OF);
+        totals[v] = begins ? all(0) : (vector)REALS(total + v * LANES_OF);
+        products[v] = begins ? all(0) : (vector)REALS(product + v * LANES_OF);
         if (way & BY_COLUMN) {
             mean[v] = R(reals)(at.mean + v * LANES_OF, lanes - v * LANES_OF);
             unit[v] = R(reals)(at.unit + v * LANES_OF, lanes - v * LANES_OF);
@@ -93,22 +93,20 @@ INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row
     real band_total[WIDTH + LANES_OF], band_product[WIDTH + LANES_OF];
     struct T(Pair) row;
     for (ptrdiff_t j = 0, end, k; j < rows + (tail > 0); j = end) {
+        const int begins = j % SUMMED == 0 || j == rows;
         end = min_of(rows, j + beside);
         if (j == rows) {
             end = rows + 1;
             width = tail;
         }
-        if (j % SUMMED == 0 || j == rows)
-            for (k = 0; k < width + LANES_OF; k++)
-                band_total[k] = band_product[k] = 0;
         row = at;
         for (k = 0; width - k >= 4 * LANES_OF; k += 4 * LANES_OF) {
-            T(multiply_rows)(row, j, end, row_stride, 4, 4 * LANES_OF, way, band_total + k,
+            T(multiply_rows)(row, j, end, row_stride, 4, 4 * LANES_OF, way, begins, band_total + k,
                              band_product + k);
             T(move_pair)(&row, 4 * LANES_OF, way | MEANS);
         }
         for (; k < width; k += LANES_OF) {
-            T(multiply_rows)(row, j, end, row_stride, 1, min_of(LANES_OF, width - k), way,
+            T(multiply_rows)(row, j, end, row_stride, 1, min_of(LANES_OF, width - k), way, begins,
                              band_total + k, band_product + k);
             T(move_pair)(&row, LANES_OF, way | MEANS);
         }
@@ -122,10 +120,11 @@ INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row
 }
 
 /* The sums of channels that lie `stride` apart, `beside` of them side by side, each of runs of so many
-   values, in rows of `width`. */
+   values, in rows of `width`; once: of no more than SUMMED rows. */
 INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int beside,
-                         ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length, const int width,
-                         const int way, double *total, double *product) { /* OUT (beside, CHAINS) */
+                         const int once, ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length,
+                         const int width, const int way, double *total,
+                         double *product) { /* OUT (beside, CHAINS) */
     enum { MOST = 4 * LANES_OF, HALVES = LANES_OF / DOUBLES };
     const int columns = width * beside < MOST ? width : MOST / beside;
     const int vectors = columns / LANES_OF, groups = columns / CHAINS;
@@ -133,7 +132,6 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
     struct T(Pair) row, channel;
     vector mean[4], unit[4], band_total[4], band_product[4];
     doubles totals[8], products[8];
-    ptrdiff_t end;
     EACH (r, beside) {
         mean[r] = all(at->mean[r]);
         unit[r] = all(at->unit[r]);
@@ -141,12 +139,13 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
     for (int k = 0; k < width; k += columns) {
         EACH (v, beside * columns / DOUBLES)
             totals[v] = products[v] = all_doubles(0);
-        for (ptrdiff_t i = 0; i < runs; i++) {
+        for (ptrdiff_t i = 0; i < (once ? 1 : runs); i++) {
+            ptrdiff_t j = 0, end;
             row = *at;
             T(move_pair)(&row, k, way);
             row.grad_output += i * run_stride;
             row.x += i * run_stride;
-            for (ptrdiff_t j = 0; j < rows + (tail > 0);) {
+            do {
                 EACH (v, beside * vectors)
                     band_total[v] = band_product[v] = all(0);
 #define MULTIPLY(lanes)                                                                            \
@@ -158,7 +157,7 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
         T(multiply_row)(&channel, 0, vectors, lanes, mean + r, unit + r, way,                      \
                         band_total + r * vectors, band_product + r * vectors);                     \
     }
-                for (end = min_of(j + SUMMED, rows); j < end; j++) {
+                for (end = once ? rows : min_of(j + SUMMED, rows); j < end; j++) {
                     MULTIPLY(columns)
                     T(move_pair)(&row, width, way);
                 }
@@ -171,7 +170,7 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
                     R(add_lanes)(totals + v * HALVES, band_total[v]);
                     R(add_lanes)(products + v * HALVES, band_product[v]);
                 }
-            }
+            } while (!once && j < rows + (tail > 0));
         }
         T(add_to_chains)(totals, beside, groups, k > 0, total);
         T(add_to_chains)(products, beside, groups, k > 0, product);
@@ -181,9 +180,9 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
 INLINE void T(sum_pairs_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptrdiff_t run_stride,
                                  ptrdiff_t length, double *total, double *product) { /* OUT (CHAINS) */
     if (length < SHORT_RUN)
-        T(sum_pairs)(at, 0, 1, runs, run_stride, length, SHORT_LANES, 0, total, product);
+        T(sum_pairs)(at, 0, 1, 0, runs, run_stride, length, SHORT_LANES, 0, total, product);
     else
-        T(sum_pairs)(at, 0, 1, runs, run_stride, length, LANES, 0, total, product);
+        T(sum_pairs)(at, 0, 1, 0, runs, run_stride, length, LANES, 0, total, product);
 }
 
 /* The sums of channels; of each part of one, in a piece that may begin and end within a part. */
@@ -307,21 +306,26 @@ INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, 
     ptrdiff_t c = 0;
     T(take_units)(p, first, n, &units);
     at.out = p->stream ? at.x : (const stored *)p->out + sheet->offset; /* a store waits for its line */
-#define CHANNELS(beside)                                                                           \
+#define CHANNELS(beside, once)                                                                     \
     at.weight = R(weights_of)(p, first + c) + sheet->start;                                        \
     at.mean = units.high + c;                                                                      \
     at.unit = units.per_unit + c;                                                                  \
-    T(sum_pairs)(&at, S, beside, sheet->runs, sheet->run_stride, sheet->length, width,             \
+    T(sum_pairs)(&at, S, beside, once, sheet->runs, sheet->run_stride, sheet->length, width,       \
                  BY_VALUE, totals + c * CHAINS, products + c * CHAINS);                            \
     at.grad_output += beside * S;                                                                  \
     at.x += beside * S;                                                                            \
     at.out += beside * S
+    if (width == SHORT_LANES && p->geometry.period == 1 && sheet->runs == 1
+        && sheet->length <= SUMMED * width)
+        for (; n - c >= beside; c += beside) {
+            CHANNELS(beside, 1);
+        }
     if (p->geometry.period == 1)
         for (; n - c >= beside; c += beside) {
-            CHANNELS(beside);
+            CHANNELS(beside, 0);
         }
     for (; c < n; c++) {
-        CHANNELS(1);
+        CHANNELS(1, 0);
     }
 #undef CHANNELS
     fold_chains(totals, n, total);

@@ -200,9 +200,11 @@ INLINE void T(add_to_chains)(const doubles *sum, const int channels, const int g
 /* The sums of channels that lie `stride` apart, `beside` of them side by side, each of runs of so many
    values, in rows of `width`: of at most SUMMED rows in the type that is computed in, and of those in
    float64. Of the values, times a factor, around a shift for each channel; without one, of the values
-   alone. Without a shift, what lies so many bytes from x is fetched, because it will be written. */
+   alone. Without a shift, what lies so many bytes from x is fetched, because it will be written.
+   once: whether there are no more rows than that. */
 INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, const int beside,
-                        ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length, const int width,
+                        const int once, ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length,
+                        const int width,
                         const real *shift, const int scaled, real factor, double *total,
                         double *square) { /* OUT (beside, CHAINS), or NULL */
     enum { MOST = 4 * LANES_OF, HALVES = LANES_OF / DOUBLES };
@@ -218,12 +220,13 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, con
     for (int k = 0; k < width; k += columns) {
         EACH (v, beside * columns / DOUBLES)
             sum[v] = sum_of_squares[v] = all_doubles(0);
-        for (ptrdiff_t i = 0; i < runs; i++) {
+        for (ptrdiff_t i = 0; i < (once ? 1 : runs); i++) {
+            ptrdiff_t j = 0, end;
             row = x + i * run_stride + k;
-            for (ptrdiff_t j = 0, end; j < rows + (tail > 0);) {
+            do {
                 EACH (v, beside * vectors)
                     band_sum[v] = band_squares[v] = all(0);
-                for (end = min_of(j + SUMMED, rows); j < end; j++, row += width)
+                for (end = once ? rows : min_of(j + SUMMED, rows); j < end; j++, row += width)
                     EACH (v, beside * vectors) {
                         const stored *at = row + v / vectors * stride + v % vectors * LANES_OF;
                         value = load(at);
@@ -262,7 +265,7 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, con
                     if (square)
                         R(add_lanes)(sum_of_squares + v * HALVES, band_squares[v]);
                 }
-            }
+            } while (!once && j < rows + (tail > 0));
         }
         if (total)
             T(add_to_chains)(sum, beside, groups, k > 0, total);
@@ -278,13 +281,13 @@ INLINE void T(sum_around)(const stored *x, const struct Sheet *block, ptrdiff_t 
     double totals[CHAINS] = {0}, squares[CHAINS] = {0};
     real rounded = 0;
     if (!centred) {
-        T(sum_runs)(x, 0, 0, 1, block->runs, block->run_stride, length, width, NULL, scaled, factor,
-                    totals, NULL);
+        T(sum_runs)(x, 0, 0, 1, 0, block->runs, block->run_stride, length, width, NULL, scaled,
+                    factor, totals, NULL);
         *shift = sum_of_chains(totals) / ((double)block->runs * length);
     }
     *shift = rounded = (real)*shift;
-    T(sum_runs)(x, 0, 0, 1, block->runs, block->run_stride, length, width, &rounded, scaled, factor,
-                totals, squares);
+    T(sum_runs)(x, 0, 0, 1, 0, block->runs, block->run_stride, length, width, &rounded, scaled,
+                factor, totals, squares);
     *total = sum_of_chains(totals);
     *square = sum_of_chains(squares);
 }
@@ -332,14 +335,17 @@ INLINE void T(sum_channels)(const stored *x, ptrdiff_t to_out, const struct Shee
     const ptrdiff_t n = sheet->channels;
     double totals[AT_ONCE * CHAINS], squares[AT_ONCE * CHAINS];
     ptrdiff_t c = 0;
-#define CHANNELS(beside)                                                                           \
-    T(sum_runs)(x + c * S, to_out, S, beside, sheet->runs, sheet->run_stride, sheet->length,       \
+#define CHANNELS(beside, once)                                                                     \
+    T(sum_runs)(x + c * S, to_out, S, beside, once, sheet->runs, sheet->run_stride, sheet->length, \
                 width, shift ? shift + c : NULL, 0, 1, total ? totals + c * CHAINS : NULL,         \
                 square ? squares + c * CHAINS : NULL)
+    if (width == SHORT_LANES && sheet->runs == 1 && sheet->length <= SUMMED * width)
+        for (; n - c >= beside; c += beside)
+            CHANNELS(beside, 1);
     for (; n - c >= beside; c += beside)
-        CHANNELS(beside);
+        CHANNELS(beside, 0);
     for (; beside > 1 && c < n; c++)
-        CHANNELS(1);
+        CHANNELS(1, 0);
 #undef CHANNELS
     if (total)
         fold_chains(totals, n, total);

@@ -567,15 +567,15 @@ static void T(write)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t 
 }
 
 /* Write what was loaded of grad_input in some rows, and add up what these find of the gradients of
-   weights and biases. */
+   weights and biases; begins: these are the first of their sums. */
 INLINE void T(write_summed)(const struct T(Place) *at, ptrdiff_t k, const int rows,
                             ptrdiff_t row_stride, const int across, ptrdiff_t lanes,
                             const struct T(Loaded) *values, struct T(Coefficients) *c,
-                            const int way, real *total, real *product) {
+                            const int way, int begins, real *total, real *product) {
     vector sums[4], sums_of_products[4], x_hat;
     EACH (v, across) {
-        sums[v] = REALS(total + k + v * LANES_OF);
-        sums_of_products[v] = REALS(product + k + v * LANES_OF);
+        sums[v] = begins ? all(0) : (vector)REALS(total + k + v * LANES_OF);
+        sums_of_products[v] = begins ? all(0) : (vector)REALS(product + k + v * LANES_OF);
     }
     EACH (v, rows * across) {
         const int r = v / across;
@@ -595,7 +595,7 @@ INLINE void T(write_summed)(const struct T(Place) *at, ptrdiff_t k, const int ro
 /* All columns of some rows: as write_rows. */
 INLINE void T(write_summed_rows)(const struct T(Place) *at, const int rows, ptrdiff_t row_stride,
                                  ptrdiff_t period, ptrdiff_t width, const int across,
-                                 const int way, real *total, real *product) {
+                                 const int way, int begins, real *total, real *product) {
     const ptrdiff_t step = across * LANES_OF;
     const ptrdiff_t head = way & STREAM ? T(values_to_line)(at->out, width) : 0;
     struct T(Coefficients) c[4];
@@ -605,7 +605,7 @@ INLINE void T(write_summed_rows)(const struct T(Place) *at, const int rows, ptrd
         c[r] = T(coefficients)(at, r * period, LANES_OF, way);
 #define LOAD(k, across, lanes) T(load_vectors)(at, k, rows, row_stride, across, lanes, way)
 #define WRITE(across, lanes, way)                                                                  \
-    T(write_summed)(at, k, rows, row_stride, across, lanes, &now, c, way, total, product)
+    T(write_summed)(at, k, rows, row_stride, across, lanes, &now, c, way, begins, total, product)
     for (int ends = 0; ends < 2; ends++) {
         for (end = ends ? width : head; k < end; k += lanes) {
             lanes = min_of(LANES_OF, end - k);
@@ -628,18 +628,17 @@ INLINE void T(write_summed_rows)(const struct T(Place) *at, const int rows, ptrd
 INLINE void T(write_band)(struct T(Place) at, ptrdiff_t rows, ptrdiff_t row_stride, ptrdiff_t period,
                           ptrdiff_t width, const int way, double *grad_bias,
                           double *grad_weight) {
-    const int beside = way & STREAM ? T(ROWS) : 4;
+    const int beside = T(ROWS); /* rows whole pages apart fight for the same places of L1 */
     real total[WIDTH + LANES_OF], product[WIDTH + LANES_OF];
-    for (ptrdiff_t k = 0; k < width + LANES_OF; k++)
-        total[k] = product[k] = 0;
-    for (ptrdiff_t n; rows > 0; rows -= n) {
+    int begins = 1;
+    for (ptrdiff_t n; rows > 0; rows -= n, begins = 0) {
         if (rows >= beside) {
             n = beside;
-            T(write_summed_rows)(&at, beside, row_stride, period, width, 4 / beside, way, total,
-                                 product);
+            T(write_summed_rows)(&at, beside, row_stride, period, width, 4 / beside, way, begins,
+                                 total, product);
         } else {
             n = 1;
-            T(write_summed_rows)(&at, 1, row_stride, period, width, 4 / beside, way, total,
+            T(write_summed_rows)(&at, 1, row_stride, period, width, 4 / beside, way, begins, total,
                                  product);
         }
         at.coefficients += n * period;
