@@ -10,6 +10,8 @@ enum {
     T(ACROSS) = T(LINE_OF) > 4 ? 4 : T(LINE_OF) > 2 ? T(LINE_OF) : 2,
     /* Rows that are written side by side past the cache, four vectors of all: each in whole lines. */
     T(ROWS) = T(LINE_OF) > 2 ? 1 : T(LINE_OF) > 1 ? 2 : 4,
+    /* Channels in rows of SHORT_LANES whose sums fit the registers together. */
+    T(CHANNELS_BESIDE) = SIDE_BY_SIDE < 8 ? 1 : 4 * LANES_OF / SHORT_LANES,
     /* Values from which a row is written on in the next: whole steps, and whole lines. */
     T(STEP) = T(ACROSS) > T(LINE_OF) ? T(ACROSS) * LANES_OF : T(LINE_VALUES),
 };

@@ -179,7 +179,9 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
 
 INLINE void T(sum_pairs_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptrdiff_t run_stride,
                                  ptrdiff_t length, double *total, double *product) { /* OUT (CHAINS) */
-    if (length < SHORT_RUN)
+    if (runs == 1 && length <= SUMMED * SHORT_LANES)
+        T(sum_pairs)(at, 0, 1, 1, runs, run_stride, length, SHORT_LANES, 0, total, product);
+    else if (length < SHORT_RUN)
         T(sum_pairs)(at, 0, 1, 0, runs, run_stride, length, SHORT_LANES, 0, total, product);
     else
         T(sum_pairs)(at, 0, 1, 0, runs, run_stride, length, LANES, 0, total, product);
@@ -297,8 +299,7 @@ static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptr
    same for all. */
 INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                                const int width, double *total, double *product) {
-    enum { FIT = 4 * LANES_OF / SHORT_LANES };
-    const int beside = width == SHORT_LANES && FIT > 1 ? FIT : 1;
+    const int beside = width == SHORT_LANES ? T(CHANNELS_BESIDE) : 1;
     const ptrdiff_t n = sheet->channels, S = p->geometry.S;
     struct T(Pair) at = T(pair_of)(p, sheet->offset);
     struct T(Units) units;

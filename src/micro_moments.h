@@ -330,8 +330,7 @@ static double T(unit_of)(const void *data, const struct Sheet *sheet) {
 INLINE void T(sum_channels)(const stored *x, ptrdiff_t to_out, const struct Sheet *sheet,
                             ptrdiff_t S, const int width, const real *shift, double *total,
                             double *square) {
-    enum { FIT = 4 * LANES_OF / SHORT_LANES };
-    const int beside = width == SHORT_LANES && FIT > 1 ? FIT : 1;
+    const int beside = width == SHORT_LANES ? T(CHANNELS_BESIDE) : 1;
     const ptrdiff_t n = sheet->channels;
     double totals[AT_ONCE * CHAINS], squares[AT_ONCE * CHAINS];
     ptrdiff_t c = 0;
