@@ -112,14 +112,16 @@ cdef inline Sums merge_channel(const Pass* p, Py_ssize_t c,
         grad_bias[0] = sums.grad_output
         grad_weight[0] = sums.grad_output_centred * reciprocal
         return sums
-    for q in range(g.parts):
+    for q in range(min(kept, g.parts)):
+        grad_bias[q], grad_weight[q] = found[q].grad_output, found[q].grad_output_centred
+    for q in range(kept, g.parts):
         grad_bias[q] = grad_weight[q] = 0
-    for piece in range(g.pieces):
+    for piece in range(1, g.pieces):
+        found += g.channels * kept
         first = first_part(g, piece)
         for q in range(min(kept, g.parts - first)):
             grad_bias[first + q] += found[q].grad_output
             grad_weight[first + q] += found[q].grad_output_centred
-        found += g.channels * kept
     sums.grad_output = sums.grad_output_centred = 0
     for q in range(g.parts):
         sums.grad_output += weight_of(p, weight + q) * grad_bias[q]

@@ -37,6 +37,8 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
     const int whole = lanes >= vectors * LANES_OF;
     EACH (v, vectors) {
         const ptrdiff_t k = v * LANES_OF;
+        if (!whole && k >= lanes)
+            break;
         vector grad = whole ? load(at->grad_output + k) : load_some(at->grad_output + k, lanes - k);
         vector x = whole ? load(at->x + k) : load_some(at->x + k, lanes - k);
         grad = T(let_through)(&at->gate, grad, at->grad_output + k);

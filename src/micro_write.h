@@ -232,26 +232,26 @@ INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t
 /* Where a run is: in a part of a channel, which may be all of it, of which so many values are left. It
    knows what it needs of the pass: after a store, the compiler would have to look again. */
 struct T(Walk) {
-    const struct Pass *pass;
     ptrdiff_t channel, first, end; /* after the last channel comes the first, of the next sample */
     ptrdiff_t part, parts, length, left;
     const real *coefficients; /* of channel 0 */
     ptrdiff_t stride;
+    /* Of several parts: the weight of this one, that of part 0 of the first channel, and those of all,
+       which repeat, with the biases after them. */
+    const real *weight, *first_weight, *weights;
+    ptrdiff_t parameters;
     struct T(Coefficients) here;
 };
 
 INLINE void T(enter_part)(struct T(Walk) *walk, const int way) {
-    const real *of_channel = walk->coefficients + walk->channel, *weight;
+    const real *of_channel = walk->coefficients + walk->channel;
     const ptrdiff_t stride = walk->stride;
     real scale = of_channel[SCALE * stride], bias = of_channel[BIAS * stride], of_grad = 1;
-    if (walk->parts > 1) {
-        weight = R(weights_of)(walk->pass, walk->channel) + walk->part;
-        if (way & BACKWARD)
-            of_grad = *weight;
-        else {
-            scale *= *weight;
-            bias = weight[walk->pass->geometry.parameters] + bias * *weight;
-        }
+    if (walk->parts > 1 && way & BACKWARD)
+        of_grad = *walk->weight;
+    else if (walk->parts > 1) {
+        scale *= *walk->weight;
+        bias = walk->weight[walk->parameters] + bias * *walk->weight;
     }
     walk->here.mean = all(of_channel[MEAN * stride]);
     walk->here.scale = all(scale);
@@ -263,10 +263,14 @@ INLINE void T(enter_part)(struct T(Walk) *walk, const int way) {
 }
 
 INLINE void T(enter_next)(struct T(Walk) *walk, const int way) {
+    walk->weight++;
     if (++walk->part == walk->parts) {
         walk->part = 0;
-        if (++walk->channel == walk->end)
+        if (++walk->channel == walk->end) {
             walk->channel = walk->first;
+            walk->weight = walk->first_weight;
+        } else if (walk->weight == walk->weights + walk->parameters)
+            walk->weight = walk->weights;
     }
     walk->left += walk->length;
     T(enter_part)(walk, way);
@@ -360,11 +364,15 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
     const ptrdiff_t length = p->geometry.S / p->geometry.parts;
     const ptrdiff_t values = sheet->channels * sheet->length;
     const int one_run = sheet->run_stride == values; /* of all samples */
+    const ptrdiff_t part = sheet->start / length;
+    const real *first_weight = R(weights_of)(p, first);
     const struct T(Walk) walk = {
-        .pass = p, .channel = first, .first = first, .end = first + sheet->channels,
-        .part = sheet->start / length, .parts = p->geometry.parts,
+        .channel = first, .first = first, .end = first + sheet->channels,
+        .part = part, .parts = p->geometry.parts,
         .length = length, .left = length - sheet->start % length,
-        .coefficients = p->coefficients, .stride = p->geometry.channels};
+        .coefficients = p->coefficients, .stride = p->geometry.channels,
+        .weight = first_weight + part, .first_weight = first_weight, .weights = p->parameters,
+        .parameters = p->geometry.parameters};
     for (ptrdiff_t i = 0; i < (one_run ? 1 : sheet->runs); i++) {
         const struct T(Place) place =
             T(place_of)(p, sheet->offset + i * sheet->run_stride, first, steps);
