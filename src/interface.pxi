@@ -108,9 +108,9 @@ cdef public struct Micro:
     void (*take_values)(const PerChannel* p, Py_ssize_t first, Py_ssize_t n,
                         double* values) noexcept nogil
     bint (*are_usable)(const PerChannel* var, Py_ssize_t n, double eps) noexcept nogil
-    # Merge a block of a sheet into columns of so many rows before.
+    # Merge a block of a sheet into columns of so many rows before; so many follow.
     void (*add_block)(const void* x, const Sheet* block, double smallest, Py_ssize_t before,
-                      Columns* columns) noexcept nogil
+                      Py_ssize_t following, Columns* columns) noexcept nogil
     # The moments of the channels of a sheet, from those of its columns.
     void (*fold)(const Sheet* sheet, const Columns* columns, Moments* into) noexcept nogil
     # The sums of a block of a channel, of runs of so many values in some unit, around a shift: that

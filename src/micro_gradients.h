@@ -102,6 +102,8 @@ INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row
             width = tail;
         }
         row = at;
+        if (end >= rows) /* what would be fetched is no part of this */
+            row.ahead = 0;
         for (k = 0; width - k >= 4 * LANES_OF; k += 4 * LANES_OF) {
             T(multiply_rows)(row, j, end, row_stride, 4, 4 * LANES_OF, way, begins, band_total + k,
                              band_product + k);

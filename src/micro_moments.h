@@ -3,7 +3,9 @@
 /* Add up `vectors` vectors of columns of some rows, in registers. The sums start at zero, because a
    sum of sums of a few rows is rounded less often than one sum: beside an outlier of 3000 standard
    deviations, a variance was off by 1e-6 of its value. */
-INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, const int vectors,
+INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride,
+                        ptrdiff_t next, /* rows that are summed after these, and so are fetched */
+                        const int vectors,
                         ptrdiff_t lanes,     /* of a vector */
                         const real *shift,   /* NULL: sum x; else x - shift and its square */
                         const real *factor,  /* of x, or NULL */
@@ -17,10 +19,11 @@ INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, c
         if (factor)
             factors[v] = R(reals)(factor + v * LANES_OF, lanes);
     }
-    for (ptrdiff_t j = 0; j < rows; j++, x += row_stride)
+    for (ptrdiff_t j = 0; j < rows; j++, x += row_stride) {
+        const stored *to_fetch = j < next ? x + BAND * row_stride : x;
         EACH (v, vectors) {
             if (vectors > 1 && BEGINS_LINE(v))
-                __builtin_prefetch(x + BAND * row_stride + v * LANES_OF);
+                __builtin_prefetch(to_fetch + v * LANES_OF);
             value = lanes < LANES_OF ? load_some(x, lanes) : load(x + v * LANES_OF);
             if (factor)
                 value *= factors[v];
@@ -30,6 +33,7 @@ INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, c
             }
             totals[v] += value;
         }
+    }
     EACH (v, vectors) {
         REALS(total + v * LANES_OF) += totals[v];
         if (shift)
@@ -39,31 +43,33 @@ INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, c
 
 /* Add up the columns of a few rows, as many columns at a time as registers hold: memory likes it best
    if that is all of a row. */
-INLINE void T(sum_band)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, ptrdiff_t width,
-                        const real *shift, const real *factor, real *total, real *square) {
+INLINE void T(sum_band)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, ptrdiff_t next,
+                        ptrdiff_t width, const real *shift, const real *factor, real *total,
+                        real *square) {
     ptrdiff_t k = 0;
 #define COLUMNS_FROM(k) shift ? shift + k : NULL, factor ? factor + k : NULL, total + k, square + k
     for (; width - k >= SIDE_BY_SIDE * LANES_OF; k += SIDE_BY_SIDE * LANES_OF)
-        T(sum_rows)(x + k, rows, row_stride, SIDE_BY_SIDE, LANES_OF, COLUMNS_FROM(k));
+        T(sum_rows)(x + k, rows, row_stride, next, SIDE_BY_SIDE, LANES_OF, COLUMNS_FROM(k));
     if (SIDE_BY_SIDE > 4 && width - k >= 4 * LANES_OF) {
-        T(sum_rows)(x + k, rows, row_stride, 4, LANES_OF, COLUMNS_FROM(k));
+        T(sum_rows)(x + k, rows, row_stride, next, 4, LANES_OF, COLUMNS_FROM(k));
         k += 4 * LANES_OF;
     }
     for (; k < width; k += LANES_OF)
-        T(sum_rows)(x + k, rows, row_stride, 1, min_of(LANES_OF, width - k), COLUMNS_FROM(k));
+        T(sum_rows)(x + k, rows, row_stride, 0, 1, min_of(LANES_OF, width - k), COLUMNS_FROM(k));
 #undef COLUMNS_FROM
 }
 
-/* Add up the columns of a sheet, a band of rows after the other. */
-INLINE void T(sum_sheet)(const stored *x, const struct Sheet *sheet, const real *shift,
-                         const real *factor, real *total, real *square) {
+/* Add up the columns of a sheet, a band of rows after the other; what is not in the cache yet, up to
+   some row, is fetched a band before. */
+INLINE void T(sum_sheet)(const stored *x, const struct Sheet *sheet, ptrdiff_t to_fetch,
+                         const real *shift, const real *factor, real *total, real *square) {
     const ptrdiff_t stride = sheet->row_stride;
     ptrdiff_t n, width;
     x += sheet->offset;
     for (ptrdiff_t row = 0; row < sheet->rows + (sheet->tail > 0); row += n, x += n * stride) {
         n = row < sheet->rows ? min_of(BAND, sheet->rows - row) : 1;
         width = row < sheet->rows ? sheet->width : sheet->tail;
-        T(sum_band)(x, n, stride, width, shift, factor, total, square);
+        T(sum_band)(x, n, stride, to_fetch - row - BAND, width, shift, factor, total, square);
     }
 }
 
@@ -73,16 +79,17 @@ INLINE int T(is_outside)(real square, real smallest) {
     return LIMITED & (!(square < (real)1e38) | (square < smallest));
 }
 
-/* The sums of a block around shifts that are given, or else around its column means; return whether
-   all are in range. */
-INLINE int T(sum_block)(const stored *x, const struct Sheet *block, int given,
+/* The sums of a block, after which so many rows follow, around shifts that are given, or else around
+   its column means; return whether all are in range. */
+INLINE int T(sum_block)(const stored *x, const struct Sheet *block, ptrdiff_t following, int given,
                         const real *factor, real smallest, struct T(Block) *sums) {
+    const ptrdiff_t to_fetch = block->rows + following;
     int outside = 0;
     real reciprocal;
     for (ptrdiff_t k = 0; k < block->width; k++)
         sums->total[k] = sums->square[k] = 0;
     if (!given) {
-        T(sum_sheet)(x, block, NULL, factor, sums->total, sums->square);
+        T(sum_sheet)(x, block, block->rows, NULL, factor, sums->total, sums->square);
         reciprocal = 1 / (real)(block->rows + 1);
         for (ptrdiff_t k = 0; k < block->tail; k++)
             sums->shift[k] = sums->total[k] * reciprocal;
@@ -92,7 +99,7 @@ INLINE int T(sum_block)(const stored *x, const struct Sheet *block, int given,
         for (ptrdiff_t k = 0; k < block->width; k++)
             sums->total[k] = 0;
     }
-    T(sum_sheet)(x, block, sums->shift, factor, sums->total, sums->square);
+    T(sum_sheet)(x, block, to_fetch, sums->shift, factor, sums->total, sums->square);
     for (ptrdiff_t k = 0; k < block->width; k++)
         outside |= T(is_outside)(sums->square[k], smallest);
     return !outside;
@@ -163,14 +170,14 @@ static COLD void T(add_scaled_block)(const void *x, const struct Sheet *block, r
     real factor[WIDTH];
     double unit[WIDTH];
     T(scale_columns)(x, block, smallest, sums->square, factor, unit);
-    T(sum_block)(x, block, 0, factor, smallest, sums);
+    T(sum_block)(x, block, 0, 0, factor, smallest, sums);
     T(merge_rows)(sums, unit, block, before, columns);
 }
 
 /* Merge a block into columns of so many rows before, around whose means it is summed: why that is
    exact enough, add_blocks (moments.pxi) says. The first is summed around its own. */
 static void T(add_block)(const void *x, const struct Sheet *block, double least, ptrdiff_t before,
-                         struct Columns *columns) {
+                         ptrdiff_t following, struct Columns *columns) {
     const real smallest = (real)least;
     struct T(Block) sums;
     real mean;
@@ -178,7 +185,7 @@ static void T(add_block)(const void *x, const struct Sheet *block, double least,
         mean = (real)(columns->shift[k] + columns->mean[k]);
         sums.shift[k] = mean - mean == 0 ? mean : 0; /* what is not finite stays in its block */
     }
-    if (T(sum_block)(x, block, before > 0, NULL, smallest, &sums))
+    if (T(sum_block)(x, block, following, before > 0, NULL, smallest, &sums))
         T(merge_rows)(&sums, NULL, block, (double)before, columns);
     else
         T(add_scaled_block)(x, block, smallest, (double)before, &sums, columns);

@@ -13,7 +13,8 @@ cdef void column_moments(const Pass* p, const Sheet* sheet, double smallest,
     while done < sheet.rows:
         block.rows = min(height, sheet.rows - done)
         block.tail = sheet.tail if done + block.rows == sheet.rows else 0
-        micro_of(p).add_block(p.x, &block, smallest, done, columns)
+        micro_of(p).add_block(p.x, &block, smallest, done, sheet.rows - done - block.rows,
+                              columns)
         done += block.rows
         block.offset += block.rows * block.row_stride
 
