@@ -18,6 +18,7 @@ enum { /* what `way` says of a loop, as a literal: the compiler keeps what it ne
 
 enum {
     WORTH_A_TABLE = 4096, /* values */
+    FETCHED_AHEAD = 1 << 10, /* bytes */
     HALF_OF_L1 = 1 << 14, /* bytes, where it is 32 KiB */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
     /* Of a table of coefficients: a line more than WIDTH, so that a row can start within one; and its
@@ -156,35 +157,53 @@ static void fold_sums(double *totals, double *products, ptrdiff_t n, struct Sums
         into[k] = (struct Sums){total[k], product[k]};
 }
 
-/* The moments of at most AT_ONCE channels of a sheet, from those of all columns of each: channels side
-   by side, because a division has a long way. Each sum is in chains, folded by halves, as sum_of. */
-INLINE void fold_some(const struct Sheet *sheet, const struct Columns *columns, ptrdiff_t first,
-                      ptrdiff_t n, const ptrdiff_t span, struct Moments *into) {
-    const ptrdiff_t period = sheet->channels * span;
-    const ptrdiff_t longer = sheet->tail / period; /* repeats that have one more row */
-    const double count = (double)(span * (sheet->repeat * sheet->rows + longer));
-    double shift[AT_ONCE], mean[AT_ONCE], chain[CHAINS][AT_ONCE];
-    int chains = 1;
-    while (chains < CHAINS && chains < span * sheet->repeat)
-        chains *= 2;
-    for (ptrdiff_t c = 0; c < n; c++)
-        shift[c] = columns->shift[(first + c) * span];
+/* The moments of a channel, which begins at column k, from those of all of its columns in every repeat.
+   Each sum is a sum_of. */
+static struct Moments fold_channel(const struct Sheet *sheet, const struct Columns *columns,
+                                   ptrdiff_t k, ptrdiff_t longer, double count) {
+    const ptrdiff_t span = sheet->span, period = sheet->channels * span, n = span * sheet->repeat;
+    const double shift = columns->shift[k];
+    double mean[WIDTH], value[WIDTH], merged = 0;
     for (int squares = 0; squares < 2; squares++) {
-        memset(chain, 0, chains * sizeof *chain);
         for (ptrdiff_t r = 0, i = 0; r < sheet->repeat; r++) {
             const double rows = (double)(sheet->rows + (r < longer));
-            for (ptrdiff_t s = 0; s < span; s++, i++) {
-                const ptrdiff_t at = r * period + first * span + s;
-                double *sum = chain[i % CHAINS];
-                for (ptrdiff_t c = 0; c < n; c++) {
-                    const ptrdiff_t k = at + c * span;
-                    double value = (columns->shift[k] - shift[c]) + columns->mean[k];
-                    if (squares)
-                        value = columns->m2[k] + rows * ((value - mean[c]) * (value - mean[c]));
-                    else
-                        value *= rows;
-                    sum[c] += value;
+            for (ptrdiff_t s = k + r * period; s < k + r * period + span; s++, i++)
+                if (squares)
+                    value[i] = columns->m2[s] + rows * ((mean[i] - merged) * (mean[i] - merged));
+                else {
+                    mean[i] = (columns->shift[s] - shift) + columns->mean[s];
+                    value[i] = rows * mean[i];
                 }
+        }
+        if (!squares)
+            merged = sum_of(value, n) / count;
+    }
+    return (struct Moments){count, shift, merged, sum_of(value, n)};
+}
+
+/* The same of at most AT_ONCE channels of one column in every repeat, side by side, because a division
+   has a long way. */
+static void fold_side_by_side(const struct Sheet *sheet, const struct Columns *columns,
+                              ptrdiff_t first, ptrdiff_t n, ptrdiff_t longer, double count,
+                              struct Moments *into) {
+    const double *shift = columns->shift + first;
+    double mean[AT_ONCE], chain[CHAINS][AT_ONCE];
+    int chains = 1;
+    while (chains < CHAINS && chains < sheet->repeat)
+        chains *= 2;
+    for (int squares = 0; squares < 2; squares++) {
+        memset(chain, 0, chains * sizeof *chain);
+        for (ptrdiff_t r = 0; r < sheet->repeat; r++) {
+            const double rows = (double)(sheet->rows + (r < longer));
+            const ptrdiff_t at = r * sheet->channels + first;
+            double *sum = chain[r % CHAINS];
+            for (ptrdiff_t c = 0; c < n; c++) {
+                double value = (columns->shift[at + c] - shift[c]) + columns->mean[at + c];
+                if (squares)
+                    value = columns->m2[at + c] + rows * ((value - mean[c]) * (value - mean[c]));
+                else
+                    value *= rows;
+                sum[c] += value;
             }
         }
         for (int half = chains / 2; half > 0; half /= 2)
@@ -201,17 +220,20 @@ INLINE void fold_some(const struct Sheet *sheet, const struct Columns *columns, 
 
 /* The moments of the channels of a sheet. */
 static void fold(const struct Sheet *sheet, const struct Columns *columns, struct Moments *into) {
+    const ptrdiff_t span = sheet->span;
+    const ptrdiff_t longer = sheet->tail / (sheet->channels * span); /* repeats with one more row */
+    const double count = (double)(span * (sheet->repeat * sheet->rows + longer));
     ptrdiff_t n;
     for (ptrdiff_t c = 0; c < sheet->channels; c += n) {
-        n = min_of(AT_ONCE, sheet->channels - c);
-        if (sheet->span > 1)
-            fold_some(sheet, columns, c, n, sheet->span, into + c);
+        n = span > 1 ? 1 : min_of(AT_ONCE, sheet->channels - c);
+        if (span > 1)
+            into[c] = fold_channel(sheet, columns, c * span, longer, count);
         else if (sheet->repeat > 1)
-            fold_some(sheet, columns, c, n, 1, into + c);
+            fold_side_by_side(sheet, columns, c, n, longer, count, into + c);
         else
             for (ptrdiff_t k = c; k < c + n; k++)
-                into[k] = (struct Moments){(double)sheet->rows, columns->shift[k],
-                                           columns->mean[k], columns->m2[k]};
+                into[k] = (struct Moments){count, columns->shift[k], columns->mean[k],
+                                           columns->m2[k]};
     }
 }
 

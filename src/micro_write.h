@@ -93,6 +93,8 @@ INLINE struct T(Loaded) T(load_vectors)(const struct T(Place) *at, ptrdiff_t k, 
             if (way & BACKWARD)
                 __builtin_prefetch(at->grad_output + i + at->ahead);
         }
+        if (!(way & (BACKWARD | BY_VALUE)) && BEGINS_LINE(v % across) && at->streams)
+            __builtin_prefetch(at->x + i + FETCHED_AHEAD / (ptrdiff_t)sizeof(stored));
     }
     return values;
 }
