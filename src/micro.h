@@ -25,7 +25,7 @@ enum {
 #define FETCHES_RUNS (sizeof(stored) < sizeof(real))
 
 struct T(Block) {
-    real shift[WIDTH + LANES_OF], total[WIDTH + LANES_OF], square[WIDTH + LANES_OF];
+    real shift[SUMS_WIDTH], total[SUMS_WIDTH], square[SUMS_WIDTH];
 };
 
 #include "micro_moments.h"

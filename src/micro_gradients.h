@@ -92,7 +92,7 @@ INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row
                                 ptrdiff_t width, ptrdiff_t tail, int from_memory, const int way,
                                 double *total, double *product) {
     const ptrdiff_t beside = from_memory && row_stride == width ? 1 : BESIDE;
-    real band_total[WIDTH + LANES_OF], band_product[WIDTH + LANES_OF];
+    real band_total[SUMS_WIDTH], band_product[SUMS_WIDTH];
     struct T(Pair) row;
     for (ptrdiff_t j = 0, end, k; j < rows + (tail > 0); j = end) {
         const int begins = j % SUMMED == 0 || j == rows;

@@ -24,6 +24,9 @@ enum {
     /* Of a table of coefficients: a line more than WIDTH, so that a row can start within one; and its
        rows do not lie whole pages apart, where they would fight for the same places of the L1 cache. */
     TABLE_WIDTH = WIDTH + 6 * LINE / 4,
+    /* Of sums of columns. Arrays of them that are added to together lie neither whole pages apart nor a
+       vector more, where a load would take the store before it for one to the same place. */
+    SUMS_WIDTH = WIDTH + 16 * LINE / 4,
 };
 
 INLINE ptrdiff_t min_of(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }

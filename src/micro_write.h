@@ -316,11 +316,11 @@ INLINE void T(write_run)(const struct T(Place) *place, struct T(Walk) walk, ptrd
                          const int way) {
     const ptrdiff_t length = walk.length, step = T(ACROSS) * LANES_OF;
     const ptrdiff_t unit = place->streams ? max_of(LANES_OF, T(LINE_VALUES)) : LANES_OF;
-    /* Short parts of whole vectors are better not moved to a line: none would be whole. Parts of one or
-       two are better written on their own. */
+    /* Short parts of whole vectors are better not moved to a line: none would be whole. Parts of one
+       vector are better written on their own. */
     const int fits = length % LANES_OF == 0 && length < ALIGNED_RUN;
     const int aligns = place->streams || (n >= ALIGNED_RUN && !fits);
-    const int apart = !place->streams && length < 3 * LANES_OF;
+    const int apart = !place->streams && length < 2 * LANES_OF;
     ptrdiff_t k = apart ? n : aligns ? T(values_to_line)(place->out, n) : 0;
     ptrdiff_t end = k + (n - k) / unit * unit;
     struct T(Place) here = *place, *at = &here;
@@ -639,7 +639,7 @@ INLINE void T(write_band)(struct T(Place) at, ptrdiff_t rows, ptrdiff_t row_stri
                           ptrdiff_t width, const int way, double *grad_bias,
                           double *grad_weight) {
     const int beside = T(ROWS); /* rows whole pages apart fight for the same places of L1 */
-    real total[WIDTH + LANES_OF], product[WIDTH + LANES_OF];
+    real total[SUMS_WIDTH], product[SUMS_WIDTH];
     int begins = 1;
     for (ptrdiff_t n; rows > 0; rows -= n, begins = 0) {
         if (rows >= beside) {
