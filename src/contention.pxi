@@ -166,17 +166,6 @@ cdef Contention contention_here():
     return contention
 
 
-# A pass of fewer values, of which one that reduces and writes counts twice as many, keeps to one
-# thread; another asks how many it may have. Both are said by cbn/_threads.py.
-cdef Py_ssize_t serial_below = 0
-cdef object get_num_threads = None
-
-
-def take_threads_from(function, Py_ssize_t serial_below_now):
-    global get_num_threads, serial_below
-    get_num_threads, serial_below = function, serial_below_now
-
-
 cdef int begin_pass(int num_threads, Py_ssize_t values):
     """The number of threads for a pass that may have so many."""
     cdef Contention contention = contention_here()

@@ -124,7 +124,7 @@ cdef class View:
     cdef readonly Py_ssize_t B, N, C, S, parts, period
     cdef readonly bint of_samples         # whether each channel is of one sample
     cdef readonly bint turned             # whether it is of the transpose of the caller's array
-    cdef readonly tuple shape             # of the array; view_of says it
+    cdef readonly tuple shape             # of the array; None in a view that no Norm has made
     cdef readonly tuple parameter_shape   # of weight, bias, and running statistics
     cdef readonly Py_ssize_t values       # that a mean is of
     # Whether backward computes statistics that were not kept on its way through x, and whether they

@@ -8,7 +8,8 @@ enum {
     T(LINE_OF) = T(LINE_VALUES) / LANES_OF, /* the same, in vectors */
     /* Vectors that are written side by side: what is loaded together fills no more registers. */
     T(ACROSS) = T(LINE_OF) > 4 ? 4 : T(LINE_OF) > 2 ? T(LINE_OF) : 2,
-    /* Rows that are written side by side past the cache, four vectors of all: each in whole lines. */
+    /* Rows that are written side by side, four vectors of all: each in whole lines, which are streamed
+       whole, and few, because rows whole pages apart take the same places of the L1 cache. */
     T(ROWS) = T(LINE_OF) > 2 ? 1 : T(LINE_OF) > 1 ? 2 : 4,
     /* Channels in rows of SHORT_LANES whose sums fit the registers together. */
     T(CHANNELS_BESIDE) = SIDE_BY_SIDE < 8 ? 1 : 4 * LANES_OF / SHORT_LANES,

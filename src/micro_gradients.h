@@ -37,7 +37,7 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
     const int whole = lanes >= vectors * LANES_OF;
     EACH (v, vectors) {
         const ptrdiff_t k = v * LANES_OF;
-        if (!whole && k >= lanes)
+        if (!whole && k >= lanes) /* nothing is left of this row */
             break;
         vector grad = whole ? load(at->grad_output + k) : load_some(at->grad_output + k, lanes - k);
         vector x = whole ? load(at->x + k) : load_some(at->x + k, lanes - k);
@@ -102,7 +102,7 @@ INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row
             width = tail;
         }
         row = at;
-        if (end >= rows) /* what would be fetched is no part of this */
+        if (j + BESIDE >= rows) /* what would be fetched is no part of this */
             row.ahead = 0;
         for (k = 0; width - k >= 4 * LANES_OF; k += 4 * LANES_OF) {
             T(multiply_rows)(row, j, end, row_stride, 4, 4 * LANES_OF, way, begins, band_total + k,
@@ -124,7 +124,7 @@ INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row
 }
 
 /* The sums of channels that lie `stride` apart, `beside` of them side by side, each of runs of so many
-   values, in rows of `width`; once: of no more than SUMMED rows. */
+   values, in rows of `width`; once: of one run of no more than SUMMED rows. */
 INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int beside,
                          const int once, ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length,
                          const int width, const int way, double *total,
@@ -300,7 +300,7 @@ static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptr
 }
 
 /* The sums of at most AT_ONCE channels that have a weight for each value; side by side where it is the
-   same for all. */
+   same for all, and registers hold the sums of several. */
 INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                                const int width, double *total, double *product) {
     const int beside = width == SHORT_LANES ? T(CHANNELS_BESIDE) : 1;

@@ -18,7 +18,7 @@ enum { /* what `way` says of a loop, as a literal: the compiler keeps what it ne
 
 enum {
     WORTH_A_TABLE = 4096, /* values */
-    FETCHED_AHEAD = 1 << 10, /* bytes */
+    FETCHED_AHEAD = 1 << 10, /* bytes from what is streamed to what is fetched for it */
     HALF_OF_L1 = 1 << 14, /* bytes, where it is 32 KiB */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
     /* Of a table of coefficients: a line more than WIDTH, so that a row can start within one; and its
@@ -185,7 +185,7 @@ static struct Moments fold_channel(const struct Sheet *sheet, const struct Colum
 }
 
 /* The same of at most AT_ONCE channels of one column in every repeat, side by side, because a division
-   has a long way. */
+   has a long way. The chains are those of sum_of, in its order; those that it has more are zero. */
 static void fold_side_by_side(const struct Sheet *sheet, const struct Columns *columns,
                               ptrdiff_t first, ptrdiff_t n, ptrdiff_t longer, double count,
                               struct Moments *into) {

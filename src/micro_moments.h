@@ -208,7 +208,7 @@ INLINE void T(add_to_chains)(const doubles *sum, const int channels, const int g
    values, in rows of `width`: of at most SUMMED rows in the type that is computed in, and of those in
    float64. Of the values, times a factor, around a shift for each channel; without one, of the values
    alone. Without a shift, what lies so many bytes from x is fetched, because it will be written.
-   once: whether there are no more rows than that. */
+   once: whether there are no more rows than that, of one run. */
 INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, const int beside,
                         const int once, ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length,
                         const int width,

@@ -93,6 +93,7 @@ INLINE struct T(Loaded) T(load_vectors)(const struct T(Place) *at, ptrdiff_t k, 
             if (way & BACKWARD)
                 __builtin_prefetch(at->grad_output + i + at->ahead);
         }
+        /* What is streamed is read from memory too, which is asked early. */
         if (!(way & (BACKWARD | BY_VALUE)) && BEGINS_LINE(v % across) && at->streams)
             __builtin_prefetch(at->x + i + FETCHED_AHEAD / (ptrdiff_t)sizeof(stored));
     }
@@ -638,7 +639,7 @@ INLINE void T(write_summed_rows)(const struct T(Place) *at, const int rows, ptrd
 INLINE void T(write_band)(struct T(Place) at, ptrdiff_t rows, ptrdiff_t row_stride, ptrdiff_t period,
                           ptrdiff_t width, const int way, double *grad_bias,
                           double *grad_weight) {
-    const int beside = T(ROWS); /* rows whole pages apart fight for the same places of L1 */
+    const int beside = T(ROWS);
     real total[SUMS_WIDTH], product[SUMS_WIDTH];
     int begins = 1;
     for (ptrdiff_t n; rows > 0; rows -= n, begins = 0) {

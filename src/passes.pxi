@@ -17,7 +17,7 @@ cdef enum:
     SHORTEST_STREAMED = 512
     # A small pass works in memory of the stack, and keeps the GIL: malloc, and to give up the GIL
     # and take it back, would be a tenth of its time (shapes "small" of benchmarks/compare.py).
-    NEAR = 1024        # values of float64
+    NEAR = 512         # values of float64: threads may have small stacks
     HOLDS_GIL = 8192   # values, those of a pass that reduces and writes counted twice
 
 
@@ -251,6 +251,17 @@ cdef inline Py_ssize_t cost_of(Kind kind) noexcept nogil:
     """How much more a pass has to do for a value than one that only writes or only reduces; from
     how many values on a team pays, benchmarks/team_threshold.py tells."""
     return 1 if kind == GIVEN or kind == STATISTICS else 2
+
+
+# A pass of fewer values, of which one that reduces and writes counts twice as many, keeps to one
+# thread; a larger one asks how many it may have. cbn/_threads.py says both.
+cdef Py_ssize_t serial_below = 0
+cdef object get_num_threads = None
+
+
+def take_threads_from(function, Py_ssize_t serial_below_now):
+    global get_num_threads, serial_below
+    get_num_threads, serial_below = function, serial_below_now
 
 
 cdef char* take_memory(Pass* p, Team* team, double* near) noexcept nogil:
