@@ -15,6 +15,7 @@ class View:
     period: int
     of_samples: bool
     turned: bool  # whether it is of the transpose of the caller's array
+    shape: Shape | None  # of the array; None in a view that no Norm has made
     parameter_shape: Shape
     values: int
 

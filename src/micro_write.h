@@ -239,9 +239,9 @@ struct T(Walk) {
     ptrdiff_t part, parts, length, left;
     const real *coefficients; /* of channel 0 */
     ptrdiff_t stride;
-    /* Of several parts: the weight of this one, that of part 0 of the first channel, and those of all,
+    /* Of several parts, whose channels are of one run each: the weight of this one, and those of all,
        which repeat, with the biases after them. */
-    const real *weight, *first_weight, *weights;
+    const real *weight, *weights;
     ptrdiff_t parameters;
     struct T(Coefficients) here;
 };
@@ -269,10 +269,9 @@ INLINE void T(enter_next)(struct T(Walk) *walk, const int way) {
     walk->weight++;
     if (++walk->part == walk->parts) {
         walk->part = 0;
-        if (++walk->channel == walk->end) {
+        if (++walk->channel == walk->end)
             walk->channel = walk->first;
-            walk->weight = walk->first_weight;
-        } else if (walk->weight == walk->weights + walk->parameters)
+        if (walk->weight == walk->weights + walk->parameters)
             walk->weight = walk->weights;
     }
     walk->left += walk->length;
@@ -368,13 +367,12 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
     const ptrdiff_t values = sheet->channels * sheet->length;
     const int one_run = sheet->run_stride == values; /* of all samples */
     const ptrdiff_t part = sheet->start / length;
-    const real *first_weight = R(weights_of)(p, first);
     const struct T(Walk) walk = {
         .channel = first, .first = first, .end = first + sheet->channels,
         .part = part, .parts = p->geometry.parts,
         .length = length, .left = length - sheet->start % length,
         .coefficients = p->coefficients, .stride = p->geometry.channels,
-        .weight = first_weight + part, .first_weight = first_weight, .weights = p->parameters,
+        .weight = R(weights_of)(p, first) + part, .weights = p->parameters,
         .parameters = p->geometry.parameters};
     for (ptrdiff_t i = 0; i < (one_run ? 1 : sheet->runs); i++) {
         const struct T(Place) place =

@@ -194,6 +194,22 @@ def test_a_layer_gives_what_its_functions_give(name, x, grad_output):
     np.testing.assert_array_equal(layer.forward(x), y)
 
 
+@EACH
+def test_shapes_may_alternate(name, x, grad_output):
+    """Every call sees the shape of its own input, and backward that of its forward call."""
+    layer = make(name)
+    halves = [(x, grad_output), (x[:1].copy(), grad_output[:1].copy())]
+    expected = []
+    for part, grad in halves:
+        fresh = make(name)
+        expected.append([fresh(part).tobytes(), fresh.backward(grad).tobytes()])
+    for turn in (0, 1, 0, 1, 1, 0):
+        part, grad = halves[turn]
+        y = layer(part)
+        assert y.shape == part.shape
+        assert [y.tobytes(), layer.backward(grad).tobytes()] == expected[turn]
+
+
 def test_training_uses_the_batch_and_learns(wide):
     bn = double(momentum=0.25)
     y = bn(wide)

@@ -96,10 +96,14 @@ def test_no_bit_depends_on_the_number_of_threads(
     run = run_pass(name, shape, channel_axis, dtype)
     use_threads(1)
     expected = [array.tobytes() for array in run()]
+    calls = _dispatch.kernels.calls()
+    teams = calls.team_calls
     for num_threads in (2, 3, 4, 7):
         use_threads(num_threads)
         actual = [array.tobytes() for array in run()]
         assert actual == expected, f"{num_threads} threads"
+    if _dispatch.kernels.openmp():
+        assert calls.team_calls >= teams + 4
 
 
 @LAYOUT
