@@ -47,8 +47,8 @@ typedef doubles any_doubles __attribute__((aligned(8), may_alias));
 INLINE floats all_floats(float value) { return value - (floats){0}; }
 INLINE doubles all_doubles(double value) { return value - (doubles){0}; }
 
-/* Tails: of n lanes, n < 1 none and more than there are all. What is not loaded is zero. Two vectors
-   are joined to the first n lanes of one and the others of the other. */
+/* Tails that are loaded: of n lanes, n < 1 none and more than there are all. What is not loaded is zero.
+   Two vectors are joined to the first n lanes of one and the others of the other. */
 
 #if defined(__AVX512F__)
 
@@ -62,12 +62,6 @@ INLINE floats some_floats(const float *at, ptrdiff_t n) {
 }
 INLINE doubles some_doubles(const double *at, ptrdiff_t n) {
     return (doubles)_mm512_maskz_loadu_pd((__mmask8)first_16(n), at);
-}
-INLINE void put_floats(float *at, floats value, ptrdiff_t n) {
-    _mm512_mask_storeu_ps(at, first_16(n), (__m512)value);
-}
-INLINE void put_doubles(double *at, doubles value, ptrdiff_t n) {
-    _mm512_mask_storeu_pd(at, (__mmask8)first_16(n), (__m512d)value);
 }
 INLINE floats joined_floats(floats a, floats b, ptrdiff_t n) {
     return (floats)_mm512_mask_mov_ps((__m512)b, first_16(n), (__m512)a);
@@ -111,14 +105,6 @@ INLINE doubles some_doubles(const double *at, ptrdiff_t n) {
     return (doubles)_mm256_maskload_pd(
         at, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)));
 }
-INLINE void put_floats(float *at, floats value, ptrdiff_t n) {
-    _mm256_maskstore_ps(at, first_8(n), (__m256)value);
-}
-INLINE void put_doubles(double *at, doubles value, ptrdiff_t n) {
-    _mm256_maskstore_pd(
-        at, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)),
-        (__m256d)value);
-}
 
 #else
 
@@ -131,17 +117,66 @@ static NOINLINE floats some_floats(const float *at, ptrdiff_t n) {
 INLINE doubles some_doubles(const double *at, ptrdiff_t n) {
     return (doubles){n > 0 ? at[0] : 0, n > 1 ? at[1] : 0};
 }
-static NOINLINE void put_floats(float *at, floats value, ptrdiff_t n) {
-    for (int i = 0; i < FLOATS && i < n; i++)
-        at[i] = value[i];
-}
-static NOINLINE void put_doubles(double *at, doubles value, ptrdiff_t n) {
-    for (int i = 0; i < DOUBLES && i < n; i++)
-        at[i] = value[i];
-}
 
 #endif
 #endif
+
+/* Tails that are stored, of at least one lane and not all. By halves, not by a mask: for that, an EPYC
+   takes many cycles, and waits where the line is not in its cache (training of planes of 28 x 28,
+   benchmarks/compare.py). */
+#ifdef __SSE2__
+INLINE void put_four(float *at, __m128 four, ptrdiff_t n) {
+    if (n & 2) {
+        _mm_storel_pi((__m64 *)at, four);
+        at += 2;
+        four = _mm_movehl_ps(four, four);
+    }
+    if (n & 1)
+        _mm_store_ss(at, four);
+}
+#ifdef __AVX2__
+INLINE void put_eight(float *at, __m256 eight, ptrdiff_t n) {
+    __m128 four = _mm256_castps256_ps128(eight);
+    if (n & 4) {
+        _mm_storeu_ps(at, four);
+        at += 4;
+        four = _mm256_extractf128_ps(eight, 1);
+    }
+    put_four(at, four, n);
+}
+#endif
+#endif
+INLINE void put_floats(float *at, floats value, ptrdiff_t n) {
+#if defined(__AVX512F__)
+    __m256 eight = _mm512_castps512_ps256((__m512)value);
+    if (n & 8) {
+        _mm256_storeu_ps(at, eight);
+        at += 8;
+        eight = _mm512_extractf32x8_ps((__m512)value, 1);
+    }
+    put_eight(at, eight, n);
+#elif defined(__AVX2__)
+    put_eight(at, (__m256)value, n);
+#elif defined(__SSE2__)
+    put_four(at, (__m128)value, n);
+#else
+    for (ptrdiff_t i = 0; i < n; i++)
+        at[i] = value[i];
+#endif
+}
+INLINE void put_doubles(double *at, doubles value, ptrdiff_t n) {
+#ifdef __SSE2__
+    put_floats((float *)at, (floats)value, 2 * n);
+#else
+    for (ptrdiff_t i = 0; i < n; i++)
+        at[i] = value[i];
+#endif
+}
+
+/* A vector of doubles, of which so many lanes are there. */
+INLINE doubles doubles_at(const double *at, ptrdiff_t n) {
+    return n >= DOUBLES ? (doubles)DOUBLES_AT(at) : some_doubles(at, n);
+}
 
 /* The positive lanes and NaNs, and a bit for each of these; the others are 0. */
 INLINE floats rectified_floats(floats value, unsigned *passed) {

@@ -47,7 +47,7 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
                 __builtin_prefetch(at->out + k, 1);
             grad *= R(reals)(at->weight + k, lanes - k);
         }
-        if ((way & BY_COLUMN || (way == 0 && FETCHES_RUNS)) && BEGINS_LINE(v)) {
+        if ((way & FETCHES || (way == 0 && FETCHES_RUNS)) && BEGINS_LINE(v)) {
             __builtin_prefetch(at->grad_output + at->ahead + k);
             __builtin_prefetch(at->x + at->ahead + k);
         }
@@ -230,8 +230,12 @@ INLINE void T(sums_by_row)(struct T(Pair) at, const struct Sheet *sheet, ptrdiff
     at.unit = units;
     for (ptrdiff_t k = 0; k < sheet->width; k++)
         total[k] = product[k] = 0;
-    T(multiply_columns)(at, sheet->rows, sheet->row_stride, sheet->width, sheet->tail, from_memory,
-                        BY_COLUMN, total, product);
+    if (at.ahead)
+        T(multiply_columns)(at, sheet->rows, sheet->row_stride, sheet->width, sheet->tail,
+                            from_memory, BY_COLUMN | FETCHES, total, product);
+    else
+        T(multiply_columns)(at, sheet->rows, sheet->row_stride, sheet->width, sheet->tail,
+                            from_memory, BY_COLUMN, total, product);
     for (ptrdiff_t r = 1; r < sheet->repeat; r++)
         for (ptrdiff_t k = 0; k < period; k++) {
             total[k] += total[r * period + k];

@@ -14,6 +14,7 @@ enum { /* what `way` says of a loop, as a literal: the compiler keeps what it ne
     BY_ROW = 32,    /* x is normalised first, by what each row has */
     MEANS = 64,     /* means go along with the columns */
     FUSED = 128,    /* steps go along with what is written */
+    FETCHES = 256,  /* what is read next is fetched */
 };
 
 enum {
@@ -21,6 +22,7 @@ enum {
     FETCHED_AHEAD = 1 << 10, /* bytes from what is streamed to what is fetched for it */
     HALF_OF_L1 = 1 << 14, /* bytes, where it is 32 KiB */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
+    WRITTEN_APART = 40,   /* values below which parts are written one by one (planes of 17 to 36) */
     /* Of a table of coefficients: a line more than WIDTH, so that a row can start within one; and its
        rows do not lie whole pages apart, where they would fight for the same places of the L1 cache. */
     TABLE_WIDTH = WIDTH + 6 * LINE / 4,
@@ -160,28 +162,53 @@ static void fold_sums(double *totals, double *products, ptrdiff_t n, struct Sums
         into[k] = (struct Sums){total[k], product[k]};
 }
 
-/* The moments of a channel, which begins at column k, from those of all of its columns in every repeat.
-   Each sum is a sum_of. */
+/* The moments of a channel around some shift, from those of its n columns, of which the first so many
+   have one more row. Each sum is a sum_of. */
+static struct Moments fold_columns(const struct Columns *columns, ptrdiff_t n, double rows,
+                                   ptrdiff_t more, double count, double shift) {
+    double mean = 0, sum = 0;
+    for (int squares = 0; squares < 2; squares++) {
+        doubles lane[VECTORS_OF_CHAINS], value, weight;
+        EACH (v, VECTORS_OF_CHAINS)
+            lane[v] = all_doubles(0);
+        for (ptrdiff_t k = 0; k < n; k += CHAINS)
+            EACH (v, VECTORS_OF_CHAINS) {
+                const ptrdiff_t at = k + v * DOUBLES, left = n - at;
+                weight = joined_doubles(all_doubles(rows + 1), all_doubles(rows), more - at);
+                value = (doubles_at(columns->shift + at, left) - shift)
+                        + doubles_at(columns->mean + at, left);
+                if (squares)
+                    value = doubles_at(columns->m2 + at, left)
+                            + weight * ((value - mean) * (value - mean));
+                else
+                    value *= weight;
+                lane[v] += left < DOUBLES ? joined_doubles(value, all_doubles(0), left) : value;
+            }
+        sum = sum_of_chains((const double *)lane);
+        if (!squares)
+            mean = sum / count;
+    }
+    return (struct Moments){count, shift, mean, sum};
+}
+
+/* The same of a channel that begins at column k, and has columns in every repeat: rows of several are
+   narrow. */
 static struct Moments fold_channel(const struct Sheet *sheet, const struct Columns *columns,
                                    ptrdiff_t k, ptrdiff_t longer, double count) {
-    const ptrdiff_t span = sheet->span, period = sheet->channels * span, n = span * sheet->repeat;
-    const double shift = columns->shift[k];
-    double mean[WIDTH], value[WIDTH], merged = 0;
-    for (int squares = 0; squares < 2; squares++) {
-        for (ptrdiff_t r = 0, i = 0; r < sheet->repeat; r++) {
-            const double rows = (double)(sheet->rows + (r < longer));
-            for (ptrdiff_t s = k + r * period; s < k + r * period + span; s++, i++)
-                if (squares)
-                    value[i] = columns->m2[s] + rows * ((mean[i] - merged) * (mean[i] - merged));
-                else {
-                    mean[i] = (columns->shift[s] - shift) + columns->mean[s];
-                    value[i] = rows * mean[i];
-                }
+    const ptrdiff_t span = sheet->span, period = sheet->channels * span;
+    const size_t bytes = span * sizeof(double);
+    struct Columns of_channel = {columns->shift + k, columns->mean + k, columns->m2 + k};
+    double shift[2 * NARROW], mean[2 * NARROW], m2[2 * NARROW];
+    if (sheet->repeat > 1) {
+        for (ptrdiff_t r = 0; r < sheet->repeat; r++) {
+            memcpy(shift + r * span, of_channel.shift + r * period, bytes);
+            memcpy(mean + r * span, of_channel.mean + r * period, bytes);
+            memcpy(m2 + r * span, of_channel.m2 + r * period, bytes);
         }
-        if (!squares)
-            merged = sum_of(value, n) / count;
+        of_channel = (struct Columns){shift, mean, m2};
     }
-    return (struct Moments){count, shift, merged, sum_of(value, n)};
+    return fold_columns(&of_channel, span * sheet->repeat, (double)sheet->rows, longer * span,
+                        count, columns->shift[k]);
 }
 
 /* The same of at most AT_ONCE channels of one column in every repeat, side by side, because a division
@@ -263,6 +290,9 @@ static void finish_moments(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
 
 enum {
     BESIDE = 4,      /* rows that are added up at a time */
+    /* Values from row to row up to which rows are close to each other: the next are fetched early.
+       Along rows that are far apart, as those of planes are, the processor does that better. */
+    CLOSE = 2 * WIDTH,
     SIDE_BY_SIDE = VECTOR_BYTES == 64 ? 8 : 4, /* vectors whose sums fit the registers */
     SHORT_RUN = 512, /* values that are not worth rows of LANES */
 };

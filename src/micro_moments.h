@@ -4,7 +4,8 @@
    sum of sums of a few rows is rounded less often than one sum: beside an outlier of 3000 standard
    deviations, a variance was off by 1e-6 of its value. */
 INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride,
-                        ptrdiff_t next, /* rows that are summed after these, and so are fetched */
+                        ptrdiff_t next,      /* rows that are fetched, a band from these ... */
+                        const int fetches,   /* ... if there are any */
                         const int vectors,
                         ptrdiff_t lanes,     /* of a vector */
                         const real *shift,   /* NULL: sum x; else x - shift and its square */
@@ -22,7 +23,7 @@ INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride,
     for (ptrdiff_t j = 0; j < rows; j++, x += row_stride) {
         const stored *to_fetch = j < next ? x + BAND * row_stride : x;
         EACH (v, vectors) {
-            if (vectors > 1 && BEGINS_LINE(v))
+            if (fetches && BEGINS_LINE(v))
                 __builtin_prefetch(to_fetch + v * LANES_OF);
             value = lanes < LANES_OF ? load_some(x, lanes) : load(x + v * LANES_OF);
             if (factor)
@@ -48,28 +49,34 @@ INLINE void T(sum_band)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, p
                         real *square) {
     ptrdiff_t k = 0;
 #define COLUMNS_FROM(k) shift ? shift + k : NULL, factor ? factor + k : NULL, total + k, square + k
+#define ROWS(vectors, lanes)                                                                       \
+    T(sum_rows)(x + k, rows, row_stride, 0, 0, vectors, lanes, COLUMNS_FROM(k))
+    for (; next > 0 && width - k >= SIDE_BY_SIDE * LANES_OF; k += SIDE_BY_SIDE * LANES_OF)
+        T(sum_rows)(x + k, rows, row_stride, next, 1, SIDE_BY_SIDE, LANES_OF, COLUMNS_FROM(k));
     for (; width - k >= SIDE_BY_SIDE * LANES_OF; k += SIDE_BY_SIDE * LANES_OF)
-        T(sum_rows)(x + k, rows, row_stride, next, SIDE_BY_SIDE, LANES_OF, COLUMNS_FROM(k));
+        ROWS(SIDE_BY_SIDE, LANES_OF);
     if (SIDE_BY_SIDE > 4 && width - k >= 4 * LANES_OF) {
-        T(sum_rows)(x + k, rows, row_stride, next, 4, LANES_OF, COLUMNS_FROM(k));
+        ROWS(4, LANES_OF);
         k += 4 * LANES_OF;
     }
     for (; k < width; k += LANES_OF)
-        T(sum_rows)(x + k, rows, row_stride, 0, 1, min_of(LANES_OF, width - k), COLUMNS_FROM(k));
+        ROWS(1, min_of(LANES_OF, width - k));
+#undef ROWS
 #undef COLUMNS_FROM
 }
 
-/* Add up the columns of a sheet, a band of rows after the other; what is not in the cache yet, up to
-   some row, is fetched a band before. */
-INLINE void T(sum_sheet)(const stored *x, const struct Sheet *sheet, ptrdiff_t to_fetch,
+/* Add up the columns of a sheet, a band of rows after the other; what is not in the cache yet, from
+   some row up to another, is fetched a band before, if rows are close to each other. */
+INLINE void T(sum_sheet)(const stored *x, const struct Sheet *sheet, ptrdiff_t from, ptrdiff_t to,
                          const real *shift, const real *factor, real *total, real *square) {
-    const ptrdiff_t stride = sheet->row_stride;
-    ptrdiff_t n, width;
+    const ptrdiff_t stride = sheet->row_stride, fetched = stride <= CLOSE ? to : 0;
+    ptrdiff_t n, width, next;
     x += sheet->offset;
     for (ptrdiff_t row = 0; row < sheet->rows + (sheet->tail > 0); row += n, x += n * stride) {
         n = row < sheet->rows ? min_of(BAND, sheet->rows - row) : 1;
         width = row < sheet->rows ? sheet->width : sheet->tail;
-        T(sum_band)(x, n, stride, to_fetch - row - BAND, width, shift, factor, total, square);
+        next = row + BAND < from ? 0 : fetched - row - BAND;
+        T(sum_band)(x, n, stride, next, width, shift, factor, total, square);
     }
 }
 
@@ -83,13 +90,13 @@ INLINE int T(is_outside)(real square, real smallest) {
    its column means; return whether all are in range. */
 INLINE int T(sum_block)(const stored *x, const struct Sheet *block, ptrdiff_t following, int given,
                         const real *factor, real smallest, struct T(Block) *sums) {
-    const ptrdiff_t to_fetch = block->rows + following;
+    const ptrdiff_t end = block->rows + following;
     int outside = 0;
     real reciprocal;
     for (ptrdiff_t k = 0; k < block->width; k++)
         sums->total[k] = sums->square[k] = 0;
     if (!given) {
-        T(sum_sheet)(x, block, block->rows, NULL, factor, sums->total, sums->square);
+        T(sum_sheet)(x, block, 0, block->rows, NULL, factor, sums->total, sums->square);
         reciprocal = 1 / (real)(block->rows + 1);
         for (ptrdiff_t k = 0; k < block->tail; k++)
             sums->shift[k] = sums->total[k] * reciprocal;
@@ -99,7 +106,8 @@ INLINE int T(sum_block)(const stored *x, const struct Sheet *block, ptrdiff_t fo
         for (ptrdiff_t k = 0; k < block->width; k++)
             sums->total[k] = 0;
     }
-    T(sum_sheet)(x, block, to_fetch, sums->shift, factor, sums->total, sums->square);
+    T(sum_sheet)(x, block, given ? 0 : block->rows, end, sums->shift, factor, sums->total,
+                 sums->square);
     for (ptrdiff_t k = 0; k < block->width; k++)
         outside |= T(is_outside)(sums->square[k], smallest);
     return !outside;

@@ -235,10 +235,10 @@ INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t
 /* Where a run is: in a part of a channel, which may be all of it, of which so many values are left. It
    knows what it needs of the pass: after a store, the compiler would have to look again. */
 struct T(Walk) {
-    ptrdiff_t channel, first, end; /* after the last channel comes the first, of the next sample */
-    ptrdiff_t part, parts, length, left;
-    const real *coefficients; /* of channel 0 */
+    const real *channel, *first, *end; /* coefficients; after the last channel comes the first, of the
+                                          next sample */
     ptrdiff_t stride;
+    ptrdiff_t part, parts, length, left;
     /* Of several parts, whose channels are of one run each: the weight of this one, and those of all,
        which repeat, with the biases after them. */
     const real *weight, *weights;
@@ -247,32 +247,31 @@ struct T(Walk) {
 };
 
 INLINE void T(enter_part)(struct T(Walk) *walk, const int way) {
-    const real *of_channel = walk->coefficients + walk->channel;
+    const real *channel = walk->channel;
     const ptrdiff_t stride = walk->stride;
-    real scale = of_channel[SCALE * stride], bias = of_channel[BIAS * stride], of_grad = 1;
+    real scale = channel[SCALE * stride], bias = channel[BIAS * stride], of_grad = 1;
     if (walk->parts > 1 && way & BACKWARD)
         of_grad = *walk->weight;
     else if (walk->parts > 1) {
         scale *= *walk->weight;
         bias = walk->weight[walk->parameters] + bias * *walk->weight;
     }
-    walk->here.mean = all(of_channel[MEAN * stride]);
+    walk->here.mean = all(channel[MEAN * stride]);
     walk->here.scale = all(scale);
     walk->here.bias = all(bias);
     if (way & BACKWARD)
-        walk->here.slope = all(of_channel[SLOPE * stride]);
+        walk->here.slope = all(channel[SLOPE * stride]);
     if (way & BACKWARD && way & WEIGHTED)
         walk->here.weight = all(of_grad);
 }
 
 INLINE void T(enter_next)(struct T(Walk) *walk, const int way) {
-    walk->weight++;
-    if (++walk->part == walk->parts) {
+    if (walk->parts > 1 && ++walk->weight == walk->weights + walk->parameters)
+        walk->weight = walk->weights;
+    if (walk->parts == 1 || ++walk->part == walk->parts) {
         walk->part = 0;
         if (++walk->channel == walk->end)
             walk->channel = walk->first;
-        if (walk->weight == walk->weights + walk->parameters)
-            walk->weight = walk->weights;
     }
     walk->left += walk->length;
     T(enter_part)(walk, way);
@@ -309,6 +308,26 @@ INLINE void T(write_vector)(const struct T(Place) *at, ptrdiff_t k, struct T(Coe
     T(write_vectors)(at, k, 1, 0, 1, LANES_OF, at->streams, &values, c, way);
 }
 
+/* Write n values of short parts without a gap, part by part. The last vector of one overlaps those before
+   it, which are the same bits twice, and is loaded before they are stored: out may be x. */
+INLINE void T(write_parts)(const struct T(Place) *at, struct T(Walk) walk, ptrdiff_t n,
+                           const int way) {
+    const ptrdiff_t length = walk.length, last = length - LANES_OF;
+    struct T(Loaded) end;
+    ptrdiff_t k = 0;
+    T(enter_part)(&walk, way);
+    if (last >= 0 && walk.left == length)
+        for (; n - k >= length; k += length, walk.left = 0) {
+            if (walk.left == 0)
+                T(enter_next)(&walk, way);
+            end = T(load_vectors)(at, k + last, 1, 0, 1, LANES_OF, way);
+            for (ptrdiff_t j = 0; j < last; j += LANES_OF)
+                T(write_vector)(at, k + j, &walk.here, way);
+            T(write_vectors)(at, k + last, 1, 0, 1, LANES_OF, 0, &end, &walk.here, way);
+        }
+    T(write_up_to)(at, &walk, k, n, way);
+}
+
 /* Write n values without a gap in the order of the memory, channel after channel, or part after part
    of one with several weights. A vector in which one ends and the next begins has coefficients of
    both: so short planes cost little more than long ones, and lines are streamed whole. */
@@ -316,12 +335,10 @@ INLINE void T(write_run)(const struct T(Place) *place, struct T(Walk) walk, ptrd
                          const int way) {
     const ptrdiff_t length = walk.length, step = T(ACROSS) * LANES_OF;
     const ptrdiff_t unit = place->streams ? max_of(LANES_OF, T(LINE_VALUES)) : LANES_OF;
-    /* Short parts of whole vectors are better not moved to a line: none would be whole. Parts of one
-       vector are better written on their own. */
+    /* Short parts of whole vectors are better not moved to a line: none would be whole. */
     const int fits = length % LANES_OF == 0 && length < ALIGNED_RUN;
     const int aligns = place->streams || (n >= ALIGNED_RUN && !fits);
-    const int apart = !place->streams && length < 2 * LANES_OF;
-    ptrdiff_t k = apart ? n : aligns ? T(values_to_line)(place->out, n) : 0;
+    ptrdiff_t k = aligns ? T(values_to_line)(place->out, n) : 0;
     ptrdiff_t end = k + (n - k) / unit * unit;
     struct T(Place) here = *place, *at = &here;
     struct T(Coefficients) both;
@@ -360,24 +377,30 @@ INLINE void T(write_run)(const struct T(Place) *place, struct T(Walk) walk, ptrd
         place->steps->bits = steps.bits;
 }
 
+INLINE struct T(Walk) T(walk_of)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first) {
+    const ptrdiff_t length = p->geometry.S / p->geometry.parts, part = sheet->start / length;
+    const real *channel = (const real *)p->coefficients + first;
+    return (struct T(Walk)){
+        .channel = channel, .first = channel, .end = channel + sheet->channels,
+        .stride = p->geometry.channels, .part = part, .parts = p->geometry.parts,
+        .length = length, .left = length - sheet->start % length,
+        .weight = R(weights_of)(p, first) + part, .weights = p->parameters,
+        .parameters = p->geometry.parameters};
+}
+
 /* Write by plane. A sheet holds whole channels, or a piece of one. */
 INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                             struct T(Steps) *steps, const int way) {
-    const ptrdiff_t length = p->geometry.S / p->geometry.parts;
     const ptrdiff_t values = sheet->channels * sheet->length;
     const int one_run = sheet->run_stride == values; /* of all samples */
-    const ptrdiff_t part = sheet->start / length;
-    const struct T(Walk) walk = {
-        .channel = first, .first = first, .end = first + sheet->channels,
-        .part = part, .parts = p->geometry.parts,
-        .length = length, .left = length - sheet->start % length,
-        .coefficients = p->coefficients, .stride = p->geometry.channels,
-        .weight = R(weights_of)(p, first) + part, .weights = p->parameters,
-        .parameters = p->geometry.parameters};
-    for (ptrdiff_t i = 0; i < (one_run ? 1 : sheet->runs); i++) {
-        const struct T(Place) place =
-            T(place_of)(p, sheet->offset + i * sheet->run_stride, first, steps);
-        T(write_run)(&place, walk, one_run ? values * sheet->runs : values, way);
+    const ptrdiff_t runs = one_run ? 1 : sheet->runs, n = one_run ? values * sheet->runs : values;
+    struct T(Place) place;
+    for (ptrdiff_t i = 0; i < runs; i++) {
+        place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first, steps);
+        if (!(way & FUSED) && !p->stream && p->geometry.S < WRITTEN_APART * p->geometry.parts)
+            T(write_parts)(&place, T(walk_of)(p, sheet, first), n, way);
+        else
+            T(write_run)(&place, T(walk_of)(p, sheet, first), n, way);
     }
 }
 
