@@ -314,7 +314,9 @@ INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, 
     double totals[AT_ONCE * CHAINS], products[AT_ONCE * CHAINS];
     ptrdiff_t c = 0;
     T(take_units)(p, first, n, &units);
-    at.out = p->stream ? at.x : (const stored *)p->out + sheet->offset; /* a store waits for its line */
+    at.out = at.x;
+    if (!p->stream && S < LONG_ROW) /* a store waits for its line */
+        at.out = (const stored *)p->out + sheet->offset;
 #define CHANNELS(beside, once)                                                                     \
     at.weight = R(weights_of)(p, first + c) + sheet->start;                                        \
     at.mean = units.high + c;                                                                      \

@@ -19,8 +19,7 @@ enum { /* what `way` says of a loop, as a literal: the compiler keeps what it ne
 
 enum {
     WORTH_A_TABLE = 4096, /* values */
-    FETCHED_AHEAD = 1 << 10, /* bytes from what is streamed to what is fetched for it */
-    HALF_OF_L1 = 1 << 14, /* bytes, where it is 32 KiB */
+    FETCHED_AHEAD = 1 << 11, /* bytes from what is streamed to what is fetched for it */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
     WRITTEN_APART = 40,   /* values below which parts are written one by one (planes of 17 to 36) */
     /* Of a table of coefficients: a line more than WIDTH, so that a row can start within one; and its
@@ -290,9 +289,11 @@ static void finish_moments(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
 
 enum {
     BESIDE = 4,      /* rows that are added up at a time */
-    /* Values from row to row up to which rows are close to each other: the next are fetched early.
-       Along rows that are far apart, as those of planes are, the processor does that better. */
-    CLOSE = 2 * WIDTH,
+    /* Along long rows, and rows that are far apart, as those of planes are, the processor fetches what is
+       next by itself; and what is fetched for it takes the place of what is needed now. Elsewhere it is
+       fetched early (benchmarks/compare.py: backward of layer norm, training of channels last). */
+    LONG_ROW = 1024, /* values */
+    CLOSE = 2 * WIDTH, /* values from row to row */
     SIDE_BY_SIDE = VECTOR_BYTES == 64 ? 8 : 4, /* vectors whose sums fit the registers */
     SHORT_RUN = 512, /* values that are not worth rows of LANES */
 };

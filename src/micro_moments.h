@@ -391,10 +391,9 @@ static void T(channel_moments)(const struct Pass *p, const struct Sheet *sheet, 
     const double count = (double)sheet->runs * sheet->length;
     const real smallest = (real)least;
     const int centred = p->centred;
-    /* A store waits until its line is read, unless it goes past the cache. What is fetched for it must
-       not take the place of x (layer norm of rows of 5120: benchmarks/compare.py). */
+    /* A store waits until its line is read, unless it goes past the cache. */
     const int fetches = p->kind == NORMALISE && !p->stream && p->geometry.pieces == 1
-                        && sheet->runs * sheet->length * sizeof(stored) <= HALF_OF_L1;
+                        && sheet->runs * sheet->length < LONG_ROW;
     const ptrdiff_t to_out = fetches ? (char *)p->out - (char *)p->x : 0;
     double total[AT_ONCE], square[AT_ONCE], unit;
     real shift[AT_ONCE];

@@ -224,7 +224,10 @@ INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t
     place.grad_output = p->kind == GRADIENTS ? p->grad_output : p->x; /* or not read */
     place.grad_output += at;
     place.weights = place.biases = NULL;
-    place.ahead = p->ahead;
+    /* Not along long rows, unless several are streamed side by side. */
+    place.ahead = 0;
+    if (p->geometry.S < LONG_ROW || (T(ROWS) > 1 && p->stream && p->kind == GRADIENTS))
+        place.ahead = p->ahead;
     place.streams = p->stream;
     place.steps = steps;
     place.coefficients = (const real *)p->coefficients + first;
