@@ -3,12 +3,11 @@
     python benchmarks/team_threshold.py
     python benchmarks/team_threshold.py --threads 4 --passes inference backward
 
-cbn gives a call a team where it has SERIAL_BELOW values or more (cbn/_threads.py); a pass that
-reduces and writes, in training and backward, counts its input twice. Here every pass is timed on
-one thread and with a team, at sizes below that number and above it, in
-turns and with out= (turns.py says how; the team's threads are awake). A number in the table is the
-time on one thread over that of the team. At the end of a row is the number of values, counted so,
-from which on the team is faster at every size.
+cbn gives a call a team where it has SERIAL_BELOW values or more (cbn/_threads.py); training counts
+its input twice, backward three times. Here every pass is timed on one thread and with a team, at
+sizes below that number and above it, in turns and with out= (turns.py says how; the team's threads
+are awake). A number in the table is the time on one thread over that of the team. At the end of a
+row is the number of values, counted so, from which on the team is faster at every size.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from cbn import _dispatch
 
 SIZES = [size for k in range(13, 19) for size in (1 << k, 3 << k - 1)]  # values of x
 # How often a pass counts the values of x.
-READS = {"inference": 1, "training": 2, "backward": 2}
+READS = {"inference": 1, "training": 2, "backward": 3}
 # By a word, the shape of x without what makes it so large, which is -1, and its norm.
 FORMS: dict[str, tuple[tuple[int, ...], Callable[[tuple[int, ...]], cbn.layers.NormLayer]]] = {
     "batch 1xCx16x16": ((1, -1, 16, 16), lambda shape: cbn.BatchNorm2d(shape[1])),

@@ -18,7 +18,7 @@ cdef enum:
     # A small pass works in memory of the stack, and keeps the GIL: malloc, and to give up the GIL
     # and take it back, would be a tenth of its time (shapes "small" of benchmarks/compare.py).
     NEAR = 512         # values of float64: threads may have small stacks
-    HOLDS_GIL = 8192   # values, those of a pass that reduces and writes counted twice
+    HOLDS_GIL = 8192   # values, of which each counts for its cost
 
 
 cdef inline bint finds_statistics(const Pass* p) noexcept nogil:
@@ -250,11 +250,13 @@ cdef void work(const Pass* p, Team* team, int thread) noexcept nogil:
 cdef inline Py_ssize_t cost_of(Kind kind) noexcept nogil:
     """How much more a pass has to do for a value than one that only writes or only reduces; from
     how many values on a team pays, benchmarks/team_threshold.py tells."""
-    return 1 if kind == GIVEN or kind == STATISTICS else 2
+    if kind == GIVEN or kind == STATISTICS:
+        return 1
+    return 2 if kind == NORMALISE else 3
 
 
-# A pass of fewer values, of which one that reduces and writes counts twice as many, keeps to one
-# thread; a larger one asks how many it may have. cbn/_threads.py says both.
+# A pass of fewer values, of which each counts for its cost, keeps to one thread; a larger one asks
+# how many it may have. cbn/_threads.py says both.
 cdef Py_ssize_t serial_below = 0
 cdef object get_num_threads = None
 
@@ -323,7 +325,9 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out):
     cdef Py_ssize_t values = PyArray_SIZE(x)
     cdef size_t size = PyArray_NBYTES(x)
     cdef Py_ssize_t cost = cost_of(p.kind) * values
-    cdef int num_threads = 1 if cost < serial_below else get_num_threads()
+    # Where one thread reduces all there is, a team shares the writing alone, and has to meet before.
+    cdef Py_ssize_t shared = cost if p.kind == GIVEN or tiles_of(g) > 1 else values // 2
+    cdef int num_threads = 1 if shared < serial_below else get_num_threads()
     cdef double took = 0, alone = 0   # seconds: of the team, and of one thread in its place
     cdef double[NEAR] near
     cdef Team team
