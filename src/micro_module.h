@@ -21,7 +21,7 @@ enum {
     WORTH_A_TABLE = 4096, /* values */
     FETCHED_AHEAD = 1 << 11, /* bytes from what is streamed to what is fetched for it */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
-    WRITTEN_APART = 40,   /* values below which parts are written one by one (planes of 17 to 36) */
+    WRITTEN_APART = 39,   /* values up to which parts are written one by one (planes of 16 to 36) */
     /* Of a table of coefficients: a line more than WIDTH, so that a row can start within one; and its
        rows do not lie whole pages apart, where they would fight for the same places of the L1 cache. */
     TABLE_WIDTH = WIDTH + 6 * LINE / 4,

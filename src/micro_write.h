@@ -311,23 +311,56 @@ INLINE void T(write_vector)(const struct T(Place) *at, ptrdiff_t k, struct T(Coe
     T(write_vectors)(at, k, 1, 0, 1, LANES_OF, at->streams, &values, c, way);
 }
 
-/* Write n values of short parts without a gap, part by part. The last vector of one overlaps those before
-   it, which are the same bits twice, and is loaded before they are stored: out may be x. */
+/* A part of so many vectors, of which the last overlaps those before it. */
+struct T(Part) {
+    struct T(Loaded) begin, end;
+};
+
+INLINE struct T(Part) T(load_part)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t length,
+                                   const int vectors, const int way) {
+    struct T(Part) part;
+    if (vectors > 1)
+        part.begin = T(load_vectors)(at, k, 1, 0, vectors - 1, LANES_OF, way);
+    part.end = T(load_vectors)(at, k + length - LANES_OF, 1, 0, 1, LANES_OF, way);
+    return part;
+}
+
+/* Write whole parts. The next is loaded before one is stored, as in write_steps. */
+INLINE ptrdiff_t T(write_whole_parts)(const struct T(Place) *at, struct T(Walk) *walk, ptrdiff_t n,
+                                      const int vectors, const int way) {
+    const ptrdiff_t length = walk->length;
+    struct T(Part) part, next = T(load_part)(at, 0, length, vectors, way);
+    ptrdiff_t k = 0;
+    for (; n - k >= length; k += length, walk->left = 0) {
+        if (walk->left == 0)
+            T(enter_next)(walk, way);
+        part = next;
+        if (n - k >= 2 * length)
+            next = T(load_part)(at, k + length, length, vectors, way);
+        if (vectors > 1)
+            T(write_vectors)(at, k, 1, 0, vectors - 1, LANES_OF, 0, &part.begin, &walk->here, way);
+        T(write_vectors)(at, k + length - LANES_OF, 1, 0, 1, LANES_OF, 0, &part.end, &walk->here,
+                         way);
+    }
+    return k;
+}
+
+/* Write n values of short parts without a gap, part by part. */
 INLINE void T(write_parts)(const struct T(Place) *at, struct T(Walk) walk, ptrdiff_t n,
                            const int way) {
-    const ptrdiff_t length = walk.length, last = length - LANES_OF;
-    struct T(Loaded) end;
+    const ptrdiff_t length = walk.length;
     ptrdiff_t k = 0;
     T(enter_part)(&walk, way);
-    if (last >= 0 && walk.left == length)
-        for (; n - k >= length; k += length, walk.left = 0) {
-            if (walk.left == 0)
-                T(enter_next)(&walk, way);
-            end = T(load_vectors)(at, k + last, 1, 0, 1, LANES_OF, way);
-            for (ptrdiff_t j = 0; j < last; j += LANES_OF)
-                T(write_vector)(at, k + j, &walk.here, way);
-            T(write_vectors)(at, k + last, 1, 0, 1, LANES_OF, 0, &end, &walk.here, way);
-        }
+    if (walk.left == length && n >= length) {
+        if (length > 3 * LANES_OF)
+            k = T(write_whole_parts)(at, &walk, n, 4, way);
+        else if (length > 2 * LANES_OF)
+            k = T(write_whole_parts)(at, &walk, n, 3, way);
+        else if (length > LANES_OF)
+            k = T(write_whole_parts)(at, &walk, n, 2, way);
+        else if (length == LANES_OF)
+            k = T(write_whole_parts)(at, &walk, n, 1, way);
+    }
     T(write_up_to)(at, &walk, k, n, way);
 }
 
@@ -397,10 +430,11 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
     const ptrdiff_t values = sheet->channels * sheet->length;
     const int one_run = sheet->run_stride == values; /* of all samples */
     const ptrdiff_t runs = one_run ? 1 : sheet->runs, n = one_run ? values * sheet->runs : values;
+    const ptrdiff_t longest = p->geometry.parts * min_of(WRITTEN_APART, 4 * LANES_OF);
     struct T(Place) place;
     for (ptrdiff_t i = 0; i < runs; i++) {
         place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first, steps);
-        if (!(way & FUSED) && !p->stream && p->geometry.S < WRITTEN_APART * p->geometry.parts)
+        if (!(way & FUSED) && !p->stream && p->geometry.S <= longest)
             T(write_parts)(&place, T(walk_of)(p, sheet, first), n, way);
         else
             T(write_run)(&place, T(walk_of)(p, sheet, first), n, way);
