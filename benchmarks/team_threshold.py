@@ -24,8 +24,8 @@ import cbn
 from cbn import _dispatch
 
 SIZES = [size for k in range(13, 19) for size in (1 << k, 3 << k - 1)]  # values of x
-# How often a pass counts the values of x.
-READS = {"inference": 1, "training": 2, "backward": 3}
+# How often a pass counts the values of x, if there is more than one tile to reduce.
+COUNTS = {"inference": 1, "training": 2, "backward": 3}
 # By a word, the shape of x without what makes it so large, which is -1, and its norm.
 FORMS: dict[str, tuple[tuple[int, ...], Callable[[tuple[int, ...]], cbn.layers.NormLayer]]] = {
     "batch 1xCx16x16": ((1, -1, 16, 16), lambda shape: cbn.BatchNorm2d(shape[1])),
@@ -43,7 +43,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=2, help="of the team (default: %(default)s)")
-    parser.add_argument("--passes", nargs="+", choices=READS, default=list(READS))
+    parser.add_argument("--passes", nargs="+", choices=COUNTS, default=list(COUNTS))
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--seconds", type=float, default=0.3, help="for each size")
     arguments = parser.parse_args()
@@ -51,7 +51,7 @@ def main() -> None:
     _dispatch.kernels.calls().judges = False  # a team wherever it is asked for
     instruction_set = cbn.show_config(mode="dicts")["instruction set"]["active"]
     print(f"threads: {arguments.threads}; {instruction_set}; float32")
-    print(f"{'values of x':<28}" + "".join(f"{size:>8}" for size in SIZES) + f"{'read':>9}")
+    print(f"{'values of x':<28}" + "".join(f"{size:>8}" for size in SIZES) + f"{'counted':>9}")
     for form in arguments.forms:
         for pass_ in arguments.passes:
             if "layer" in form and pass_ == "inference":
@@ -59,9 +59,9 @@ def main() -> None:
             ratios = [ratio(form, pass_, size, arguments.seconds) for size in SIZES]
             slow = [size for size, value in zip(SIZES, ratios, strict=True) if value <= 1]
             faster = [size for size in SIZES if size > max(slow, default=0)]
-            read = READS[pass_] * faster[0] if faster else "-"
+            counted = COUNTS[pass_] * faster[0] if faster else "-"
             cells = "".join(f"{value:8.2f}" for value in ratios)
-            print(f"{form + ' ' + pass_:<28}{cells}{read:>9}", flush=True)
+            print(f"{form + ' ' + pass_:<28}{cells}{counted:>9}", flush=True)
 
 
 def ratio(form: str, pass_: str, size: int, seconds: float) -> float:
@@ -80,7 +80,7 @@ def ratio(form: str, pass_: str, size: int, seconds: float) -> float:
         _dispatch.kernels.take_threads_from(cbn.get_num_threads, serial_below)
         call()
 
-    calls = {"team": partial(run, 0), "one": partial(run, READS[pass_] * size + 1)}
+    calls = {"team": partial(run, 0), "one": partial(run, COUNTS[pass_] * size + 1)}
     timings = time_in_turns(calls, seconds)
     return timings["one"].median / timings["team"].median
 

@@ -52,7 +52,8 @@ def _default() -> tuple[int, str]:
     return (cpus, why) if cpus <= most else (most, "OpenMP's maximum")
 
 
-# Values below which a call keeps to one thread; training counts them twice, and backward three times.
+# Values below which a call keeps to one thread; training counts them twice, backward three times,
+# and a pass with one tile to reduce half of them.
 # The kernels take it once, at the end of this file.
 # It lies between the numbers of two machines: a team of two paid on one from 49,152 to 65,536
 # values on in inference, on the other from 131,072 to 196,608 (benchmarks/team_threshold.py).

@@ -76,7 +76,8 @@ cdef public struct Pass:
     const void* grad_output
     void* out               # OUT
     # The number of the first channel in what is kept of each (statistics, coefficients); numbers
-    # of channels begin there. And how much further on, in values, x and grad_output are read next.
+    # of channels begin there. And how much further on, in values, x and grad_output are read next:
+    # what is fetched of rows that are not long.
     Py_ssize_t origin
     Py_ssize_t ahead
     bint stream             # whether it is written past the cache

@@ -121,9 +121,9 @@ INLINE doubles some_doubles(const double *at, ptrdiff_t n) {
 #endif
 #endif
 
-/* Tails that are stored, of at least one lane and not all. By halves, not by a mask: for that, an EPYC
-   takes many cycles, and waits where the line is not in its cache (training of planes of 28 x 28,
-   benchmarks/compare.py). */
+/* Tails that are stored, of at least one lane and not all: eight lanes, four, two, one. Not by a mask:
+   for that, an EPYC takes many cycles, and waits where the line is not in its cache (training of planes
+   of 28 x 28, benchmarks/compare.py). */
 #ifdef __SSE2__
 INLINE void put_four(float *at, __m128 four, ptrdiff_t n) {
     if (n & 2) {
@@ -166,7 +166,7 @@ INLINE void put_floats(float *at, floats value, ptrdiff_t n) {
 }
 INLINE void put_doubles(double *at, doubles value, ptrdiff_t n) {
 #ifdef __SSE2__
-    put_floats((float *)at, (floats)value, 2 * n);
+    put_floats((float *)at, (floats)value, 2 * n); /* even: no lane is stored as a float of its own */
 #else
     for (ptrdiff_t i = 0; i < n; i++)
         at[i] = value[i];
@@ -376,6 +376,25 @@ INLINE void fold_chains(double *chain, ptrdiff_t n, double *sum) {
 
 typedef uint32_t words __attribute__((vector_size(VECTOR_BYTES)));
 
+/* Some of four values, and of eight, for tails. */
+INLINE void put_some_of_four(uint16_t *at, uint64_t four, ptrdiff_t n) {
+    if (n >= 4)
+        memcpy(at, &four, 8);
+    else if (n >= 2)
+        memcpy(at, &four, 4);
+    if (n == 3)
+        four >>= 32;
+    if (n == 3 || n == 1)
+        memcpy(at + n - 1, &four, 2);
+}
+#ifdef __AVX2__
+static NOINLINE void put_some_of_eight(uint16_t *at, __m128i eight, ptrdiff_t n) {
+    put_some_of_four(at, (uint64_t)_mm_cvtsi128_si64(eight), n);
+    if (n > 4)
+        put_some_of_four(at + 4, (uint64_t)_mm_extract_epi64(eight, 1), n - 4);
+}
+#endif
+
 #if defined(__AVX512F__)
 
 typedef __m256i halves;
@@ -386,7 +405,13 @@ INLINE halves some_halves(const uint16_t *at, ptrdiff_t n) {
 }
 INLINE void put_halves(uint16_t *at, halves value) { _mm256_storeu_si256((__m256i *)at, value); }
 INLINE void put_some_halves(uint16_t *at, halves value, ptrdiff_t n) {
-    _mm256_mask_storeu_epi16(at, first_16(n), value);
+    __m128i eight = _mm256_castsi256_si128(value);
+    if (n & 8) {
+        _mm_storeu_si128((__m128i *)at, eight);
+        at += 8;
+        eight = _mm256_extracti128_si256(value, 1);
+    }
+    put_some_of_eight(at, eight, n % 8);
 }
 INLINE void stream_halves(uint16_t *at, halves value) { _mm256_stream_si256((__m256i *)at, value); }
 /* One permutation each, where widening and narrowing would need a shift too. */
@@ -403,7 +428,6 @@ INLINE halves halves_of(words value) {
 
 #else
 
-/* The same of four values, for tails. */
 INLINE uint64_t some_of_four(const uint16_t *at, ptrdiff_t n) {
     uint64_t four = 0;
     uint32_t two;
@@ -422,17 +446,6 @@ INLINE uint64_t some_of_four(const uint16_t *at, ptrdiff_t n) {
     }
     return four;
 }
-INLINE void put_some_of_four(uint16_t *at, uint64_t four, ptrdiff_t n) {
-    if (n >= 4)
-        memcpy(at, &four, 8);
-    else if (n >= 2)
-        memcpy(at, &four, 4);
-    if (n == 3)
-        four >>= 32;
-    if (n == 3 || n == 1)
-        memcpy(at + n - 1, &four, 2);
-}
-
 #ifdef __AVX2__
 
 typedef __m128i halves;
@@ -443,10 +456,8 @@ static NOINLINE halves some_halves(const uint16_t *at, ptrdiff_t n) {
                           (int64_t)some_of_four(at, n));
 }
 INLINE void put_halves(uint16_t *at, halves value) { _mm_storeu_si128((__m128i *)at, value); }
-static NOINLINE void put_some_halves(uint16_t *at, halves value, ptrdiff_t n) {
-    put_some_of_four(at, (uint64_t)_mm_cvtsi128_si64(value), n);
-    if (n > 4)
-        put_some_of_four(at + 4, (uint64_t)_mm_extract_epi64(value, 1), n - 4);
+INLINE void put_some_halves(uint16_t *at, halves value, ptrdiff_t n) {
+    put_some_of_eight(at, value, n);
 }
 INLINE void stream_halves(uint16_t *at, halves value) { _mm_stream_si128((__m128i *)at, value); }
 INLINE words words_of(halves value) {

@@ -47,7 +47,7 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
                 __builtin_prefetch(at->out + k, 1);
             grad *= R(reals)(at->weight + k, lanes - k);
         }
-        if ((way & FETCHES || (way == 0 && FETCHES_RUNS)) && BEGINS_LINE(v)) {
+        if (way & FETCHES && BEGINS_LINE(v)) {
             __builtin_prefetch(at->grad_output + at->ahead + k);
             __builtin_prefetch(at->x + at->ahead + k);
         }
@@ -183,12 +183,13 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
 
 INLINE void T(sum_pairs_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptrdiff_t run_stride,
                                  ptrdiff_t length, double *total, double *product) { /* OUT (CHAINS) */
+    const int way = FETCHES_RUNS ? FETCHES : 0;
     if (runs == 1 && length <= SUMMED * SHORT_LANES)
-        T(sum_pairs)(at, 0, 1, 1, runs, run_stride, length, SHORT_LANES, 0, total, product);
+        T(sum_pairs)(at, 0, 1, 1, runs, run_stride, length, SHORT_LANES, way, total, product);
     else if (length < SHORT_RUN)
-        T(sum_pairs)(at, 0, 1, 0, runs, run_stride, length, SHORT_LANES, 0, total, product);
+        T(sum_pairs)(at, 0, 1, 0, runs, run_stride, length, SHORT_LANES, way, total, product);
     else
-        T(sum_pairs)(at, 0, 1, 0, runs, run_stride, length, LANES, 0, total, product);
+        T(sum_pairs)(at, 0, 1, 0, runs, run_stride, length, LANES, way, total, product);
 }
 
 /* The sums of channels; of each part of one, in a piece that may begin and end within a part. */

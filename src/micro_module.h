@@ -21,7 +21,8 @@ enum {
     WORTH_A_TABLE = 4096, /* values */
     FETCHED_AHEAD = 1 << 11, /* bytes from what is streamed to what is fetched for it */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
-    WRITTEN_APART = 39,   /* values up to which parts are written one by one (planes of 16 to 36) */
+    /* Values up to which a part is written on its own, if four vectors hold it (planes up to 6 x 6). */
+    WRITTEN_APART = 39,
     /* Of a table of coefficients: a line more than WIDTH, so that a row can start within one; and its
        rows do not lie whole pages apart, where they would fight for the same places of the L1 cache. */
     TABLE_WIDTH = WIDTH + 6 * LINE / 4,
@@ -161,8 +162,8 @@ static void fold_sums(double *totals, double *products, ptrdiff_t n, struct Sums
         into[k] = (struct Sums){total[k], product[k]};
 }
 
-/* The moments of a channel around some shift, from those of its n columns, of which the first so many
-   have one more row. Each sum is a sum_of. */
+/* The moments of a channel from those of its n > 1 columns, around a shift; the first `more` of them
+   have one more row. Each sum is that of sum_of. */
 static struct Moments fold_columns(const struct Columns *columns, ptrdiff_t n, double rows,
                                    ptrdiff_t more, double count, double shift) {
     double mean = 0, sum = 0;
@@ -190,8 +191,8 @@ static struct Moments fold_columns(const struct Columns *columns, ptrdiff_t n, d
     return (struct Moments){count, shift, mean, sum};
 }
 
-/* The same of a channel that begins at column k, and has columns in every repeat: rows of several are
-   narrow. */
+/* The same of a channel that begins at column k. Where rows repeat, its columns are gathered first: such
+   rows have fewer than 2 * NARROW columns. */
 static struct Moments fold_channel(const struct Sheet *sheet, const struct Columns *columns,
                                    ptrdiff_t k, ptrdiff_t longer, double count) {
     const ptrdiff_t span = sheet->span, period = sheet->channels * span;
@@ -289,11 +290,11 @@ static void finish_moments(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
 
 enum {
     BESIDE = 4,      /* rows that are added up at a time */
-    /* Along long rows, and rows that are far apart, as those of planes are, the processor fetches what is
-       next by itself; and what is fetched for it takes the place of what is needed now. Elsewhere it is
-       fetched early (benchmarks/compare.py: backward of layer norm, training of channels last). */
-    LONG_ROW = 1024, /* values */
-    CLOSE = 2 * WIDTH, /* values from row to row */
+    /* Along long rows, and along rows that are far apart, the processor fetches by itself what is next;
+       and what is fetched for it takes the place of what is needed now. Elsewhere it is fetched early
+       (benchmarks/compare.py: backward of layer norm, training of channels last). */
+    LONG_ROW = 1024,   /* values */
+    CLOSE = 2 * WIDTH, /* values from row to row, at most */
     SIDE_BY_SIDE = VECTOR_BYTES == 64 ? 8 : 4, /* vectors whose sums fit the registers */
     SHORT_RUN = 512, /* values that are not worth rows of LANES */
 };

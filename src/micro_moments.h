@@ -4,8 +4,8 @@
    sum of sums of a few rows is rounded less often than one sum: beside an outlier of 3000 standard
    deviations, a variance was off by 1e-6 of its value. */
 INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride,
-                        ptrdiff_t next,      /* rows that are fetched, a band from these ... */
-                        const int fetches,   /* ... if there are any */
+                        ptrdiff_t next,      /* how many rows are fetched, each a band further on */
+                        const int fetches,   /* whether there are any, as a literal */
                         const int vectors,
                         ptrdiff_t lanes,     /* of a vector */
                         const real *shift,   /* NULL: sum x; else x - shift and its square */
@@ -391,7 +391,8 @@ static void T(channel_moments)(const struct Pass *p, const struct Sheet *sheet, 
     const double count = (double)sheet->runs * sheet->length;
     const real smallest = (real)least;
     const int centred = p->centred;
-    /* A store waits until its line is read, unless it goes past the cache. */
+    /* A store waits until its line is read, unless it goes past the cache. Not along long rows: LONG_ROW
+       says why. */
     const int fetches = p->kind == NORMALISE && !p->stream && p->geometry.pieces == 1
                         && sheet->runs * sheet->length < LONG_ROW;
     const ptrdiff_t to_out = fetches ? (char *)p->out - (char *)p->x : 0;

@@ -25,7 +25,7 @@ struct T(Place) {
     const real *coefficients;     /* a table with rows `stride` apart */
     ptrdiff_t stride;
     const real *weights, *biases; /* value by value */
-    ptrdiff_t ahead;              /* of x, and of grad_output: what is read next */
+    ptrdiff_t ahead;              /* of x, and of grad_output: what is read next; or 0 */
     int streams;                  /* whole cache lines past the cache */
     struct T(Steps) *steps;       /* that go along */
 };
@@ -224,7 +224,8 @@ INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t
     place.grad_output = p->kind == GRADIENTS ? p->grad_output : p->x; /* or not read */
     place.grad_output += at;
     place.weights = place.biases = NULL;
-    /* Not along long rows, unless several are streamed side by side. */
+    /* Not along long rows (LONG_ROW says why); but where vectors are less than a line, backward past
+       the cache still gains by it. */
     place.ahead = 0;
     if (p->geometry.S < LONG_ROW || (T(ROWS) > 1 && p->stream && p->kind == GRADIENTS))
         place.ahead = p->ahead;
@@ -311,7 +312,8 @@ INLINE void T(write_vector)(const struct T(Place) *at, ptrdiff_t k, struct T(Coe
     T(write_vectors)(at, k, 1, 0, 1, LANES_OF, at->streams, &values, c, way);
 }
 
-/* A part of so many vectors, of which the last overlaps those before it. */
+/* A part as vectors that are loaded together. The last of them is `end`, which overlaps those before it
+   where the length is not whole vectors. */
 struct T(Part) {
     struct T(Loaded) begin, end;
 };
@@ -325,12 +327,12 @@ INLINE struct T(Part) T(load_part)(const struct T(Place) *at, ptrdiff_t k, ptrdi
     return part;
 }
 
-/* Write whole parts. The next is loaded before one is stored, as in write_steps. */
-INLINE ptrdiff_t T(write_whole_parts)(const struct T(Place) *at, struct T(Walk) *walk, ptrdiff_t n,
-                                      const int vectors, const int way) {
+/* Write the whole parts of n values, from k on; return where they end. The next is loaded before one is
+   stored, as in write_steps. */
+INLINE ptrdiff_t T(write_whole_parts)(const struct T(Place) *at, struct T(Walk) *walk, ptrdiff_t k,
+                                      ptrdiff_t n, const int vectors, const int way) {
     const ptrdiff_t length = walk->length;
-    struct T(Part) part, next = T(load_part)(at, 0, length, vectors, way);
-    ptrdiff_t k = 0;
+    struct T(Part) part, next = T(load_part)(at, k, length, vectors, way);
     for (; n - k >= length; k += length, walk->left = 0) {
         if (walk->left == 0)
             T(enter_next)(walk, way);
@@ -345,28 +347,31 @@ INLINE ptrdiff_t T(write_whole_parts)(const struct T(Place) *at, struct T(Walk) 
     return k;
 }
 
-/* Write n values of short parts without a gap, part by part. */
+/* Write n values of short parts without a gap, part by part, each in whole vectors: that takes fewer
+   steps than to join coefficients. What begins within a part, or is shorter than a vector, has tails. */
 INLINE void T(write_parts)(const struct T(Place) *at, struct T(Walk) walk, ptrdiff_t n,
                            const int way) {
     const ptrdiff_t length = walk.length;
-    ptrdiff_t k = 0;
+    ptrdiff_t k = walk.left < length ? min_of(walk.left, n) : 0;
     T(enter_part)(&walk, way);
-    if (walk.left == length && n >= length) {
+    T(write_up_to)(at, &walk, 0, k, way);
+    if (n - k >= length) {
         if (length > 3 * LANES_OF)
-            k = T(write_whole_parts)(at, &walk, n, 4, way);
+            k = T(write_whole_parts)(at, &walk, k, n, 4, way);
         else if (length > 2 * LANES_OF)
-            k = T(write_whole_parts)(at, &walk, n, 3, way);
+            k = T(write_whole_parts)(at, &walk, k, n, 3, way);
         else if (length > LANES_OF)
-            k = T(write_whole_parts)(at, &walk, n, 2, way);
+            k = T(write_whole_parts)(at, &walk, k, n, 2, way);
         else if (length == LANES_OF)
-            k = T(write_whole_parts)(at, &walk, n, 1, way);
+            k = T(write_whole_parts)(at, &walk, k, n, 1, way);
     }
     T(write_up_to)(at, &walk, k, n, way);
 }
 
 /* Write n values without a gap in the order of the memory, channel after channel, or part after part
    of one with several weights. A vector in which one ends and the next begins has coefficients of
-   both: so short planes cost little more than long ones, and lines are streamed whole. */
+   both: so short planes cost little more than long ones, and lines are streamed whole. The shortest are
+   written by write_parts, unless lines are streamed or steps go along. */
 INLINE void T(write_run)(const struct T(Place) *place, struct T(Walk) walk, ptrdiff_t n,
                          const int way) {
     const ptrdiff_t length = walk.length, step = T(ACROSS) * LANES_OF;
@@ -431,13 +436,14 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
     const int one_run = sheet->run_stride == values; /* of all samples */
     const ptrdiff_t runs = one_run ? 1 : sheet->runs, n = one_run ? values * sheet->runs : values;
     const ptrdiff_t longest = p->geometry.parts * min_of(WRITTEN_APART, 4 * LANES_OF);
+    const struct T(Walk) walk = T(walk_of)(p, sheet, first);
     struct T(Place) place;
     for (ptrdiff_t i = 0; i < runs; i++) {
         place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first, steps);
         if (!(way & FUSED) && !p->stream && p->geometry.S <= longest)
-            T(write_parts)(&place, T(walk_of)(p, sheet, first), n, way);
+            T(write_parts)(&place, walk, n, way);
         else
-            T(write_run)(&place, T(walk_of)(p, sheet, first), n, way);
+            T(write_run)(&place, walk, n, way);
     }
 }
 

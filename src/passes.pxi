@@ -18,7 +18,7 @@ cdef enum:
     # A small pass works in memory of the stack, and keeps the GIL: malloc, and to give up the GIL
     # and take it back, would be a tenth of its time (shapes "small" of benchmarks/compare.py).
     NEAR = 512         # values of float64: threads may have small stacks
-    HOLDS_GIL = 8192   # values, of which each counts for its cost
+    HOLDS_GIL = 12288   # values, of which each counts for its cost
 
 
 cdef inline bint finds_statistics(const Pass* p) noexcept nogil:
@@ -255,8 +255,8 @@ cdef inline Py_ssize_t cost_of(Kind kind) noexcept nogil:
     return 2 if kind == NORMALISE else 3
 
 
-# A pass of fewer values, of which each counts for its cost, keeps to one thread; a larger one asks
-# how many it may have. cbn/_threads.py says both.
+# A pass of fewer values, of which each counts for its cost (or all for half, run_pass says when),
+# keeps to one thread; a larger one asks how many it may have. cbn/_threads.py says both.
 cdef Py_ssize_t serial_below = 0
 cdef object get_num_threads = None
 
@@ -325,7 +325,8 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out):
     cdef Py_ssize_t values = PyArray_SIZE(x)
     cdef size_t size = PyArray_NBYTES(x)
     cdef Py_ssize_t cost = cost_of(p.kind) * values
-    # Where one thread reduces all there is, a team shares the writing alone, and has to meet before.
+    # Where all there is to reduce is one tile, a team shares the writing at most, and has to meet
+    # before it.
     cdef Py_ssize_t shared = cost if p.kind == GIVEN or tiles_of(g) > 1 else values // 2
     cdef int num_threads = 1 if shared < serial_below else get_num_threads()
     cdef double took = 0, alone = 0   # seconds: of the team, and of one thread in its place
