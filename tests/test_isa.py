@@ -1,5 +1,7 @@
 """Every instruction set that this CPU has: the same bits, for every pass, layout and dtype."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from processes import printed_by
@@ -100,6 +102,40 @@ def test_training_on_arrays_that_no_cache_holds(channel_axis, shape, use_isa, as
     assert len(found) == 1
     assert_close("y", actual, y, np.float32)
     assert_close("grad_input", actual_grads[0], grads[0], np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_planes_of_every_length(dtype, use_isa):
+    """The shortest are written in vectors that overlap: as channels last are, and in place too."""
+    rng = np.random.default_rng(10)
+    of_channels = np.linspace([-1, 1], [1, 2], 6, dtype=np.result_type(dtype, np.float32), axis=1)
+    mean, var = of_channels
+    planes = [rng.standard_normal((2, 3, 6, S)).astype(dtype) for S in range(1, 71)]
+    found = set()
+    for isa in _dispatch.supported():
+        use_isa(isa)
+        results = []
+        for x, grad_output in planes:
+            y = functional.batch_norm(x, mean, var)
+            last = functional.batch_norm(np.moveaxis(x, 1, -1), mean, var, channel_axis=-1)
+            np.testing.assert_array_equal(y, np.moveaxis(last, -1, 1))
+            of_groups = functional.group_norm(x, 2, *of_channels)
+            grad_input, *_ = functional.group_norm_backward(grad_output, x, 2, mean)
+            results += [y, of_groups, grad_input]
+            for function, into, expected in (
+                (partial(functional.batch_norm, running_mean=mean, running_var=var), x, y),
+                (partial(functional.group_norm, num_groups=2, weight=mean, bias=var), x, of_groups),
+                (
+                    partial(functional.group_norm_backward, x=x, num_groups=2, weight=mean),
+                    grad_output,
+                    grad_input,
+                ),
+            ):
+                overwritten = into.copy()
+                function(overwritten, out=overwritten)
+                np.testing.assert_array_equal(overwritten, expected)
+        found.add(hash(b"".join(array.tobytes() for array in results)))
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("isa", _dispatch.supported())
