@@ -127,7 +127,7 @@ INLINE doubles some_doubles(const double *at, ptrdiff_t n) {
 #ifdef __SSE2__
 INLINE void put_four(float *at, __m128 four, ptrdiff_t n) {
     if (n & 2) {
-        _mm_storel_pi((__m64 *)at, four);
+        memcpy(at, &four, 2 * sizeof *at);
         at += 2;
         four = _mm_movehl_ps(four, four);
     }
