@@ -293,7 +293,7 @@ static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptr
     if (p->geometry.by_plane)
         at.ahead = p->stream && sheet->runs > 1 ? sheet->run_stride : 0;
     else
-        at.ahead = p->stream && sheet->row_stride <= CLOSE ? BESIDE * sheet->row_stride : 0;
+        at.ahead = p->stream ? BESIDE * sheet->row_stride : 0;
     if (p->geometry.by_plane)
         T(sums_by_plane)(at, p, sheet, parts, into);
     else

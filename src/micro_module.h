@@ -290,9 +290,9 @@ static void finish_moments(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
 
 enum {
     BESIDE = 4,      /* rows that are added up at a time */
-    /* Along long rows, and along rows that are far apart, the processor fetches by itself what is next;
-       and what is fetched for it takes the place of what is needed now. Elsewhere it is fetched early
-       (benchmarks/compare.py: backward of layer norm, training of channels last). */
+    /* Along long rows, and in forward sums along rows that are far apart, the processor fetches by itself
+       what is next; and what is fetched for it takes the place of what is needed now. Elsewhere it is
+       fetched early (benchmarks/compare.py: backward of layer norm, training of planes by row). */
     LONG_ROW = 1024,   /* values */
     CLOSE = 2 * WIDTH, /* values from row to row, at most */
     SIDE_BY_SIDE = VECTOR_BYTES == 64 ? 8 : 4, /* vectors whose sums fit the registers */
