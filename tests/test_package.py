@@ -151,7 +151,20 @@ def needs_sources():
 @pytest.mark.parametrize("flag", ["-Ofast", "-ffast-math", "-funsafe-math", "-march=native"])
 def test_no_flag_may_change_a_result_or_tie_it_to_this_machine(flag):
     needs_sources()
-    assert flag not in (ROOT / "setup.py").read_text()
+    made = ("_core.c", "_core.h")  # by Cython
+    sources = [file for file in ROOT.glob("src/*") if file.is_file() and file.name not in made]
+    assert len(sources) > 10
+    for file in (ROOT / "setup.py", ROOT / "pyproject.toml", *sources):
+        text = file.read_text()
+        assert flag not in text, file
+        assert "optimize(" not in text, file  # nor by an attribute, for a function
+
+
+@pytest.mark.parametrize("word", ["allow_pickle=True", "import pickle", "from pickle"])
+def test_nothing_reads_pickles(word):
+    modules = list(Path(cbn.__file__).parent.rglob("*.py"))
+    assert len(modules) > 10
+    assert not [file for file in modules if word in file.read_text()]
 
 
 def test_no_multiplication_and_addition_become_one():

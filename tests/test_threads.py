@@ -284,3 +284,27 @@ with cbn.num_threads(3):
 print(count_threads() - before)
 """
     assert printed_by(code) == f"{started}\n"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux does")
+@pytest.mark.parametrize(
+    ("shape", "call", "started"),
+    [
+        ((20, 4, 512), "batch_norm(x, None, None, training=True)", 0),  # 40,960 values, twice
+        ((20, 4, 512), "batch_norm_backward(x, x, *numpy.ones((2, 4)))", 2),  # and three times
+        ((180, 1000), "batch_norm(x, None, None, training=True)", 0),  # one tile: half of them
+        ((200, 1000), "batch_norm(x, None, None, training=True)", 2),
+    ],
+)
+def test_a_pass_counts_its_values_for_what_a_team_can_share(shape, call, started):
+    if print_number(OMP_NUM_THREADS="2") == "1\n":
+        pytest.skip("built without OpenMP")
+    code = f"""{TEAMS}
+import numpy
+x = numpy.ones({shape}, "float32")
+before = count_threads()
+with cbn.num_threads(3):
+    cbn.functional.{call}
+print(count_threads() - before)
+"""
+    assert printed_by(code) == f"{started}\n"
