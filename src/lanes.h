@@ -504,22 +504,38 @@ INLINE halves halves_of(words value) {
 
 INLINE words chosen(words mask, words a, words b) { return (mask & a) | (~mask & b); }
 
-/* A bfloat16 is the upper half of a float. To the nearest, of two the even one; to a NaN nothing is
-   added, and what comes from an operation is a quiet one, which has its bit for that in this half. */
+/* A bfloat16 is the upper half of a float. To the nearest, of two the even one. Nothing is done for a
+   NaN: one that is made of a bfloat16, or by an operation, has a lower half of zeros, and so has what
+   take_values makes of others. */
 INLINE floats floats_of_bf16(halves value) { return (floats)words_of(value); }
 INLINE halves bf16_of_floats(floats value) {
 #if defined(__AVX512F__)
     const __m512i bits = (__m512i)value;
     const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16));
-    const __mmask16 is_number = _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_ORD_Q);
     const __m512i more = _mm512_mask_blend_epi32(is_odd, _mm512_set1_epi32(0x7fff),
                                                  _mm512_set1_epi32(0x8000));
-    return halves_of((words)_mm512_mask_add_epi32(bits, is_number, bits, more));
+    return halves_of((words)_mm512_add_epi32(bits, more));
 #else
-    const words bits = (words)value, more = 0x7fff + (bits >> 16 & 1);
-    return halves_of(bits + (more & (words)(value == value)));
+    const words bits = (words)value;
+    return halves_of(bits + (0x7fff + (bits >> 16 & 1)));
 #endif
 }
+#if defined(__AVX512F__)
+/* Of two vectors one, rounded up where the lower half is more than a half: half of the steps. */
+INLINE doubles bf16_of_two(floats a, floats b) {
+    const __m512i places = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34,
+                                            32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4,
+                                            2, 0);
+    const __m512i one = _mm512_set1_epi16(1), half = _mm512_set1_epi16((short)0x8000);
+    const __m512i upper = _mm512_permutex2var_epi16((__m512i)a, _mm512_add_epi16(places, one),
+                                                    (__m512i)b);
+    const __m512i lower = _mm512_permutex2var_epi16((__m512i)a, places, (__m512i)b);
+    /* lower | (upper & 1): of two that are as near, the even one */
+    const __m512i rest = _mm512_ternarylogic_epi32(lower, upper, one, 0xf8);
+    const __mmask32 is_more = _mm512_cmpgt_epu16_mask(rest, half);
+    return (doubles)_mm512_mask_add_epi16(upper, is_more, upper, one);
+}
+#endif
 
 /* A float16, too, becomes and is made of the nearest float, whatever the modes of the thread are:
    instructions for it pass over these, and so does the arithmetic in their place. */
@@ -587,11 +603,17 @@ INLINE vector_f32 some_reals_f32(const float *at, ptrdiff_t n) { return some_flo
 INLINE float value_at_f32(const stored_f32 *at) { return *at; }
 INLINE vector_f32 load_f32(const stored_f32 *at) { return FLOATS_AT(at); }
 INLINE vector_f32 load_some_f32(const stored_f32 *at, ptrdiff_t n) { return some_floats(at, n); }
-INLINE void store_f32(stored_f32 *at, vector_f32 value) { FLOATS_AT(at) = value; }
+INLINE void store_f32(stored_f32 *at, const vector_f32 *value, const int n) {
+    EACH (v, n)
+        FLOATS_AT(at + v * FLOATS) = value[v];
+}
 INLINE void store_some_f32(stored_f32 *at, vector_f32 value, ptrdiff_t n) {
     put_floats(at, value, n);
 }
-INLINE void stream_f32(stored_f32 *at, vector_f32 value) { stream(at, (doubles)value); }
+INLINE void stream_f32(stored_f32 *at, const vector_f32 *value, const int n) {
+    EACH (v, n)
+        stream(at + v * FLOATS, (doubles)value[v]);
+}
 INLINE vector_f32 rounded_f32(vector_f32 value) { return value; }
 INLINE vector_f32 joined_f32(vector_f32 a, vector_f32 b, ptrdiff_t n) {
     return joined_floats(a, b, n);
@@ -617,11 +639,17 @@ INLINE vector_f64 some_reals_f64(const double *at, ptrdiff_t n) { return some_do
 INLINE double value_at_f64(const stored_f64 *at) { return *at; }
 INLINE vector_f64 load_f64(const stored_f64 *at) { return DOUBLES_AT(at); }
 INLINE vector_f64 load_some_f64(const stored_f64 *at, ptrdiff_t n) { return some_doubles(at, n); }
-INLINE void store_f64(stored_f64 *at, vector_f64 value) { DOUBLES_AT(at) = value; }
+INLINE void store_f64(stored_f64 *at, const vector_f64 *value, const int n) {
+    EACH (v, n)
+        DOUBLES_AT(at + v * DOUBLES) = value[v];
+}
 INLINE void store_some_f64(stored_f64 *at, vector_f64 value, ptrdiff_t n) {
     put_doubles(at, value, n);
 }
-INLINE void stream_f64(stored_f64 *at, vector_f64 value) { stream(at, value); }
+INLINE void stream_f64(stored_f64 *at, const vector_f64 *value, const int n) {
+    EACH (v, n)
+        stream(at + v * DOUBLES, value[v]);
+}
 INLINE vector_f64 rounded_f64(vector_f64 value) { return value; }
 INLINE vector_f64 joined_f64(vector_f64 a, vector_f64 b, ptrdiff_t n) {
     return joined_doubles(a, b, n);
@@ -639,11 +667,27 @@ INLINE floats load_some_bf16(const stored_bf16 *at, ptrdiff_t n) {
     return floats_of_bf16(some_halves(at, n));
 }
 INLINE float value_at_bf16(const stored_bf16 *at) { return load_some_bf16(at, 1)[0]; }
-INLINE void store_bf16(stored_bf16 *at, floats value) { put_halves(at, bf16_of_floats(value)); }
+INLINE void store_bf16(stored_bf16 *at, const floats *value, const int n) {
+    int v = 0;
+#if defined(__AVX512F__)
+    for (; v + 1 < n; v += 2)
+        DOUBLES_AT(at + v * FLOATS) = bf16_of_two(value[v], value[v + 1]);
+#endif
+    for (; v < n; v++)
+        put_halves(at + v * FLOATS, bf16_of_floats(value[v]));
+}
 INLINE void store_some_bf16(stored_bf16 *at, floats value, ptrdiff_t n) {
     put_some_halves(at, bf16_of_floats(value), n);
 }
-INLINE void stream_bf16(stored_bf16 *at, floats value) { stream_halves(at, bf16_of_floats(value)); }
+INLINE void stream_bf16(stored_bf16 *at, const floats *value, const int n) {
+    int v = 0;
+#if defined(__AVX512F__)
+    for (; v + 1 < n; v += 2)
+        stream(at + v * FLOATS, bf16_of_two(value[v], value[v + 1]));
+#endif
+    for (; v < n; v++)
+        stream_halves(at + v * FLOATS, bf16_of_floats(value[v]));
+}
 INLINE floats rounded_bf16(floats value) { return floats_of_bf16(bf16_of_floats(value)); }
 
 /* float16, computed in float32 */
@@ -653,11 +697,17 @@ INLINE floats load_some_f16(const stored_f16 *at, ptrdiff_t n) {
     return floats_of_f16(some_halves(at, n));
 }
 INLINE float value_at_f16(const stored_f16 *at) { return load_some_f16(at, 1)[0]; }
-INLINE void store_f16(stored_f16 *at, floats value) { put_halves(at, f16_of_floats(value)); }
+INLINE void store_f16(stored_f16 *at, const floats *value, const int n) {
+    EACH (v, n)
+        put_halves(at + v * FLOATS, f16_of_floats(value[v]));
+}
 INLINE void store_some_f16(stored_f16 *at, floats value, ptrdiff_t n) {
     put_some_halves(at, f16_of_floats(value), n);
 }
-INLINE void stream_f16(stored_f16 *at, floats value) { stream_halves(at, f16_of_floats(value)); }
+INLINE void stream_f16(stored_f16 *at, const floats *value, const int n) {
+    EACH (v, n)
+        stream_halves(at + v * FLOATS, f16_of_floats(value[v]));
+}
 INLINE floats rounded_f16(floats value) { return floats_of_f16(f16_of_floats(value)); }
 
 #endif

@@ -11,6 +11,11 @@ enum {
     /* Rows that are written side by side, four vectors of all: each in whole lines, which are streamed
        whole, and few, because rows whole pages apart take the same places of the L1 cache. */
     T(ROWS) = T(LINE_OF) > 2 ? 1 : T(LINE_OF) > 1 ? 2 : 4,
+    /* Such rows that are not streamed: of halves in pairs of vectors, which are rounded together. */
+    T(ROWS_BESIDE) = sizeof(stored) < sizeof(real) ? 2 : 4,
+    /* Values up to which a part is written on its own, in four vectors: beyond planes of 6 x 6, floats
+       gain nothing by it. */
+    T(WRITTEN_APART) = sizeof(stored) < sizeof(real) || 4 * LANES_OF < 39 ? 4 * LANES_OF : 39,
     /* Channels in rows of SHORT_LANES whose sums fit the registers together. */
     T(CHANNELS_BESIDE) = SIDE_BY_SIDE < 8 ? 1 : 4 * LANES_OF / SHORT_LANES,
     /* Values from which a row is written on in the next: whole steps, and whole lines. */

@@ -21,8 +21,6 @@ enum {
     WORTH_A_TABLE = 4096, /* values */
     FETCHED_AHEAD = 1 << 11, /* bytes from what is streamed to what is fetched for it */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
-    /* Values up to which a part is written on its own, if four vectors hold it (planes up to 6 x 6). */
-    WRITTEN_APART = 39,
     /* Of a table of coefficients: a line more than WIDTH, so that a row can start within one; and its
        rows do not lie whole pages apart, where they would fight for the same places of the L1 cache. */
     TABLE_WIDTH = WIDTH + 6 * LINE / 4,
@@ -113,14 +111,17 @@ INLINE int fuses(const struct Pass *p) {
     return fused->relu || fused->residual || fused->grad_residual || (fused->back && fused->passed);
 }
 
+/* Of a NaN no more is left than that: bf16_of_floats says why. */
+INLINE double plain(double value) { return value == value ? value : NAN; }
+
 /* n values per channel, as the caller has them: float32, float64, or the same for all. */
 static NOINLINE void take_values(const struct PerChannel *p, ptrdiff_t first, ptrdiff_t n, double *values) {
     if (p->single)
         for (ptrdiff_t c = 0; c < n; c++)
-            values[c] = p->single[first + c];
+            values[c] = plain(p->single[first + c]);
     else if (p->double_)
         for (ptrdiff_t c = 0; c < n; c++)
-            values[c] = p->double_[first + c];
+            values[c] = plain(p->double_[first + c]);
     else
         for (ptrdiff_t c = 0; c < n; c++)
             values[c] = p->absent;

@@ -18,13 +18,14 @@ struct T(Steps) { /* a pointer is NULL where there is no such step */
     int streams; /* whether the gradient of the residual goes past the cache */
 };
 
-INLINE void T(put)(stored *to, vector value, ptrdiff_t lanes, int streams) {
+/* Put vectors side by side, or some lanes of one. */
+INLINE void T(put)(stored *to, const vector *value, const int n, ptrdiff_t lanes, int streams) {
     if (streams)
-        T(stream)(to, value);
+        T(stream)(to, value, n);
     else if (lanes < LANES_OF)
-        T(store_some)(to, value, lanes);
+        T(store_some)(to, *value, lanes);
     else
-        T(store)(to, value);
+        T(store)(to, value, n);
 }
 
 INLINE vector T(values_at)(const stored *at, ptrdiff_t lanes) {
@@ -64,7 +65,7 @@ INLINE vector T(let_through)(const struct T(Gate) *gate, vector grad, const stor
 INLINE void T(put_grad_residual)(const struct T(Steps) *s, vector grad, const stored *at,
                                  ptrdiff_t lanes, int streams) {
     if (s->grad_residual)
-        T(put)(s->grad_residual + (at - s->first), grad, lanes, streams && s->streams);
+        T(put)(s->grad_residual + (at - s->first), &grad, 1, lanes, streams && s->streams);
 }
 
 INLINE struct T(Gate) T(gate_of)(const struct Pass *p) {

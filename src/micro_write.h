@@ -120,14 +120,17 @@ INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int r
         }
         y[v] = T(result)(values->x[v], values->grad[v], &used, way);
     }
-    EACH (v, rows * across) {
-        const ptrdiff_t i = k + v / across * row_stride + v % across * LANES_OF;
-        if (way & FUSED) {
-            T(put_grad_residual)(at->steps, way & BACKWARD ? values->grad[v] : values->x[v],
-                                 (way & BACKWARD ? at->grad_output : at->x) + i, lanes, streams);
-            y[v] = T(stepped)(at->steps, y[v], at->out + i, lanes);
-        }
-        T(put)(at->out + i, y[v], lanes, streams);
+    EACH (r, rows) {
+        const ptrdiff_t i = k + r * row_stride;
+        if (way & FUSED)
+            EACH (v, across) {
+                const ptrdiff_t j = i + v * LANES_OF, w = r * across + v;
+                T(put_grad_residual)(at->steps, way & BACKWARD ? values->grad[w] : values->x[w],
+                                     (way & BACKWARD ? at->grad_output : at->x) + j, lanes,
+                                     streams);
+                y[w] = T(stepped)(at->steps, y[w], at->out + j, lanes);
+            }
+        T(put)(at->out + i, y + r * across, across, lanes, streams);
     }
 }
 
@@ -312,37 +315,37 @@ INLINE void T(write_vector)(const struct T(Place) *at, ptrdiff_t k, struct T(Coe
     T(write_vectors)(at, k, 1, 0, 1, LANES_OF, at->streams, &values, c, way);
 }
 
-/* A part as vectors that are loaded together. The last of them is `end`, which overlaps those before it
-   where the length is not whole vectors. */
+/* A part as vectors that are loaded together, so many from its beginning and so many up to its end, which
+   overlap where the length is not whole vectors. */
 struct T(Part) {
     struct T(Loaded) begin, end;
 };
 
 INLINE struct T(Part) T(load_part)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t length,
-                                   const int vectors, const int way) {
+                                   const int from_begin, const int to_end, const int way) {
     struct T(Part) part;
-    if (vectors > 1)
-        part.begin = T(load_vectors)(at, k, 1, 0, vectors - 1, LANES_OF, way);
-    part.end = T(load_vectors)(at, k + length - LANES_OF, 1, 0, 1, LANES_OF, way);
+    if (from_begin > 0)
+        part.begin = T(load_vectors)(at, k, 1, 0, from_begin, LANES_OF, way);
+    part.end = T(load_vectors)(at, k + length - to_end * LANES_OF, 1, 0, to_end, LANES_OF, way);
     return part;
 }
 
 /* Write the whole parts of n values, from k on; return where they end. The next is loaded before one is
    stored, as in write_steps. */
 INLINE ptrdiff_t T(write_whole_parts)(const struct T(Place) *at, struct T(Walk) *walk, ptrdiff_t k,
-                                      ptrdiff_t n, const int vectors, const int way) {
-    const ptrdiff_t length = walk->length;
-    struct T(Part) part, next = T(load_part)(at, k, length, vectors, way);
+                                      ptrdiff_t n, const int from_begin, const int to_end,
+                                      const int way) {
+    const ptrdiff_t length = walk->length, last = length - to_end * LANES_OF;
+    struct T(Part) part, next = T(load_part)(at, k, length, from_begin, to_end, way);
     for (; n - k >= length; k += length, walk->left = 0) {
         if (walk->left == 0)
             T(enter_next)(walk, way);
         part = next;
         if (n - k >= 2 * length)
-            next = T(load_part)(at, k + length, length, vectors, way);
-        if (vectors > 1)
-            T(write_vectors)(at, k, 1, 0, vectors - 1, LANES_OF, 0, &part.begin, &walk->here, way);
-        T(write_vectors)(at, k + length - LANES_OF, 1, 0, 1, LANES_OF, 0, &part.end, &walk->here,
-                         way);
+            next = T(load_part)(at, k + length, length, from_begin, to_end, way);
+        if (from_begin > 0)
+            T(write_vectors)(at, k, 1, 0, from_begin, LANES_OF, 0, &part.begin, &walk->here, way);
+        T(write_vectors)(at, k + last, 1, 0, to_end, LANES_OF, 0, &part.end, &walk->here, way);
     }
     return k;
 }
@@ -357,13 +360,13 @@ INLINE void T(write_parts)(const struct T(Place) *at, struct T(Walk) walk, ptrdi
     T(write_up_to)(at, &walk, 0, k, way);
     if (n - k >= length) {
         if (length > 3 * LANES_OF)
-            k = T(write_whole_parts)(at, &walk, k, n, 4, way);
+            k = T(write_whole_parts)(at, &walk, k, n, 2, 2, way);
         else if (length > 2 * LANES_OF)
-            k = T(write_whole_parts)(at, &walk, k, n, 3, way);
+            k = T(write_whole_parts)(at, &walk, k, n, 2, 1, way);
         else if (length > LANES_OF)
-            k = T(write_whole_parts)(at, &walk, k, n, 2, way);
+            k = T(write_whole_parts)(at, &walk, k, n, 1, 1, way);
         else if (length == LANES_OF)
-            k = T(write_whole_parts)(at, &walk, k, n, 1, way);
+            k = T(write_whole_parts)(at, &walk, k, n, 0, 1, way);
     }
     T(write_up_to)(at, &walk, k, n, way);
 }
@@ -379,8 +382,9 @@ INLINE void T(write_run)(const struct T(Place) *place, struct T(Walk) walk, ptrd
     /* Short parts of whole vectors are better not moved to a line: none would be whole. */
     const int fits = length % LANES_OF == 0 && length < ALIGNED_RUN;
     const int aligns = place->streams || (n >= ALIGNED_RUN && !fits);
-    ptrdiff_t k = aligns ? T(values_to_line)(place->out, n) : 0;
-    ptrdiff_t end = k + (n - k) / unit * unit;
+    const ptrdiff_t head = aligns ? T(values_to_line)(place->out, n) : 0;
+    const ptrdiff_t end = head + (n - head) / unit * unit;
+    ptrdiff_t k = head;
     struct T(Place) here = *place, *at = &here;
     struct T(Coefficients) both;
     struct T(Steps) steps;
@@ -393,9 +397,13 @@ INLINE void T(write_run)(const struct T(Place) *place, struct T(Walk) walk, ptrd
     T(write_up_to)(at, &walk, 0, k, way);
     while (k < end) {
         const ptrdiff_t from = k, until = min_of(end, k + walk.left);
-        if (until - k >= 2 * step) {
+        /* Lines are streamed whole. */
+        for (; place->streams && (k - head) % unit && until - k >= LANES_OF; k += LANES_OF)
+            T(write_vector)(at, k, &walk.here, way);
+        if (until - k >= step) {
+            const ptrdiff_t begin = k;
             k += (until - k) / step * step;
-            T(write_steps)(at, from, k, 1, 0, T(ACROSS), &walk.here, way);
+            T(write_steps)(at, begin, k, 1, 0, T(ACROSS), &walk.here, way);
         }
         for (; until - k >= LANES_OF; k += LANES_OF)
             T(write_vector)(at, k, &walk.here, way);
@@ -435,7 +443,7 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
     const ptrdiff_t values = sheet->channels * sheet->length;
     const int one_run = sheet->run_stride == values; /* of all samples */
     const ptrdiff_t runs = one_run ? 1 : sheet->runs, n = one_run ? values * sheet->runs : values;
-    const ptrdiff_t longest = p->geometry.parts * min_of(WRITTEN_APART, 4 * LANES_OF);
+    const ptrdiff_t longest = p->geometry.parts * T(WRITTEN_APART);
     const struct T(Walk) walk = T(walk_of)(p, sheet, first);
     struct T(Place) place;
     for (ptrdiff_t i = 0; i < runs; i++) {
@@ -491,9 +499,9 @@ INLINE void T(write_columns_way)(struct T(Place) place, const struct Sheet *shee
        line to line. And streamed lines are whole. */
     if (!wraps && !(way & FUSED) && !(place.streams && T(LINE_OF) > 1)
         && (stride * sizeof(stored) % LINE == 0 || !(place.streams || width > WIDTH)))
-        for (; rest >= 4; rest -= 4) {
-            T(write_rows)(&place, width, 4, stride, 1, way);
-            T(move)(&place, 4 * stride, way);
+        for (; rest >= T(ROWS_BESIDE); rest -= T(ROWS_BESIDE)) {
+            T(write_rows)(&place, width, T(ROWS_BESIDE), stride, 4 / T(ROWS_BESIDE), way);
+            T(move)(&place, T(ROWS_BESIDE) * stride, way);
         }
     for (rest = rest * width + sheet->tail; rest > 0; rest -= n) {
         n = min_of(rest, wraps ? (width - column + STEP - 1) / STEP * STEP : width);

@@ -123,21 +123,56 @@ def test_written_past_the_cache(channel_axis, shape, half, use_isa):
 
 @ISA
 @HALF
-def test_every_value_is_loaded_and_stored(half, isa, use_isa):
+@pytest.mark.parametrize(
+    "shape", [(-1, 1), (1, 1, -1), (1, 1 << 10, 1 << 6), (1 << 6, 1 << 10)], ids=str
+)
+def test_every_value_is_loaded_and_stored(shape, half, isa, use_isa):
     """All that a half type can hold, and multiples of it: of two as near it is the even one."""
     use_isa(isa)
-    ones, zeros = np.ones(1), np.zeros(1)
-    x = np.arange(1 << 16, dtype=np.uint16).view(half).reshape(-1, 1)
+    x = np.arange(1 << 16, dtype=np.uint16).view(half).reshape(shape)
+    ones, zeros = np.ones(x.shape[1]), np.zeros(x.shape[1])
     y = functional.batch_norm(x, zeros, ones, eps=0.0)
     assert np.array_equal(y.astype(np.float32), x.astype(np.float32), equal_nan=True)
 
     for factor in (0.5, 1.5, 1 + 2**-9, 1 + 2**-12, 1 - 2**-12, 1 / 3, 1e-3, 100):
-        weight = np.array([factor], np.float32)
+        weight = np.full(x.shape[1], factor, np.float32)
         y = functional.batch_norm(x, zeros, ones, weight, eps=0.0)
         with np.errstate(over="ignore", invalid="ignore"):
-            expected = of_type(half, x.astype(np.float32) * weight)
+            expected = of_type(half, x.astype(np.float32) * weight[0])
         y, expected = y.astype(np.float32), expected.astype(np.float32)
         assert np.array_equal(y, expected, equal_nan=True), factor
+
+
+@ISA
+@HALF
+@pytest.mark.parametrize("shape", [(2, 3, 49), (2, 3, 300), (40, 70)], ids=str)
+@pytest.mark.parametrize("of", ["running_mean", "running_var", "weight", "bias"])
+@pytest.mark.parametrize("double", [False, True])
+def test_a_parameter_that_is_not_a_number_makes_none(double, of, shape, half, isa, rng, use_isa):
+    """All bits of it are set: rounded up as a number is, it would be zero."""
+    use_isa(isa)
+    x, grad_output = drawn(rng, shape, half)
+    names = "running_mean", "running_var", "weight", "bias"
+    values = {name: np.ones(shape[1], np.float64 if double else np.float32) for name in names}
+    values[of].view(np.int64 if double else np.int32)[1] = -1
+    y, saved = functional.batch_norm_forward(x, **values)
+    dx, *_ = functional.norm_backward(grad_output, saved, values["weight"])
+    expected = np.zeros(shape, bool)
+    expected[:, 1] = True
+    assert np.array_equal(np.isnan(y.astype(np.float32)), expected)
+    if of in ("running_var", "weight"):
+        assert np.array_equal(np.isnan(dx.astype(np.float32)), expected)
+
+    parameters = {name: values[name] for name in ("weight", "bias")}
+    rows = x if x.ndim == 2 else np.ascontiguousarray(np.swapaxes(x, 1, 2))
+    y, saved = functional.layer_norm_forward(rows, shape[1], **parameters)
+    dx, *_ = functional.norm_backward(rows, saved, values["weight"])
+    if of in parameters:
+        assert np.array_equal(
+            np.isnan(y.astype(np.float32)).nonzero()[-1], np.full(y.size // shape[1], 1)
+        )
+    if of == "weight":
+        assert np.isnan(dx.astype(np.float32)).all()
 
 
 @ISA
