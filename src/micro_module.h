@@ -21,6 +21,7 @@ enum {
     WORTH_A_TABLE = 4096, /* values */
     FETCHED_AHEAD = 1 << 11, /* bytes from what is streamed to what is fetched for it */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
+    FILLED_ROW = 1 << 11, /* bytes of rows that are too long to fill lines before they are streamed */
     /* Of a table of coefficients: a line more than WIDTH, so that a row can start within one; and its
        rows do not lie whole pages apart, where they would fight for the same places of the L1 cache. */
     TABLE_WIDTH = WIDTH + 6 * LINE / 4,
@@ -92,6 +93,40 @@ INLINE unsigned bits_at(const unsigned char *array, ptrdiff_t place) {
     uint32_t word;
     memcpy(&word, array + place / 8, sizeof word);
     return LITTLE_ENDIAN_32(word) >> place % 8;
+}
+
+/* Lines that are filled before they are streamed, because rows begin and end within them: what is stored
+   in two parts is read from memory first. */
+struct Lines {
+    char *to;             /* the line that the first bytes are of */
+    ptrdiff_t begin, end; /* of what is filled */
+    char bytes[4 * FILLED_ROW + LINE] __attribute__((aligned(LINE)));
+};
+
+static void begin_lines(struct Lines *lines, void *out) {
+    lines->begin = lines->end = (uintptr_t)out % LINE;
+    lines->to = (char *)out - lines->end;
+}
+
+/* Stream all lines that are full, after so many bytes more; what begins or ends within one is stored: at
+   first the rest of a line, and all that is left at last. */
+static void stream_lines(struct Lines *lines, ptrdiff_t more, int at_last) {
+    const ptrdiff_t full = (lines->end + more) / LINE * LINE;
+    ptrdiff_t k = 0;
+    lines->end += more;
+    if (lines->begin > 0 && full > 0) {
+        memcpy(lines->to + lines->begin, lines->bytes + lines->begin, LINE - lines->begin);
+        lines->begin = 0;
+        k = LINE;
+    }
+    for (; k < full; k += VECTOR_BYTES)
+        stream(lines->to + k, (doubles)DOUBLES_AT(lines->bytes + k));
+    lines->to += full;
+    lines->end -= full;
+    if (full > 0)
+        memcpy(lines->bytes, lines->bytes + full, LINE);
+    if (at_last && lines->end > lines->begin)
+        memcpy(lines->to + lines->begin, lines->bytes + lines->begin, lines->end - lines->begin);
 }
 
 /* The power of two at or below a positive number, from 2^-100 to 2^100; 1 for a NaN. */

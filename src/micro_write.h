@@ -455,24 +455,37 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
     }
 }
 
-/* Whether channels that have their parameters by value can be written side by side: where these are
-   the same for all, and all begin alike in their cache lines, or are too short for it to matter.
-   Streamed lines are whole. */
-INLINE int T(lie_alike)(const struct Pass *p) {
-    const ptrdiff_t S = p->geometry.S;
-    return p->geometry.period == 1
-           && (p->stream ? T(ROWS) > 1 && S * sizeof(stored) % LINE == 0 : S < ALIGNED_RUN);
+/* Whether channels that have their parameters by value fill lines that are streamed: where they lie in a
+   row that is short, and do not begin and end with lines anyway. */
+INLINE int T(fills_lines)(const struct Pass *p, const stored *out) {
+    const ptrdiff_t row = p->geometry.S * sizeof(stored);
+    return p->stream && row < FILLED_ROW && (row % LINE || (uintptr_t)out % LINE);
 }
 
-/* Write by plane, with a weight and a bias for each value. */
-INLINE void T(write_by_value)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
-                              struct T(Steps) *steps, const int way) {
-    const int alike = !(way & FUSED) && T(lie_alike)(p), rows = p->stream ? T(ROWS) : 4;
+/* Whether such channels can be written side by side: where their parameters are the same for all, and all
+   begin alike in their cache lines, or are too short for it to matter. Streamed lines are whole. */
+INLINE int T(lie_alike)(const struct Pass *p, int streams) {
+    const ptrdiff_t S = p->geometry.S;
+    const int whole = S * sizeof(stored) % LINE == 0;
+    return p->geometry.period == 1 && (streams ? T(ROWS) > 1 && whole : whole || S < ALIGNED_RUN);
+}
+
+/* Write by plane, with a weight and a bias for each value; by way of lines that are filled, or not. */
+INLINE void T(write_values)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
+                            struct T(Steps) *steps, const int fills, const int way) {
+    const int streams = p->stream && !fills, rows = streams ? T(ROWS) : 4;
+    const int alike = !(way & FUSED) && T(lie_alike)(p, streams);
+    struct Lines lines;
     for (ptrdiff_t i = 0; i < sheet->runs; i++) {
         struct T(Place) place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first, steps);
+        place.streams = streams;
+        if (fills)
+            begin_lines(&lines, place.out);
         for (ptrdiff_t c = first, rest = sheet->channels, n; rest > 0; c += n, rest -= n) {
             place.weights = R(weights_of)(p, c) + sheet->start;
             place.biases = place.weights + p->geometry.parameters;
+            if (fills)
+                place.out = (stored *)(lines.bytes + lines.end);
             n = alike && rest >= rows ? rows : 1;
             if (n == 4)
                 T(write_rows)(&place, sheet->length, 4, p->geometry.S, 1, way);
@@ -482,8 +495,26 @@ INLINE void T(write_by_value)(const struct Pass *p, const struct Sheet *sheet, p
                 T(write_rows)(&place, sheet->length, 1, 0, T(ACROSS), way);
             place.coefficients += n;
             T(move)(&place, n * p->geometry.S, way);
+            if (fills)
+                stream_lines(&lines, n * p->geometry.S * sizeof(stored), rest == n);
         }
     }
+}
+
+static NOINLINE void T(write_values_by_line)(const struct Pass *p, const struct Sheet *sheet,
+                                             ptrdiff_t first) {
+    if (p->kind == GRADIENTS)
+        T(write_values)(p, sheet, first, NULL, 1, BY_VALUE | BACKWARD);
+    else
+        T(write_values)(p, sheet, first, NULL, 1, BY_VALUE);
+}
+
+INLINE void T(write_by_value)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
+                              struct T(Steps) *steps, const int way) {
+    if (!(way & FUSED) && T(fills_lines)(p, (stored *)p->out + sheet->offset))
+        T(write_values_by_line)(p, sheet, first);
+    else
+        T(write_values)(p, sheet, first, steps, 0, way);
 }
 
 /* Write by row, with a coefficient for each column. Where it wraps, in the order of the memory: what
@@ -707,14 +738,16 @@ INLINE void T(write_summed_rows)(const struct T(Place) *at, const int rows, ptrd
 #undef WRITE
 }
 
-/* At most SUMMED rows of at most WIDTH columns. */
+/* At most SUMMED rows of at most WIDTH columns; by way of lines that are filled, or NULL. */
 INLINE void T(write_band)(struct T(Place) at, ptrdiff_t rows, ptrdiff_t row_stride, ptrdiff_t period,
-                          ptrdiff_t width, const int way, double *grad_bias,
+                          ptrdiff_t width, struct Lines *lines, const int way, double *grad_bias,
                           double *grad_weight) {
     const int beside = T(ROWS);
     real total[SUMS_WIDTH], product[SUMS_WIDTH];
     int begins = 1;
     for (ptrdiff_t n; rows > 0; rows -= n, begins = 0) {
+        if (lines)
+            at.out = (stored *)(lines->bytes + lines->end);
         if (rows >= beside) {
             n = beside;
             T(write_summed_rows)(&at, beside, row_stride, period, width, 4 / beside, way, begins,
@@ -726,6 +759,8 @@ INLINE void T(write_band)(struct T(Place) at, ptrdiff_t rows, ptrdiff_t row_stri
         }
         at.coefficients += n * period;
         T(move)(&at, n * row_stride, way);
+        if (lines)
+            stream_lines(lines, n * row_stride * sizeof(stored), 0);
     }
     for (ptrdiff_t k = 0; k < width; k++) {
         grad_bias[k] += total[k];
@@ -736,7 +771,7 @@ INLINE void T(write_band)(struct T(Place) at, ptrdiff_t rows, ptrdiff_t row_stri
 /* Write grad_input of channels with a weight for each value, and add up the gradients of the weights
    and biases that they share. */
 INLINE void T(write_sharing_way)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
-                                 double *share, const int way) {
+                                 double *share, struct Lines *lines, const int way) {
     const ptrdiff_t period = p->geometry.period, S = p->geometry.S, parts = p->geometry.parts;
     const ptrdiff_t end = sheet->channels;
     struct T(Place) place;
@@ -752,8 +787,8 @@ INLINE void T(write_sharing_way)(const struct Pass *p, const struct Sheet *sheet
                     place = T(place_of)(p, sheet->offset + i * sheet->run_stride + c * S + k,
                                         first + c, NULL);
                     place.weights = R(weights_of)(p, first + c) + sheet->start + k;
-                    T(write_band)(place, rows, period * S, period, width, way, grad_bias + k,
-                                  grad_bias + p->geometry.parameters + k);
+                    T(write_band)(place, rows, period * S, period, width, lines, way,
+                                  grad_bias + k, grad_bias + p->geometry.parameters + k);
                 }
         }
     }
@@ -762,12 +797,19 @@ INLINE void T(write_sharing_way)(const struct Pass *p, const struct Sheet *sheet
 static void T(write_sharing)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                              double *share) {
     const int alike = p->geometry.S * sizeof(stored) % LINE == 0;
-    if (!p->stream && !fuses(p))
-        T(write_sharing_way)(p, sheet, first, share, BACKWARD | BY_VALUE);
-    else if (alike && !fuses(p))
-        T(write_sharing_way)(p, sheet, first, share, BACKWARD | BY_VALUE | STREAM);
-    else { /* what is streamed and does not begin alike in cache lines, or has steps, goes row by row */
+    stored *out = (stored *)p->out + sheet->offset;
+    const int fills = p->geometry.period == 1 && sheet->runs == 1 && T(fills_lines)(p, out);
+    struct Lines lines;
+    if (fuses(p) || (p->stream && !alike && !fills)) {
+        /* What is streamed and does not begin alike in cache lines, or has steps, goes row by row. */
         T(share_products)(p, sheet, first, share);
         T(write)(p, sheet, first);
-    }
+    } else if (!p->stream)
+        T(write_sharing_way)(p, sheet, first, share, NULL, BACKWARD | BY_VALUE);
+    else if (fills) {
+        begin_lines(&lines, out);
+        T(write_sharing_way)(p, sheet, first, share, &lines, BACKWARD | BY_VALUE);
+        stream_lines(&lines, 0, 1);
+    } else
+        T(write_sharing_way)(p, sheet, first, share, NULL, BACKWARD | BY_VALUE | STREAM);
 }

@@ -13,7 +13,9 @@ cdef enum:
     # holds them. Chains of layers that read each other's outputs of 8 to 48 MiB took a quarter
     # less, gradients of 6 MiB an eighth less; forward passes of 6 MiB differed either way.
     STREAM_BYTES = 1 << 24
-    # But not where what is written without a gap is shorter: its ends are no whole lines.
+    # But not where what is written without a gap is shorter: its ends are no whole lines. Rows with
+    # parameters by value fill lines first: beyond the caches layer norm of rows of 64 to 384 values
+    # took two thirds to five sixths of the time (shapes "rows" of benchmarks/compare.py).
     SHORTEST_STREAMED = 512
     # A small pass works in memory of the stack, and keeps the GIL: malloc, and to give up the GIL
     # and take it back, would be a tenth of its time (shapes "small" of benchmarks/compare.py).
@@ -75,6 +77,13 @@ cdef void finish_some(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcept no
     while first < end:
         finish_channels(p, first, min(AT_ONCE, end - first))
         first += AT_ONCE
+
+
+cdef inline bint has_steps(const Pass* p) noexcept nogil:
+    """Whether steps go along with what is written: those of the output, or those back."""
+    cdef const Fused* fused = &p.fused
+    return (fused.relu or fused.residual != NULL or fused.grad_residual != NULL
+            or (fused.back and fused.passed != NULL))
 
 
 cdef inline bint has_spans(const Pass* p) noexcept nogil:
@@ -301,7 +310,8 @@ cdef void prepare(Pass* p, Team* team) noexcept nogil:
         p.bias = per_channel_absent(0)
     team.by_strip = goes_by_strip(p, team.threads)
     cdef const Geometry* writing = g if team.by_strip else &p.writing
-    if writing.by_plane and written_run(writing) < SHORTEST_STREAMED:
+    cdef bint fills = writing.by_value and not has_steps(p)
+    if writing.by_plane and not fills and written_run(writing) < SHORTEST_STREAMED:
         p.stream = False
     share_out(team, REDUCTIONS, g.strips if team.by_strip else tiles_of(g))
     share_out(team, FINISHES, ceil_div(g.channels, FINISHED))

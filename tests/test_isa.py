@@ -1,5 +1,6 @@
 """Every instruction set that this CPU has: the same bits, for every pass, layout and dtype."""
 
+from collections import defaultdict
 from functools import partial
 
 import numpy as np
@@ -102,6 +103,61 @@ def test_training_on_arrays_that_no_cache_holds(channel_axis, shape, use_isa, as
     assert len(found) == 1
     assert_close("y", actual, y, np.float32)
     assert_close("grad_input", actual_grads[0], grads[0], np.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("length", [3, 50, 64, 511])
+def test_rows_written_past_the_cache(length, dtype, use_isa):
+    """Lines of which rows are parts are streamed whole: the bits are those of a pass in place."""
+    rng = np.random.default_rng(11)
+    rows = (1 << 23) // (4 * length * np.dtype(dtype).itemsize) + 7
+    x, grad_output = rng.standard_normal((2, rows, 4 * length), np.float32).astype(dtype)
+    assert 2 * x.nbytes >= 1 << 24
+    parameter = np.result_type(dtype, np.float32)
+    weight, bias = np.linspace([-1, 1], [1, 2], 4 * length, axis=1, dtype=parameter)
+    memory, found = np.empty(x.size + 64, dtype), defaultdict(set)
+
+    def check(name, function, into, offset):
+        """That it gives the same bits into memory of its own, and touches no other."""
+        memory.fill(7)
+        in_place, end = into.copy(), offset + into.size
+        function(in_place, out=in_place)
+        function(into, out=memory[offset:end].reshape(into.shape))
+        assert memory[offset:end].tobytes() == in_place.tobytes()
+        assert (memory[:offset] == 7).all()
+        assert (memory[end:] == 7).all()
+        found[name].add(hash(in_place.tobytes()))
+
+    for isa in _dispatch.supported():
+        use_isa(isa)
+        for threads, offset in (1, 0), (3, 5):
+            for shape, forward, n in (
+                (
+                    (-1, length),
+                    partial(functional.layer_norm_forward, normalized_shape=length),
+                    length,
+                ),
+                (
+                    (-1, 4 * length),
+                    partial(functional.group_norm_forward, num_groups=4),
+                    4 * length,
+                ),
+            ):
+                one, grad = x.reshape(shape), grad_output.reshape(shape)
+                with cbn.num_threads(threads):
+                    check(
+                        forward.func,
+                        partial(forward, weight=weight[:n], bias=bias[:n]),
+                        one,
+                        offset,
+                    )
+                    _, saved = forward(one, weight=weight[:n], bias=bias[:n])
+                    for wanted in ("all", "input"):
+                        backward = partial(
+                            functional.norm_backward, saved=saved, weight=weight[:n], wanted=wanted
+                        )
+                        check((forward.func, wanted), backward, grad, offset)
+    assert all(len(bits) == 1 for bits in found.values())
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
