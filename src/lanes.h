@@ -622,11 +622,11 @@ INLINE vector_f32 rectified_f32(vector_f32 value, unsigned *passed) {
     return rectified_floats(value, passed);
 }
 INLINE vector_f32 chosen_f32(vector_f32 value, unsigned bits) { return chosen_floats(value, bits); }
-INLINE void add_lanes_f32(doubles *to, vector_f32 value) {
+INLINE void add_lanes_f32(doubles *to, vector_f32 value, const int first) { /* of a sum: set it */
     doubles halves[2];
     widen_floats(value, halves);
-    to[0] += halves[0];
-    to[1] += halves[1];
+    to[0] = first ? halves[0] : to[0] + halves[0];
+    to[1] = first ? halves[1] : to[1] + halves[1];
 }
 
 /* float64 */
@@ -658,7 +658,9 @@ INLINE vector_f64 rectified_f64(vector_f64 value, unsigned *passed) {
     return rectified_doubles(value, passed);
 }
 INLINE vector_f64 chosen_f64(vector_f64 value, unsigned bits) { return chosen_doubles(value, bits); }
-INLINE void add_lanes_f64(doubles *to, vector_f64 value) { to[0] += value; }
+INLINE void add_lanes_f64(doubles *to, vector_f64 value, const int first) {
+    to[0] = first ? value : to[0] + value;
+}
 
 /* bfloat16, computed in float32 */
 typedef uint16_t stored_bf16;

@@ -171,8 +171,8 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
                 }
 #undef MULTIPLY
                 EACH (v, beside * vectors) {
-                    R(add_lanes)(totals + v * HALVES, band_total[v]);
-                    R(add_lanes)(products + v * HALVES, band_product[v]);
+                    R(add_lanes)(totals + v * HALVES, band_total[v], once);
+                    R(add_lanes)(products + v * HALVES, band_product[v], once);
                 }
             } while (!once && j < rows + (tail > 0));
         }
@@ -192,31 +192,56 @@ INLINE void T(sum_pairs_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptrdi
         T(sum_pairs)(at, 0, 1, 0, runs, run_stride, length, LANES, way, total, product);
 }
 
-/* The sums of channels; of each part of one, in a piece that may begin and end within a part. */
+/* The sums of channels; of each part of one, in a piece that may begin and end within a part. Whole parts
+   that are short go side by side. */
 INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const struct Sheet *sheet,
                              ptrdiff_t parts, struct Sums *into) {
+    enum { MOST_BESIDE = 4 };
+    const int beside = T(CHANNELS_BESIDE);
     const ptrdiff_t length = p->geometry.S / p->geometry.parts;
     const ptrdiff_t start = sheet->start, stop = start + sheet->length;
     const ptrdiff_t reached = parts == 1 ? 0 : start / length;
+    const int whole = sheet->length == p->geometry.S && sheet->runs == 1;
     double totals[AT_ONCE * CHAINS], products[AT_ONCE * CHAINS];
-    ptrdiff_t first = start, end = stop, n = 0;
-    for (ptrdiff_t c = 0; c < sheet->channels; c++, at.mean++, at.unit++) {
-        for (ptrdiff_t q = 0; q < parts; q++) {
-            if (parts > 1) {
-                first = max_of(start, (reached + q) * length);
-                end = max_of(first, min_of(stop, (reached + q + 1) * length));
-            }
-            T(sum_pairs_of_runs)(&at, sheet->runs, sheet->run_stride, end - first,
-                                 totals + n * CHAINS, products + n * CHAINS);
-            T(move_pair)(&at, end - first, 0);
-            if (++n == AT_ONCE) {
-                fold_sums(totals, products, n, into);
-                into += n;
-                n = 0;
+    ptrdiff_t rest = sheet->channels * parts, c = 0, q = 0, first = start, end = stop, n = 0;
+#define GO_ON(parts_done)                                                                              n += parts_done;                                                                                   if (n == AT_ONCE) {                                                                                    fold_sums(totals, products, n, into);                                                              into += n;                                                                                         n = 0;                                                                                         }
+    for (; beside > 1 && whole && length <= SUMMED * SHORT_LANES && rest >= beside; rest -= beside) {
+        struct T(Pair) some = at;
+        real mean[MOST_BESIDE], unit[MOST_BESIDE];
+        some.mean = mean;
+        some.unit = unit;
+        EACH (r, beside) {
+            mean[r] = at.mean[c];
+            unit[r] = at.unit[c];
+            if (++q == parts) {
+                q = 0;
+                c++;
             }
         }
-        T(move_pair)(&at, p->geometry.S - sheet->length, 0);
+        T(sum_pairs)(&some, length, beside, 1, 1, 0, length, SHORT_LANES, 0, totals + n * CHAINS,
+                     products + n * CHAINS);
+        T(move_pair)(&at, beside * length, 0);
+        GO_ON(beside)
     }
+    at.mean += c;
+    at.unit += c;
+    for (; rest > 0; rest--) {
+        if (parts > 1) {
+            first = max_of(start, (reached + q) * length);
+            end = max_of(first, min_of(stop, (reached + q + 1) * length));
+        }
+        T(sum_pairs_of_runs)(&at, sheet->runs, sheet->run_stride, end - first, totals + n * CHAINS,
+                             products + n * CHAINS);
+        T(move_pair)(&at, end - first, 0);
+        GO_ON(1)
+        if (++q == parts) {
+            q = 0;
+            at.mean++;
+            at.unit++;
+            T(move_pair)(&at, p->geometry.S - sheet->length, 0);
+        }
+    }
+#undef GO_ON
     fold_sums(totals, products, n, into);
 }
 

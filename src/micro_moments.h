@@ -205,9 +205,10 @@ INLINE void T(add_to_chains)(const doubles *sum, const int channels, const int g
     EACH (r, channels)
         EACH (h, VECTORS_OF_CHAINS) {
             double *to = chain + r * CHAINS + h * DOUBLES;
-            doubles value = more ? (doubles)DOUBLES_AT(to) : all_doubles(0);
-            EACH (g, groups)
-                value += sum[(r * groups + g) * VECTORS_OF_CHAINS + h];
+            const doubles *of_group = sum + r * groups * VECTORS_OF_CHAINS + h;
+            doubles value = more ? (doubles)DOUBLES_AT(to) + of_group[0] : of_group[0];
+            for (int g = 1; g < groups; g++)
+                value += of_group[g * VECTORS_OF_CHAINS];
             DOUBLES_AT(to) = value;
         }
 }
@@ -276,9 +277,9 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, con
                 }
                 EACH (v, beside * vectors) {
                     if (total)
-                        R(add_lanes)(sum + v * HALVES, band_sum[v]);
+                        R(add_lanes)(sum + v * HALVES, band_sum[v], once);
                     if (square)
-                        R(add_lanes)(sum_of_squares + v * HALVES, band_squares[v]);
+                        R(add_lanes)(sum_of_squares + v * HALVES, band_squares[v], once);
                 }
             } while (!once && j < rows + (tail > 0));
         }
