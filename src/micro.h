@@ -13,9 +13,9 @@ enum {
     T(ROWS) = T(LINE_OF) > 2 ? 1 : T(LINE_OF) > 1 ? 2 : 4,
     /* Such rows that are not streamed: of halves in pairs of vectors, which are rounded together. */
     T(ROWS_BESIDE) = sizeof(stored) < sizeof(real) ? 2 : 4,
-    /* Values up to which a part is written on its own, in four vectors; which gain nothing by it where
-       they are whole, unless they are rounded in pairs. */
-    T(WRITTEN_APART) = 4 * LANES_OF - (sizeof(stored) == sizeof(real)),
+    /* Values up to which a part is written on its own, in four vectors: beyond planes of 6 x 6, only
+       halves gain by it. */
+    T(WRITTEN_APART) = sizeof(stored) < sizeof(real) || 4 * LANES_OF < 39 ? 4 * LANES_OF : 39,
     /* Channels in rows of SHORT_LANES whose sums fit the registers together. */
     T(CHANNELS_BESIDE) = SIDE_BY_SIDE < 8 ? 1 : 4 * LANES_OF / SHORT_LANES,
     /* Values from which a row is written on in the next: whole steps, and whole lines. */

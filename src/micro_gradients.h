@@ -48,8 +48,8 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
             grad *= R(reals)(at->weight + k, lanes - k);
         }
         if (way & FETCHES && BEGINS_LINE(v)) {
-            __builtin_prefetch(at->grad_output + at->ahead + k);
-            __builtin_prefetch(at->x + at->ahead + k);
+            fetch(at->grad_output + at->ahead + k);
+            fetch(at->x + at->ahead + k);
         }
         if (way & BY_ROW)
             x = ((x - at->normal->mean[j]) - at->normal->mean_low[j]) * at->normal->scale[j];
@@ -102,7 +102,7 @@ INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row
             width = tail;
         }
         row = at;
-        if (j + BESIDE >= rows) /* what would be fetched is no part of this */
+        if (j + ROWS_AHEAD >= rows) /* what would be fetched is no part of this */
             row.ahead = 0;
         for (k = 0; width - k >= 4 * LANES_OF; k += 4 * LANES_OF) {
             T(multiply_rows)(row, j, end, row_stride, 4, 4 * LANES_OF, way, begins, band_total + k,
@@ -318,7 +318,7 @@ static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptr
     if (p->geometry.by_plane)
         at.ahead = p->stream && sheet->runs > 1 ? sheet->run_stride : 0;
     else
-        at.ahead = p->stream ? BESIDE * sheet->row_stride : 0;
+        at.ahead = p->stream ? ROWS_AHEAD * sheet->row_stride : 0;
     if (p->geometry.by_plane)
         T(sums_by_plane)(at, p, sheet, parts, into);
     else

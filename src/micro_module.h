@@ -19,7 +19,7 @@ enum { /* what `way` says of a loop, as a literal: the compiler keeps what it ne
 
 enum {
     WORTH_A_TABLE = 4096, /* values */
-    FETCHED_AHEAD = 1 << 11, /* bytes from what is streamed to what is fetched for it */
+    FETCHED_AHEAD = 1 << 12, /* bytes from what is streamed to what is fetched for it */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
     FILLED_ROW = 1 << 11, /* bytes of rows that are too long to fill lines before they are streamed */
     /* Of a table of coefficients: a line more than WIDTH, so that a row can start within one; and its
@@ -326,9 +326,11 @@ static void finish_moments(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
 
 enum {
     BESIDE = 4,      /* rows that are added up at a time */
-    /* Along long rows, and in forward sums along rows that are far apart, the processor fetches by itself
-       what is next; and what is fetched for it takes the place of what is needed now. Elsewhere it is
-       fetched early (benchmarks/compare.py: backward of layer norm, training of planes by row). */
+    ROWS_AHEAD = 2 * BESIDE, /* from what is added up of gradients to what is fetched */
+    BANDS_AHEAD = 2,         /* the same of moments */
+    /* Along long rows in the cache, and in forward sums along rows that are far apart, the processor
+       fetches by itself what is next. Elsewhere it is fetched early (benchmarks/compare.py: backward of
+       layer norm, training of planes by row). */
     LONG_ROW = 1024,   /* values */
     CLOSE = 2 * WIDTH, /* values from row to row, at most */
     SIDE_BY_SIDE = VECTOR_BYTES == 64 ? 8 : 4, /* vectors whose sums fit the registers */

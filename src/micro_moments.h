@@ -4,7 +4,7 @@
    sum of sums of a few rows is rounded less often than one sum: beside an outlier of 3000 standard
    deviations, a variance was off by 1e-6 of its value. */
 INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride,
-                        ptrdiff_t next,      /* how many rows are fetched, each a band further on */
+                        ptrdiff_t next,      /* how many rows are fetched, each some bands further on */
                         const int fetches,   /* whether there are any, as a literal */
                         const int vectors,
                         ptrdiff_t lanes,     /* of a vector */
@@ -21,10 +21,10 @@ INLINE void T(sum_rows)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride,
             factors[v] = R(reals)(factor + v * LANES_OF, lanes);
     }
     for (ptrdiff_t j = 0; j < rows; j++, x += row_stride) {
-        const stored *to_fetch = j < next ? x + BAND * row_stride : x;
+        const stored *to_fetch = j < next ? x + BANDS_AHEAD * BAND * row_stride : x;
         EACH (v, vectors) {
             if (fetches && BEGINS_LINE(v))
-                __builtin_prefetch(to_fetch + v * LANES_OF);
+                fetch(to_fetch + v * LANES_OF);
             value = lanes < LANES_OF ? load_some(x, lanes) : load(x + v * LANES_OF);
             if (factor)
                 value *= factors[v];
@@ -66,7 +66,7 @@ INLINE void T(sum_band)(const stored *x, ptrdiff_t rows, ptrdiff_t row_stride, p
 }
 
 /* Add up the columns of a sheet, a band of rows after the other; what is not in the cache yet, from
-   some row up to another, is fetched a band before, if rows are close to each other. */
+   some row up to another, is fetched BANDS_AHEAD before, if rows are close to each other. */
 INLINE void T(sum_sheet)(const stored *x, const struct Sheet *sheet, ptrdiff_t from, ptrdiff_t to,
                          const real *shift, const real *factor, real *total, real *square) {
     const ptrdiff_t stride = sheet->row_stride, fetched = stride <= CLOSE ? to : 0;
@@ -75,7 +75,8 @@ INLINE void T(sum_sheet)(const stored *x, const struct Sheet *sheet, ptrdiff_t f
     for (ptrdiff_t row = 0; row < sheet->rows + (sheet->tail > 0); row += n, x += n * stride) {
         n = row < sheet->rows ? min_of(BAND, sheet->rows - row) : 1;
         width = row < sheet->rows ? sheet->width : sheet->tail;
-        next = row + BAND < from ? 0 : fetched - row - BAND;
+        next = row + BANDS_AHEAD * BAND;
+        next = next < from ? 0 : fetched - next;
         T(sum_band)(x, n, stride, next, width, shift, factor, total, square);
     }
 }

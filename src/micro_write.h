@@ -89,9 +89,9 @@ INLINE struct T(Loaded) T(load_vectors)(const struct T(Place) *at, ptrdiff_t k, 
             values.x[v] = T(let_through)(&at->steps->gate, values.x[v], at->x + i);
         /* What comes from memory next, while this is computed. */
         if (way & BY_VALUE && BEGINS_LINE(v % across)) {
-            __builtin_prefetch(at->x + i + at->ahead);
+            fetch(at->x + i + at->ahead);
             if (way & BACKWARD)
-                __builtin_prefetch(at->grad_output + i + at->ahead);
+                fetch(at->grad_output + i + at->ahead);
         }
         /* What is streamed is read from memory too, which is asked early. */
         if (!(way & (BACKWARD | BY_VALUE)) && BEGINS_LINE(v % across) && at->streams)
@@ -227,11 +227,9 @@ INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t
     place.grad_output = p->kind == GRADIENTS ? p->grad_output : p->x; /* or not read */
     place.grad_output += at;
     place.weights = place.biases = NULL;
-    /* Not along long rows (LONG_ROW says why); but where vectors are less than a line, backward past
-       the cache still gains by it. */
-    place.ahead = 0;
-    if (p->geometry.S < LONG_ROW || (T(ROWS) > 1 && p->stream && p->kind == GRADIENTS))
-        place.ahead = p->ahead;
+    /* Backward, not along long rows in the cache (LONG_ROW says why). */
+    const int fetches = p->kind != GRADIENTS || p->stream || p->geometry.S < LONG_ROW;
+    place.ahead = fetches ? p->ahead : 0;
     place.streams = p->stream;
     place.steps = steps;
     place.coefficients = (const real *)p->coefficients + first;
@@ -397,9 +395,9 @@ INLINE void T(write_run)(const struct T(Place) *place, struct T(Walk) walk, ptrd
     T(write_up_to)(at, &walk, 0, k, way);
     while (k < end) {
         const ptrdiff_t from = k, until = min_of(end, k + walk.left);
-        /* Lines are streamed whole. */
-        for (; place->streams && (k - head) % unit && until - k >= LANES_OF; k += LANES_OF)
-            T(write_vector)(at, k, &walk.here, way);
+        if (T(ROWS_BESIDE) < 4) /* whose vectors may be streamed in pairs, which are whole lines */
+            for (; place->streams && (k - head) % unit && until - k >= LANES_OF; k += LANES_OF)
+                T(write_vector)(at, k, &walk.here, way);
         if (until - k >= step) {
             const ptrdiff_t begin = k;
             k += (until - k) / step * step;
