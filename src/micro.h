@@ -16,6 +16,9 @@ enum {
     /* Values up to which a part is written on its own, in four vectors: beyond planes of 6 x 6, only
        halves gain by it. */
     T(WRITTEN_APART) = sizeof(stored) < sizeof(real) || 4 * LANES_OF < 39 ? 4 * LANES_OF : 39,
+    /* Values up to which the next run of a channel is fetched while one is summed: a longer one of floats
+       is read long enough for the processor's own fetching. */
+    T(FETCHED_RUN) = sizeof(stored) < sizeof(real) ? 1 << 20 : 1 << 12,
     /* Channels in rows of SHORT_LANES whose sums fit the registers together. */
     T(CHANNELS_BESIDE) = SIDE_BY_SIDE < 8 ? 1 : 4 * LANES_OF / SHORT_LANES,
     /* Values from which a row is written on in the next: whole steps, and whole lines. */
@@ -25,10 +28,6 @@ enum {
 /* Whether vector v of some side by side is the first in its cache line, where they begin at one: lines
    are fetched once. */
 #define BEGINS_LINE(v) (T(LINE_OF) < 2 || (v) % T(LINE_OF) == 0)
-
-/* Whether the next run of a channel is fetched while one is summed: of half types it is so short that
-   the processor's own prefetching comes too late. */
-#define FETCHES_RUNS (sizeof(stored) < sizeof(real))
 
 struct T(Block) {
     real shift[SUMS_WIDTH], total[SUMS_WIDTH], square[SUMS_WIDTH];
@@ -60,4 +59,3 @@ static const struct Micro T(micro) = {
 };
 
 #undef BEGINS_LINE
-#undef FETCHES_RUNS

@@ -183,13 +183,14 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
 
 INLINE void T(sum_pairs_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptrdiff_t run_stride,
                                  ptrdiff_t length, double *total, double *product) { /* OUT (CHAINS) */
-    const int way = FETCHES_RUNS ? FETCHES : 0;
     if (runs == 1 && length <= SUMMED * SHORT_LANES)
-        T(sum_pairs)(at, 0, 1, 1, runs, run_stride, length, SHORT_LANES, way, total, product);
+        T(sum_pairs)(at, 0, 1, 1, runs, run_stride, length, SHORT_LANES, 0, total, product);
     else if (length < SHORT_RUN)
-        T(sum_pairs)(at, 0, 1, 0, runs, run_stride, length, SHORT_LANES, way, total, product);
+        T(sum_pairs)(at, 0, 1, 0, runs, run_stride, length, SHORT_LANES, FETCHES, total, product);
+    else if (at->ahead)
+        T(sum_pairs)(at, 0, 1, 0, runs, run_stride, length, LANES, FETCHES, total, product);
     else
-        T(sum_pairs)(at, 0, 1, 0, runs, run_stride, length, LANES, way, total, product);
+        T(sum_pairs)(at, 0, 1, 0, runs, run_stride, length, LANES, 0, total, product);
 }
 
 /* The sums of channels; of each part of one, in a piece that may begin and end within a part. Whole parts
@@ -316,7 +317,7 @@ static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptr
     at.mean = units.high;
     at.unit = units.per_unit;
     if (p->geometry.by_plane)
-        at.ahead = p->stream && sheet->runs > 1 ? sheet->run_stride : 0;
+        at.ahead = p->stream ? T(to_next_run)(sheet->runs, sheet->run_stride, sheet->length) : 0;
     else
         at.ahead = p->stream ? ROWS_AHEAD * sheet->row_stride : 0;
     if (p->geometry.by_plane)

@@ -214,6 +214,11 @@ INLINE void T(add_to_chains)(const doubles *sum, const int channels, const int g
         }
 }
 
+/* How far the next run of a channel is, if it is fetched while one is summed. */
+INLINE ptrdiff_t T(to_next_run)(ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length) {
+    return runs > 1 && length <= T(FETCHED_RUN) ? run_stride : 0;
+}
+
 /* The sums of channels that lie `stride` apart, `beside` of them side by side, each of runs of so many
    values, in rows of `width`: of at most SUMMED rows in the type that is computed in, and of those in
    float64. Of the values, times a factor, around a shift for each channel; without one, of the values
@@ -230,7 +235,7 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, con
     const ptrdiff_t rows = length / width, tail = length % width;
     doubles sum[8], sum_of_squares[8];
     vector band_sum[4], band_squares[4], shifts[4], value;
-    const ptrdiff_t next_run = runs > 1 ? run_stride : 0;
+    const ptrdiff_t next_run = T(to_next_run)(runs, run_stride, length);
     const stored *row;
     EACH (r, beside)
         shifts[r] = all(shift ? shift[r] : 0);
@@ -247,8 +252,8 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, con
                     EACH (v, beside * vectors) {
                         const stored *at = row + v / vectors * stride + v % vectors * LANES_OF;
                         value = load(at);
-                        if (FETCHES_RUNS && shift && BEGINS_LINE(v % vectors))
-                            __builtin_prefetch(at + next_run);
+                        if (shift && !once && BEGINS_LINE(v % vectors))
+                            fetch(at + next_run);
                         if (!shift && BEGINS_LINE(v % vectors))
                             __builtin_prefetch((const char *)at + to_out, 1);
                         if (scaled)

@@ -93,6 +93,10 @@ INLINE struct T(Loaded) T(load_vectors)(const struct T(Place) *at, ptrdiff_t k, 
             if (way & BACKWARD)
                 fetch(at->grad_output + i + at->ahead);
         }
+        if (way & BY_COLUMN && way & BACKWARD && BEGINS_LINE(v % across) && at->ahead) {
+            fetch(at->x + i + at->ahead);
+            fetch(at->grad_output + i + at->ahead);
+        }
         /* What is streamed is read from memory too, which is asked early. */
         if (!(way & (BACKWARD | BY_VALUE)) && BEGINS_LINE(v % across) && at->streams)
             __builtin_prefetch(at->x + i + FETCHED_AHEAD / (ptrdiff_t)sizeof(stored));
@@ -227,9 +231,10 @@ INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t
     place.grad_output = p->kind == GRADIENTS ? p->grad_output : p->x; /* or not read */
     place.grad_output += at;
     place.weights = place.biases = NULL;
+    place.ahead = 0;
     /* Backward, not along long rows in the cache (LONG_ROW says why). */
-    const int fetches = p->kind != GRADIENTS || p->stream || p->geometry.S < LONG_ROW;
-    place.ahead = fetches ? p->ahead : 0;
+    if (p->kind != GRADIENTS || p->stream || p->geometry.S < LONG_ROW)
+        place.ahead = p->ahead;
     place.streams = p->stream;
     place.steps = steps;
     place.coefficients = (const real *)p->coefficients + first;
@@ -623,6 +628,8 @@ static void T(write_by_row)(const struct Pass *p, struct Sheet sheet, ptrdiff_t 
     struct T(Place) place = T(place_of)(p, sheet.offset, first, &steps);
     ptrdiff_t head = 0;
     int wraps = 0;
+    if (p->stream && sheet.row_stride == sheet.width) /* or else what is next is not of this sheet */
+        place.ahead = FETCHED_AHEAD / (ptrdiff_t)sizeof(stored);
     if (sheet.repeat * sheet.span > 1
         || (sheet.rows * sheet.width >= WORTH_A_TABLE
             && sheet.width <= (p->stream ? WIDTH : WIDTH / 2))) {
