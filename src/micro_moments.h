@@ -348,22 +348,24 @@ static double T(unit_of)(const void *data, const struct Sheet *sheet) {
     return ldexp(1, max_of(-100, min_of(exponent, 100)));
 }
 
-/* The sums of at most AT_ONCE channels, in rows of `width`. */
+/* The sums of at most AT_ONCE channels, in rows of `width`; in the order of the memory, or side by side. */
 INLINE void T(sum_channels)(const stored *x, ptrdiff_t to_out, const struct Sheet *sheet,
-                            ptrdiff_t S, const int width, const real *shift, double *total,
-                            double *square) {
+                            ptrdiff_t S, const int width, int in_order, const real *shift,
+                            double *total, double *square) {
     const int beside = width == SHORT_LANES ? T(CHANNELS_BESIDE) : 1;
-    const ptrdiff_t n = sheet->channels;
+    const int once = width == SHORT_LANES && sheet->runs == 1 && sheet->length <= SUMMED * width;
+    const ptrdiff_t n = sheet->channels, together = beside > 1 && in_order ? 0 : n - n % beside;
     double totals[AT_ONCE * CHAINS], squares[AT_ONCE * CHAINS];
     ptrdiff_t c = 0;
 #define CHANNELS(beside, once)                                                                     \
     T(sum_runs)(x + c * S, to_out, S, beside, once, sheet->runs, sheet->run_stride, sheet->length, \
                 width, shift ? shift + c : NULL, 0, 1, total ? totals + c * CHAINS : NULL,         \
                 square ? squares + c * CHAINS : NULL)
-    if (width == SHORT_LANES && sheet->runs == 1 && sheet->length <= SUMMED * width)
-        for (; n - c >= beside; c += beside)
-            CHANNELS(beside, 1);
-    for (; n - c >= beside; c += beside)
+    for (; once && c < together; c += beside)
+        CHANNELS(beside, 1);
+    for (; once && beside > 1 && c < n; c++)
+        CHANNELS(1, 1);
+    for (; c < together; c += beside)
         CHANNELS(beside, 0);
     for (; beside > 1 && c < n; c++)
         CHANNELS(1, 0);
@@ -378,17 +380,17 @@ INLINE void T(sum_channels)(const stored *x, ptrdiff_t to_out, const struct Shee
    sweep, because the second over a channel has to wait for its mean; meanwhile the CPU is at the next
    channel. */
 INLINE void T(sum_in_rows)(const stored *x, ptrdiff_t to_out, const struct Sheet *sheet,
-                           ptrdiff_t S, const int width, int centred, real *shift, double *total,
-                           double *square) { /* OUT */
+                           ptrdiff_t S, const int width, int in_order, int centred, real *shift,
+                           double *total, double *square) { /* OUT */
     const double count = (double)sheet->runs * sheet->length;
     if (!centred) {
-        T(sum_channels)(x, to_out, sheet, S, width, NULL, NULL, square);
+        T(sum_channels)(x, to_out, sheet, S, width, in_order, NULL, NULL, square);
         return;
     }
-    T(sum_channels)(x, to_out, sheet, S, width, NULL, total, NULL);
+    T(sum_channels)(x, to_out, sheet, S, width, in_order, NULL, total, NULL);
     for (ptrdiff_t c = 0; c < sheet->channels; c++)
         shift[c] = (real)(total[c] / count);
-    T(sum_channels)(x, 0, sheet, S, width, shift, total, square);
+    T(sum_channels)(x, 0, sheet, S, width, 0, shift, total, square);
 }
 
 static void T(channel_moments)(const struct Pass *p, const struct Sheet *sheet, double least,
@@ -403,13 +405,15 @@ static void T(channel_moments)(const struct Pass *p, const struct Sheet *sheet, 
     const int fetches = p->kind == NORMALISE && !p->stream && p->geometry.pieces == 1
                         && sheet->runs * sheet->length < LONG_ROW;
     const ptrdiff_t to_out = fetches ? (char *)p->out - (char *)p->x : 0;
+    /* By value, the next channels have been fetched; others are read from memory faster in its order. */
+    const int in_order = p->stream && !p->geometry.by_value;
     double total[AT_ONCE], square[AT_ONCE], unit;
     real shift[AT_ONCE];
     int outside = 0;
     if (sheet->width == SHORT_LANES)
-        T(sum_in_rows)(x, to_out, sheet, S, SHORT_LANES, centred, shift, total, square);
+        T(sum_in_rows)(x, to_out, sheet, S, SHORT_LANES, in_order, centred, shift, total, square);
     else
-        T(sum_in_rows)(x, to_out, sheet, S, LANES, centred, shift, total, square);
+        T(sum_in_rows)(x, to_out, sheet, S, LANES, in_order, centred, shift, total, square);
     for (ptrdiff_t c = 0; c < n; c++)
         outside |= T(is_outside)((real)square[c], smallest);
     for (ptrdiff_t c = 0; c < n; c++) {
