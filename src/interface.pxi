@@ -76,14 +76,14 @@ cdef public struct Pass:
     const void* grad_output
     void* out               # OUT
     # The number of the first channel in what is kept of each (statistics, coefficients); numbers
-    # of channels begin there. And how much further on, in values, x and grad_output are read next:
-    # what is fetched of rows that are not long.
+    # of channels begin there. And how much further on, in values, x and grad_output are read next.
     Py_ssize_t origin
     Py_ssize_t ahead
     bint stream             # whether it is written past the cache
     bint from_memory        # whether x is larger than what a cache keeps of it from pass to pass
     bint centred            # whether the mean is subtracted; RMS norm does not
     Fused fused
+    bint fuses              # whether any of these steps goes along with what is written
     PerChannel weight       # of a channel, where it has one
     PerChannel bias
     PerChannel mean         # given statistics; mean_low is what float64 rounds off mean

@@ -37,7 +37,7 @@ enum {
 typedef float floats __attribute__((vector_size(VECTOR_BYTES)));
 typedef float half_floats __attribute__((vector_size(VECTOR_BYTES / 2))); /* DOUBLES of them */
 typedef double doubles __attribute__((vector_size(VECTOR_BYTES)));
-/* The same at any address, as lvalues. */
+/* The same at the address of any float, or double, as lvalues. */
 typedef floats any_floats __attribute__((aligned(4), may_alias));
 typedef doubles any_doubles __attribute__((aligned(8), may_alias));
 
@@ -527,7 +527,7 @@ INLINE halves bf16_of_floats(floats value) {
 }
 #if defined(__AVX512F__)
 /* Of two vectors one, rounded up where the lower half is more than a half: half of the steps. */
-INLINE doubles bf16_of_two(floats a, floats b) {
+INLINE __m512i bf16_of_two(floats a, floats b) {
     const __m512i places = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34,
                                             32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4,
                                             2, 0);
@@ -538,7 +538,7 @@ INLINE doubles bf16_of_two(floats a, floats b) {
     /* lower | (upper & 1): of two that are as near, the even one */
     const __m512i rest = _mm512_ternarylogic_epi32(lower, upper, one, 0xf8);
     const __mmask32 is_more = _mm512_cmpgt_epu16_mask(rest, half);
-    return (doubles)_mm512_mask_add_epi16(upper, is_more, upper, one);
+    return _mm512_mask_add_epi16(upper, is_more, upper, one);
 }
 #endif
 
@@ -595,14 +595,15 @@ static NOINLINE halves f16_of_floats(floats value) {
 
 #endif
 
-/* What micro.h asks of a type that is computed in: real; vector, of LANES lanes of it. And of a storage
-   type: stored, and how a vector of it is loaded and stored. */
+/* What micro.h asks of a type that is computed in: real; vector, of LANES lanes of it; whether squares are
+   LIMITED, and may leave its range. And of a storage type: stored; how vectors of it are loaded, and how
+   some side by side are stored; whether PAIRS of them are rounded together. */
 
 /* float32 */
 typedef float stored_f32, real_f32;
 typedef floats vector_f32;
 typedef any_floats any_vector_f32;
-enum { LANES_f32 = FLOATS, LIMITED_f32 = 1 }; /* squares may leave the range of real */
+enum { LANES_f32 = FLOATS, LIMITED_f32 = 1, PAIRS_f32 = 0 };
 INLINE vector_f32 all_f32(float value) { return all_floats(value); }
 INLINE vector_f32 some_reals_f32(const float *at, ptrdiff_t n) { return some_floats(at, n); }
 INLINE float value_at_f32(const stored_f32 *at) { return *at; }
@@ -638,7 +639,7 @@ INLINE void add_lanes_f32(doubles *to, vector_f32 value, const int first) { /* o
 typedef double stored_f64, real_f64;
 typedef doubles vector_f64;
 typedef any_doubles any_vector_f64;
-enum { LANES_f64 = DOUBLES, LIMITED_f64 = 0 };
+enum { LANES_f64 = DOUBLES, LIMITED_f64 = 0, PAIRS_f64 = 0 };
 INLINE vector_f64 all_f64(double value) { return all_doubles(value); }
 INLINE vector_f64 some_reals_f64(const double *at, ptrdiff_t n) { return some_doubles(at, n); }
 INLINE double value_at_f64(const stored_f64 *at) { return *at; }
@@ -669,6 +670,7 @@ INLINE void add_lanes_f64(doubles *to, vector_f64 value, const int first) {
 
 /* bfloat16, computed in float32 */
 typedef uint16_t stored_bf16;
+enum { PAIRS_bf16 = VECTOR_BYTES == 64 };
 INLINE floats load_bf16(const stored_bf16 *at) { return floats_of_bf16(load_halves(at)); }
 INLINE floats load_some_bf16(const stored_bf16 *at, ptrdiff_t n) {
     return floats_of_bf16(some_halves(at, n));
@@ -678,7 +680,7 @@ INLINE void store_bf16(stored_bf16 *at, const floats *value, const int n) {
     int v = 0;
 #if defined(__AVX512F__)
     for (; v + 1 < n; v += 2)
-        DOUBLES_AT(at + v * FLOATS) = bf16_of_two(value[v], value[v + 1]);
+        _mm512_storeu_si512(at + v * FLOATS, bf16_of_two(value[v], value[v + 1]));
 #endif
     for (; v < n; v++)
         put_halves(at + v * FLOATS, bf16_of_floats(value[v]));
@@ -690,7 +692,7 @@ INLINE void stream_bf16(stored_bf16 *at, const floats *value, const int n) {
     int v = 0;
 #if defined(__AVX512F__)
     for (; v + 1 < n; v += 2)
-        stream(at + v * FLOATS, bf16_of_two(value[v], value[v + 1]));
+        stream(at + v * FLOATS, (doubles)bf16_of_two(value[v], value[v + 1]));
 #endif
     for (; v < n; v++)
         stream_halves(at + v * FLOATS, bf16_of_floats(value[v]));
@@ -699,6 +701,7 @@ INLINE floats rounded_bf16(floats value) { return floats_of_bf16(bf16_of_floats(
 
 /* float16, computed in float32 */
 typedef uint16_t stored_f16;
+enum { PAIRS_f16 = 0 };
 INLINE floats load_f16(const stored_f16 *at) { return floats_of_f16(load_halves(at)); }
 INLINE floats load_some_f16(const stored_f16 *at, ptrdiff_t n) {
     return floats_of_f16(some_halves(at, n));

@@ -11,11 +11,11 @@ enum {
     /* Rows that are written side by side, four vectors of all: each in whole lines, which are streamed
        whole, and few, because rows whole pages apart take the same places of the L1 cache. */
     T(ROWS) = T(LINE_OF) > 2 ? 1 : T(LINE_OF) > 1 ? 2 : 4,
-    /* Such rows that are not streamed: of halves in pairs of vectors, which are rounded together. */
-    T(ROWS_BESIDE) = sizeof(stored) < sizeof(real) ? 2 : 4,
+    /* Such rows that are not streamed: pairs of vectors are rounded together. */
+    T(ROWS_BESIDE) = T(PAIRS) ? 2 : 4,
     /* Values up to which a part is written on its own, in four vectors: beyond planes of 6 x 6, only
-       halves gain by it. */
-    T(WRITTEN_APART) = sizeof(stored) < sizeof(real) || 4 * LANES_OF < 39 ? 4 * LANES_OF : 39,
+       pairs gain by it. */
+    T(WRITTEN_APART) = T(PAIRS) || 4 * LANES_OF < 39 ? 4 * LANES_OF : 39,
     /* Values up to which the next run of a channel is fetched while one is summed: a longer one of floats
        is read long enough for the processor's own fetching. */
     T(FETCHED_RUN) = sizeof(stored) < sizeof(real) ? 1 << 20 : 1 << 12,

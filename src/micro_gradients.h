@@ -183,14 +183,19 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
 
 INLINE void T(sum_pairs_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptrdiff_t run_stride,
                                  ptrdiff_t length, double *total, double *product) { /* OUT (CHAINS) */
+#define SUM(once, width, way)                                                                      \
+    T(sum_pairs)(at, 0, 1, once, runs, run_stride, length, width, way, total, product)
     if (runs == 1 && length <= SUMMED * SHORT_LANES)
-        T(sum_pairs)(at, 0, 1, 1, runs, run_stride, length, SHORT_LANES, 0, total, product);
+        SUM(1, SHORT_LANES, 0);
+    else if (length < SHORT_RUN && at->ahead)
+        SUM(0, SHORT_LANES, FETCHES);
     else if (length < SHORT_RUN)
-        T(sum_pairs)(at, 0, 1, 0, runs, run_stride, length, SHORT_LANES, FETCHES, total, product);
+        SUM(0, SHORT_LANES, 0);
     else if (at->ahead)
-        T(sum_pairs)(at, 0, 1, 0, runs, run_stride, length, LANES, FETCHES, total, product);
+        SUM(0, LANES, FETCHES);
     else
-        T(sum_pairs)(at, 0, 1, 0, runs, run_stride, length, LANES, 0, total, product);
+        SUM(0, LANES, 0);
+#undef SUM
 }
 
 /* The sums of channels; of each part of one, in a piece that may begin and end within a part. Whole parts
@@ -206,10 +211,10 @@ INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const stru
     const int side_by_side = beside > 1 && whole && !p->stream && length <= SUMMED * SHORT_LANES;
     double totals[AT_ONCE * CHAINS], products[AT_ONCE * CHAINS];
     ptrdiff_t rest = sheet->channels * parts, c = 0, q = 0, first = start, end = stop, n = 0;
-#define GO_ON(parts_done)                                                                              n += parts_done;                                                                                   if (n == AT_ONCE) {                                                                                    fold_sums(totals, products, n, into);                                                              into += n;                                                                                         n = 0;                                                                                         }
     for (; side_by_side && rest >= beside; rest -= beside) {
         struct T(Pair) some = at;
         real mean[MOST_BESIDE], unit[MOST_BESIDE];
+        some.out = at.x;
         some.mean = mean;
         some.unit = unit;
         EACH (r, beside) {
@@ -223,7 +228,7 @@ INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const stru
         T(sum_pairs)(&some, length, beside, 1, 1, 0, length, SHORT_LANES, 0, totals + n * CHAINS,
                      products + n * CHAINS);
         T(move_pair)(&at, beside * length, 0);
-        GO_ON(beside)
+        n = fold_full(totals, products, n + beside, &into);
     }
     at.mean += c;
     at.unit += c;
@@ -235,7 +240,7 @@ INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const stru
         T(sum_pairs_of_runs)(&at, sheet->runs, sheet->run_stride, end - first, totals + n * CHAINS,
                              products + n * CHAINS);
         T(move_pair)(&at, end - first, 0);
-        GO_ON(1)
+        n = fold_full(totals, products, n + 1, &into);
         if (++q == parts) {
             q = 0;
             at.mean++;
@@ -243,7 +248,6 @@ INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const stru
             T(move_pair)(&at, p->geometry.S - sheet->length, 0);
         }
     }
-#undef GO_ON
     fold_sums(totals, products, n, into);
 }
 

@@ -19,7 +19,7 @@ enum { /* what `way` says of a loop, as a literal: the compiler keeps what it ne
 
 enum {
     WORTH_A_TABLE = 4096, /* values */
-    FETCHED_AHEAD = 1 << 12, /* bytes from what is streamed to what is fetched for it */
+    FETCHED_AHEAD = 1 << 12, /* bytes from what is read to what is fetched, where it is streamed */
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
     FILLED_ROW = 1 << 11, /* bytes of rows that are too long to fill lines before they are streamed */
     /* Of a table of coefficients: a line more than WIDTH, so that a row can start within one; and its
@@ -103,6 +103,8 @@ struct Lines {
     char bytes[4 * FILLED_ROW + LINE] __attribute__((aligned(LINE)));
 };
 
+_Static_assert(FILLED_ROW / 2 <= WIDTH, "a row that fills lines is a row of sums of columns");
+
 static void begin_lines(struct Lines *lines, void *out) {
     lines->begin = lines->end = (uintptr_t)out % LINE;
     lines->to = (char *)out - lines->end;
@@ -140,23 +142,17 @@ INLINE double power_of_two(double value) {
     return power.number;
 }
 
-/* Whether steps go along with what is written: those of the output, or those back. */
-INLINE int fuses(const struct Pass *p) {
-    const struct Fused *fused = &p->fused;
-    return fused->relu || fused->residual || fused->grad_residual || (fused->back && fused->passed);
-}
-
-/* Of a NaN no more is left than that: bf16_of_floats says why. */
-INLINE double plain(double value) { return value == value ? value : NAN; }
+/* Of all NaNs one, whose lower half is zero as a float: rounding to bfloat16 counts on it. */
+INLINE double plain_nan(double value) { return value == value ? value : NAN; }
 
 /* n values per channel, as the caller has them: float32, float64, or the same for all. */
 static NOINLINE void take_values(const struct PerChannel *p, ptrdiff_t first, ptrdiff_t n, double *values) {
     if (p->single)
         for (ptrdiff_t c = 0; c < n; c++)
-            values[c] = plain(p->single[first + c]);
+            values[c] = plain_nan(p->single[first + c]);
     else if (p->double_)
         for (ptrdiff_t c = 0; c < n; c++)
-            values[c] = plain(p->double_[first + c]);
+            values[c] = plain_nan(p->double_[first + c]);
     else
         for (ptrdiff_t c = 0; c < n; c++)
             values[c] = p->absent;
@@ -196,6 +192,15 @@ static void fold_sums(double *totals, double *products, ptrdiff_t n, struct Sums
     fold_chains(products, n, product);
     for (ptrdiff_t k = 0; k < n; k++)
         into[k] = (struct Sums){total[k], product[k]};
+}
+
+/* The same once AT_ONCE are there; return how many are left. */
+INLINE ptrdiff_t fold_full(double *totals, double *products, ptrdiff_t n, struct Sums **into) {
+    if (n < AT_ONCE)
+        return n;
+    fold_sums(totals, products, n, *into);
+    *into += n;
+    return 0;
 }
 
 /* The moments of a channel from those of its n > 1 columns, around a shift; the first `more` of them

@@ -231,8 +231,8 @@ INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t
     place.grad_output = p->kind == GRADIENTS ? p->grad_output : p->x; /* or not read */
     place.grad_output += at;
     place.weights = place.biases = NULL;
+    /* None backward along long rows in the cache: LONG_ROW says why. */
     place.ahead = 0;
-    /* Backward, not along long rows in the cache (LONG_ROW says why). */
     if (p->kind != GRADIENTS || p->stream || p->geometry.S < LONG_ROW)
         place.ahead = p->ahead;
     place.streams = p->stream;
@@ -400,7 +400,7 @@ INLINE void T(write_run)(const struct T(Place) *place, struct T(Walk) walk, ptrd
     T(write_up_to)(at, &walk, 0, k, way);
     while (k < end) {
         const ptrdiff_t from = k, until = min_of(end, k + walk.left);
-        if (T(ROWS_BESIDE) < 4) /* whose vectors may be streamed in pairs, which are whole lines */
+        if (T(PAIRS)) /* which are streamed as whole lines */
             for (; place->streams && (k - head) % unit && until - k >= LANES_OF; k += LANES_OF)
                 T(write_vector)(at, k, &walk.here, way);
         if (until - k >= step) {
@@ -458,11 +458,13 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
     }
 }
 
-/* Whether channels that have their parameters by value fill lines that are streamed: where they lie in a
-   row that is short, and do not begin and end with lines anyway. */
-INLINE int T(fills_lines)(const struct Pass *p, const stored *out) {
+/* Whether whole channels that have their parameters by value fill lines before they are streamed: where
+   they are short, and do not begin and end with lines anyway. */
+INLINE int T(fills_lines)(const struct Pass *p, const struct Sheet *sheet) {
     const ptrdiff_t row = p->geometry.S * sizeof(stored);
-    return p->stream && row < FILLED_ROW && (row % LINE || (uintptr_t)out % LINE);
+    const stored *out = (stored *)p->out + sheet->offset;
+    return p->stream && sheet->length == p->geometry.S && row < FILLED_ROW
+           && (row % LINE || (uintptr_t)out % LINE);
 }
 
 /* Whether such channels can be written side by side: where their parameters are the same for all, and all
@@ -504,7 +506,7 @@ INLINE void T(write_values)(const struct Pass *p, const struct Sheet *sheet, ptr
     }
 }
 
-static NOINLINE void T(write_values_by_line)(const struct Pass *p, const struct Sheet *sheet,
+static NOINLINE void T(write_values_filling)(const struct Pass *p, const struct Sheet *sheet,
                                              ptrdiff_t first) {
     if (p->kind == GRADIENTS)
         T(write_values)(p, sheet, first, NULL, 1, BY_VALUE | BACKWARD);
@@ -514,8 +516,8 @@ static NOINLINE void T(write_values_by_line)(const struct Pass *p, const struct 
 
 INLINE void T(write_by_value)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                               struct T(Steps) *steps, const int way) {
-    if (!(way & FUSED) && T(fills_lines)(p, (stored *)p->out + sheet->offset))
-        T(write_values_by_line)(p, sheet, first);
+    if (!(way & FUSED) && T(fills_lines)(p, sheet))
+        T(write_values_filling)(p, sheet, first);
     else
         T(write_values)(p, sheet, first, steps, 0, way);
 }
@@ -622,7 +624,7 @@ static void T(make_table)(const struct Pass *p, const struct Sheet *sheet, ptrdi
    lie as a table would. */
 static void T(write_by_row)(const struct Pass *p, struct Sheet sheet, ptrdiff_t first) {
     void (*const write_columns)(const struct Pass *, const struct T(Place) *, const struct Sheet *,
-                                int) = fuses(p) ? T(write_columns_fused) : T(write_columns_plain);
+                                int) = p->fuses ? T(write_columns_fused) : T(write_columns_plain);
     struct T(Steps) steps = T(steps_of)(p);
     real space[ALL_COEFFICIENTS * TABLE_WIDTH] __attribute__((aligned(LINE))), *table = space;
     struct T(Place) place = T(place_of)(p, sheet.offset, first, &steps);
@@ -679,7 +681,7 @@ static NOINLINE void T(write_by_plane_fused)(const struct Pass *p, const struct 
 static void T(write)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first) {
     if (sheet->length == 0)
         T(write_by_row)(p, *sheet, first);
-    else if (fuses(p))
+    else if (p->fuses)
         T(write_by_plane_fused)(p, sheet, first);
     else
         T(write_by_plane)(p, sheet, first, 0);
@@ -802,17 +804,16 @@ INLINE void T(write_sharing_way)(const struct Pass *p, const struct Sheet *sheet
 static void T(write_sharing)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                              double *share) {
     const int alike = p->geometry.S * sizeof(stored) % LINE == 0;
-    stored *out = (stored *)p->out + sheet->offset;
-    const int fills = p->geometry.period == 1 && sheet->runs == 1 && T(fills_lines)(p, out);
+    const int fills = p->geometry.period == 1 && sheet->runs == 1 && T(fills_lines)(p, sheet);
     struct Lines lines;
-    if (fuses(p) || (p->stream && !alike && !fills)) {
+    if (p->fuses || (p->stream && !alike && !fills)) {
         /* What is streamed and does not begin alike in cache lines, or has steps, goes row by row. */
         T(share_products)(p, sheet, first, share);
         T(write)(p, sheet, first);
     } else if (!p->stream)
         T(write_sharing_way)(p, sheet, first, share, NULL, BACKWARD | BY_VALUE);
     else if (fills) {
-        begin_lines(&lines, out);
+        begin_lines(&lines, (stored *)p->out + sheet->offset);
         T(write_sharing_way)(p, sheet, first, share, &lines, BACKWARD | BY_VALUE);
         stream_lines(&lines, 0, 1);
     } else

@@ -13,9 +13,10 @@ cdef enum:
     # holds them. Chains of layers that read each other's outputs of 8 to 48 MiB took a quarter
     # less, gradients of 6 MiB an eighth less; forward passes of 6 MiB differed either way.
     STREAM_BYTES = 1 << 24
-    # But not where what is written without a gap is shorter: its ends are no whole lines. Rows with
-    # parameters by value fill lines first: beyond the caches layer norm of rows of 64 to 384 values
-    # took two thirds to five sixths of the time (shapes "rows" of benchmarks/compare.py).
+    # But not where what is written without a gap is shorter: its ends are no whole lines. Short
+    # rows with parameters by value fill lines first, if no steps go along (struct Lines): beyond
+    # the caches layer norm of rows of 64 to 384 values took two thirds to five sixths of the time
+    # (shapes "rows" of benchmarks/compare.py).
     SHORTEST_STREAMED = 512
     # A small pass works in memory of the stack, and keeps the GIL: malloc, and to give up the GIL
     # and take it back, would be a tenth of its time (shapes "small" of benchmarks/compare.py).
@@ -77,13 +78,6 @@ cdef void finish_some(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcept no
     while first < end:
         finish_channels(p, first, min(AT_ONCE, end - first))
         first += AT_ONCE
-
-
-cdef inline bint has_steps(const Pass* p) noexcept nogil:
-    """Whether steps go along with what is written: those of the output, or those back."""
-    cdef const Fused* fused = &p.fused
-    return (fused.relu or fused.residual != NULL or fused.grad_residual != NULL
-            or (fused.back and fused.passed != NULL))
 
 
 cdef inline bint has_spans(const Pass* p) noexcept nogil:
@@ -310,8 +304,8 @@ cdef void prepare(Pass* p, Team* team) noexcept nogil:
         p.bias = per_channel_absent(0)
     team.by_strip = goes_by_strip(p, team.threads)
     cdef const Geometry* writing = g if team.by_strip else &p.writing
-    cdef bint fills = writing.by_value and not has_steps(p)
-    if writing.by_plane and not fills and written_run(writing) < SHORTEST_STREAMED:
+    cdef bint fills_lines = writing.by_value and not p.fuses   # or has long rows
+    if writing.by_plane and not fills_lines and written_run(writing) < SHORTEST_STREAMED:
         p.stream = False
     share_out(team, REDUCTIONS, g.strips if team.by_strip else tiles_of(g))
     share_out(team, FINISHES, ceil_div(g.channels, FINISHED))
@@ -349,6 +343,8 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out):
     p.storage = <Storage>storage_of(x)
     p.x, p.grad_output, p.out = data_of(x), data_of(grad_output), data_of(out)
     p.from_memory = size >= BEYOND_CACHES
+    p.fuses = (p.fused.relu or p.fused.residual != NULL or p.fused.grad_residual != NULL
+               or (p.fused.back and p.fused.passed != NULL))
     # An output that is also an input is in the cache already, line by line.
     p.stream = (size * (3 if p.kind == GRADIENTS else 2) >= STREAM_BYTES
                 and p.out != p.x and p.out != p.grad_output and p.out != p.fused.residual)

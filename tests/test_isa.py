@@ -3,6 +3,7 @@
 from collections import defaultdict
 from functools import partial
 
+import ml_dtypes
 import numpy as np
 import pytest
 from processes import printed_by
@@ -105,16 +106,20 @@ def test_training_on_arrays_that_no_cache_holds(channel_axis, shape, use_isa, as
     assert_close("grad_input", actual_grads[0], grads[0], np.float32)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("length", [3, 50, 64, 511])
-def test_rows_written_past_the_cache(length, dtype, use_isa):
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("length", [3, 64, 511])
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm", "group_norm"])
+def test_rows_written_past_the_cache(norm, length, dtype, use_isa):
     """Lines of which rows are parts are streamed whole: the bits are those of a pass in place."""
     rng = np.random.default_rng(11)
-    rows = (1 << 23) // (4 * length * np.dtype(dtype).itemsize) + 7
-    x, grad_output = rng.standard_normal((2, rows, 4 * length), np.float32).astype(dtype)
+    groups = 4 if norm == "group_norm" else 1
+    rows = (1 << 23) // (groups * length * np.dtype(dtype).itemsize) + 7
+    x, grad_output = rng.standard_normal((2, rows, groups * length), np.float32).astype(dtype)
     assert 2 * x.nbytes >= 1 << 24
     parameter = np.result_type(dtype, np.float32)
-    weight, bias = np.linspace([-1, 1], [1, 2], 4 * length, axis=1, dtype=parameter)
+    weight = np.linspace(-1, 2, groups * length, dtype=parameter)
+    size = groups if norm == "group_norm" else length
+    forward = partial(getattr(functional, f"{norm}_forward"), weight=weight)
     memory, found = np.empty(x.size + 64, dtype), defaultdict(set)
 
     def check(name, function, into, offset):
@@ -130,33 +135,15 @@ def test_rows_written_past_the_cache(length, dtype, use_isa):
 
     for isa in _dispatch.supported():
         use_isa(isa)
+        _, saved = forward(x, size)
         for threads, offset in (1, 0), (3, 5):
-            for shape, forward, n in (
-                (
-                    (-1, length),
-                    partial(functional.layer_norm_forward, normalized_shape=length),
-                    length,
-                ),
-                (
-                    (-1, 4 * length),
-                    partial(functional.group_norm_forward, num_groups=4),
-                    4 * length,
-                ),
-            ):
-                one, grad = x.reshape(shape), grad_output.reshape(shape)
-                with cbn.num_threads(threads):
-                    check(
-                        forward.func,
-                        partial(forward, weight=weight[:n], bias=bias[:n]),
-                        one,
-                        offset,
+            with cbn.num_threads(threads):
+                check("y", lambda array, out: forward(array, size, out=out), x, offset)
+                for wanted in ("all", "input"):
+                    backward = partial(
+                        functional.norm_backward, saved=saved, weight=weight, wanted=wanted
                     )
-                    _, saved = forward(one, weight=weight[:n], bias=bias[:n])
-                    for wanted in ("all", "input"):
-                        backward = partial(
-                            functional.norm_backward, saved=saved, weight=weight[:n], wanted=wanted
-                        )
-                        check((forward.func, wanted), backward, grad, offset)
+                    check(wanted, backward, grad_output, offset)
     assert all(len(bits) == 1 for bits in found.values())
 
 
