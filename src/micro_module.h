@@ -19,7 +19,9 @@ enum { /* what `way` says of a loop, as a literal: the compiler keeps what it ne
 
 enum {
     WORTH_A_TABLE = 4096, /* values */
-    FETCHED_AHEAD = 1 << 12, /* bytes from what is read to what is fetched, where it is streamed */
+    /* Bytes from what is read to what is fetched, where it is streamed: no whole page, which would take
+       the same places of the L1 cache. */
+    FETCHED_AHEAD = 3 << 10,
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
     FILLED_ROW = 1 << 11, /* bytes of rows that are too long to fill lines before they are streamed */
     /* Of a table of coefficients: a line more than WIDTH, so that a row can start within one; and its
