@@ -15,7 +15,7 @@ cdef enum:
     STREAM_BYTES = 1 << 24
     # But not where what is written without a gap is shorter: its ends are no whole lines. Short
     # rows with parameters by value fill lines first, if no steps go along (struct Lines): beyond
-    # the caches layer norm of rows of 64 to 384 values took two thirds to five sixths of the time
+    # the caches layer norm of rows of 64 to 384 values took two thirds to nine tenths of the time
     # (shapes "rows" of benchmarks/compare.py).
     SHORTEST_STREAMED = 512
     # A small pass works in memory of the stack, and keeps the GIL: malloc, and to give up the GIL
@@ -304,8 +304,8 @@ cdef void prepare(Pass* p, Team* team) noexcept nogil:
         p.bias = per_channel_absent(0)
     team.by_strip = goes_by_strip(p, team.threads)
     cdef const Geometry* writing = g if team.by_strip else &p.writing
-    cdef bint fills_lines = writing.by_value and not p.fuses   # or has long rows
-    if writing.by_plane and not fills_lines and written_run(writing) < SHORTEST_STREAMED:
+    if (writing.by_plane and written_run(writing) < SHORTEST_STREAMED
+            and (p.fuses or not writing.by_value)):
         p.stream = False
     share_out(team, REDUCTIONS, g.strips if team.by_strip else tiles_of(g))
     share_out(team, FINISHES, ceil_div(g.channels, FINISHED))

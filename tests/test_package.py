@@ -148,7 +148,18 @@ def needs_sources():
         pytest.skip("the tests are not in a checkout")
 
 
-@pytest.mark.parametrize("flag", ["-Ofast", "-ffast-math", "-funsafe-math", "-march=native"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "-Ofast",
+        "-ffast-math",
+        "-funsafe-math",
+        "-fassociative",
+        "-freciprocal",
+        "-ffinite",
+        "=native",
+    ],
+)
 def test_no_flag_may_change_a_result_or_tie_it_to_this_machine(flag):
     needs_sources()
     made = ("_core.c", "_core.h")  # by Cython
