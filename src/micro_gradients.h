@@ -85,13 +85,14 @@ INLINE void T(multiply_rows)(struct T(Pair) at, ptrdiff_t j, ptrdiff_t end, ptrd
     }
 }
 
-/* Add up at most WIDTH columns of rows, and of one more row `tail`, of a few rows at a time: more would
-   take the same places of the L1 cache, where rows are a power of two apart. What comes from memory
-   and has no gaps is read in its order, row by row. */
+/* Add up at most WIDTH columns of rows, and of one more row `tail`, of a few rows at a time, and of fewer
+   where rows of both arrays would take the same places of the L1 cache. What comes from memory and has
+   no gaps is read in its order, row by row. */
 INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row_stride,
                                 ptrdiff_t width, ptrdiff_t tail, int from_memory, const int way,
                                 double *total, double *product) {
-    const ptrdiff_t beside = from_memory && row_stride == width ? 1 : BESIDE;
+    const ptrdiff_t fit = row_stride * sizeof(stored) % HALF_PAGE ? BESIDE : BESIDE / 2;
+    const ptrdiff_t beside = from_memory && row_stride == width ? 1 : fit;
     real band_total[SUMS_WIDTH], band_product[SUMS_WIDTH];
     struct T(Pair) row;
     for (ptrdiff_t j = 0, end, k; j < rows + (tail > 0); j = end) {
@@ -185,7 +186,9 @@ INLINE void T(sum_pairs_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptrdi
                                  ptrdiff_t length, double *total, double *product) { /* OUT (CHAINS) */
 #define SUM(once, width, way)                                                                      \
     T(sum_pairs)(at, 0, 1, once, runs, run_stride, length, width, way, total, product)
-    if (runs == 1 && length <= SUMMED * SHORT_LANES)
+    if (runs == 1 && length <= SUMMED * SHORT_LANES && at->ahead)
+        SUM(1, SHORT_LANES, FETCHES);
+    else if (runs == 1 && length <= SUMMED * SHORT_LANES)
         SUM(1, SHORT_LANES, 0);
     else if (length < SHORT_RUN && at->ahead)
         SUM(0, SHORT_LANES, FETCHES);
@@ -198,8 +201,8 @@ INLINE void T(sum_pairs_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptrdi
 #undef SUM
 }
 
-/* The sums of channels; of each part of one, in a piece that may begin and end within a part. Whole parts
-   that are short go side by side, but not from memory, which is read faster in its order. */
+/* The sums of channels; of each part of one, in a piece that may begin and end within a part. The
+   shortest that are whole go side by side, but not from memory, which is read faster in its order. */
 INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const struct Sheet *sheet,
                              ptrdiff_t parts, struct Sums *into) {
     enum { MOST_BESIDE = 4 };
@@ -208,7 +211,7 @@ INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const stru
     const ptrdiff_t start = sheet->start, stop = start + sheet->length;
     const ptrdiff_t reached = parts == 1 ? 0 : start / length;
     const int whole = sheet->length == p->geometry.S && sheet->runs == 1;
-    const int side_by_side = beside > 1 && whole && !p->stream && length <= SUMMED * SHORT_LANES;
+    const int side_by_side = beside > 1 && whole && !p->stream && length <= PARTS_BESIDE;
     double totals[AT_ONCE * CHAINS], products[AT_ONCE * CHAINS];
     ptrdiff_t rest = sheet->channels * parts, c = 0, q = 0, first = start, end = stop, n = 0;
     for (; side_by_side && rest >= beside; rest -= beside) {
@@ -321,10 +324,12 @@ static void T(sum_products)(const struct Pass *p, const struct Sheet *sheet, ptr
     T(take_units)(p, first, sheet->channels, &units);
     at.mean = units.high;
     at.unit = units.per_unit;
-    if (p->geometry.by_plane)
-        at.ahead = p->stream ? T(to_next_run)(sheet->runs, sheet->run_stride, sheet->length) : 0;
-    else
-        at.ahead = p->stream ? ROWS_AHEAD * sheet->row_stride : 0;
+    if (p->stream && !p->geometry.by_plane)
+        at.ahead = ROWS_AHEAD * sheet->row_stride;
+    else if (p->stream && sheet->runs > 1)
+        at.ahead = T(to_next_run)(sheet->runs, sheet->run_stride, sheet->length);
+    else if (p->stream && p->geometry.S < PARTS_FETCHED * parts)
+        at.ahead = PARTS_AHEAD / (ptrdiff_t)sizeof(stored);
     if (p->geometry.by_plane)
         T(sums_by_plane)(at, p, sheet, parts, into);
     else

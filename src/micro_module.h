@@ -332,9 +332,17 @@ static void finish_moments(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
 }
 
 enum {
-    BESIDE = 4,      /* rows that are added up at a time */
-    ROWS_AHEAD = 2 * BESIDE, /* from what is added up of gradients to what is fetched */
-    BANDS_AHEAD = 2,         /* the same of moments */
+    BESIDE = 8, /* rows whose products are added up at a time */
+    /* Bytes. Rows that are so far apart take the same places of the L1 cache, eight of them all: of two
+       arrays, half of BESIDE (benchmarks/compare.py: backward of planes by row). */
+    HALF_PAGE = 1 << 11,
+    ROWS_AHEAD = BESIDE, /* from what is added up of gradients to what is fetched */
+    BANDS_AHEAD = 2,     /* the same of moments */
+    /* Of gradients by plane: parts of so many values go side by side in the cache, beyond it shorter ones
+       than so many are fetched, and so many bytes ahead. Along longer ones the processor does it. */
+    PARTS_BESIDE = 100,
+    PARTS_FETCHED = 256,
+    PARTS_AHEAD = 8 << 10,
     /* Along long rows in the cache, and in forward sums along rows that are far apart, the processor
        fetches by itself what is next. Elsewhere it is fetched early (benchmarks/compare.py: backward of
        layer norm, training of planes by row). */
