@@ -17,7 +17,8 @@ from posix.time cimport (
     CLOCK_MONOTONIC, CLOCK_THREAD_CPUTIME_ID, clock_gettime, clockid_t, timespec,
 )
 from numpy cimport (
-    NPY_DOUBLE, NPY_FLOAT, NPY_INT64, NPY_NOTYPE, NPY_UINT64, PyArray_CheckExact, PyArray_CopyInto,
+    NPY_DOUBLE, NPY_FLOAT, NPY_INT64, NPY_NOTYPE, NPY_UINT8, NPY_UINT64, PyArray_CheckExact,
+    PyArray_CopyInto,
     PyArray_DATA, PyArray_DESCR, PyArray_DescrFromType, PyArray_DIM, PyArray_DIMS, PyArray_EMPTY,
     PyArray_IS_C_CONTIGUOUS, PyArray_ISCARRAY_RO, PyArray_ISINTEGER, PyArray_ISNOTSWAPPED,
     PyArray_ISWRITEABLE, PyArray_ITEMSIZE, PyArray_NBYTES, PyArray_NDIM, PyArray_SAMESHAPE,

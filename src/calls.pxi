@@ -12,6 +12,10 @@
 #            that of grad_output
 #   spread   True: an out of another layout has no two elements in one place
 
+cdef enum:
+    CACHE_LINE = 64   # bytes
+
+
 cdef object seen(data, Norm norm, dtype):
     """The view of an input, or what is amiss."""
     return view_of(norm, data) if is_input(data, dtype) else "data:x"
@@ -107,6 +111,20 @@ cdef inline bint is_over(out, like, over):
 
 cdef ndarray new_like(ndarray x):
     return PyArray_EMPTY(PyArray_NDIM(x), PyArray_DIMS(x), PyArray_TYPE(x), 0)
+
+
+cdef ndarray new_beside(ndarray x, ndarray other):
+    """An array like x that begins where another does within a cache line: if it is streamed, both
+    are, line by line."""
+    cdef ndarray made = new_like(x)
+    cdef size_t apart = (<size_t>data_of(other) - <size_t>data_of(made)) % CACHE_LINE
+    cdef npy_intp[1] size
+    if apart == 0 or PyArray_NBYTES(x) * 3 < STREAM_BYTES:
+        return made
+    size[0] = PyArray_NBYTES(x) + CACHE_LINE
+    made = PyArray_EMPTY(1, size, NPY_UINT8, 0)
+    apart = (<size_t>data_of(other) - <size_t>data_of(made)) % CACHE_LINE
+    return ndarray((<object>x).shape, (<object>x).dtype, made, apart)
 
 
 cdef ndarray new_parameter(tuple shape, int type_num):
@@ -393,7 +411,7 @@ def backward(grad_output, Saved saved, weight, out, wanted,
     if of_input:
         buffer = written(out, data)
         if saved.has_residual:
-            grad_residual = new_like(data)
+            grad_residual = new_beside(data, buffer)
     if of_parameters:
         type_num = NPY_DOUBLE if PyArray_TYPE(<ndarray>data) == NPY_DOUBLE else NPY_FLOAT
         grad_weight = new_parameter(view.parameter_shape, type_num)

@@ -53,15 +53,21 @@ struct Bits {
     uint64_t held;
 };
 
-/* Put those that are held, and leave the others of the word as they are: they may be another thread's,
-   and may not have been written yet. */
-static NOINLINE void put_part_of_word(struct Bits *bits) {
-    const int from = bits->first % 64, n = (int)(bits->next - bits->first);
-    uint64_t *word = bits->array + bits->first / 64;
-    if (n > 0) {
-        const uint64_t own = (n < 64 ? ((uint64_t)1 << n) - 1 : ~(uint64_t)0) << from;
-        __atomic_fetch_and(word, LITTLE_ENDIAN_64(~own), __ATOMIC_RELAXED);
-        __atomic_fetch_or(word, LITTLE_ENDIAN_64(bits->held), __ATOMIC_RELAXED);
+/* Put those that are held, byte by byte. The others of a byte stay as they are: they may be another
+   thread's, and may not have been written yet. */
+static NOINLINE void put_part_of_word(const struct Bits *bits) {
+    const int from = bits->first % 64, end = from + (int)(bits->next - bits->first);
+    unsigned char *byte = (unsigned char *)(bits->array + bits->first / 64) + from / 8;
+    for (int k = from & ~7; k < end; k += 8, byte++) {
+        const unsigned own = (0xff << max_of(from - k, 0)) & (0xff >> max_of(k + 8 - end, 0));
+        const unsigned char value = (bits->held >> k) & own;
+        unsigned char before = __atomic_load_n(byte, __ATOMIC_RELAXED);
+        if (own == 0xff)
+            *byte = value;
+        else
+            while (!__atomic_compare_exchange_n(byte, &before, (before & ~own) | value, 1,
+                                                __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+            }
     }
 }
 
@@ -72,15 +78,15 @@ static NOINLINE void seek_bit(struct Bits *bits, ptrdiff_t place) {
     bits->first = bits->next = place;
 }
 
-INLINE void put_bits(struct Bits *bits, unsigned values, ptrdiff_t lanes) {
-    const int filled = bits->next % 64, left = filled + (int)lanes - 64;
-    const uint64_t value = values & ((1u << lanes) - 1);
+INLINE void put_bits(struct Bits *bits, uint64_t values, ptrdiff_t lanes) {
+    const int filled = (size_t)bits->next % 64, left = filled + (int)lanes - 64;
+    const uint64_t value = lanes < 64 ? values & (((uint64_t)1 << lanes) - 1) : values;
     bits->held |= value << filled;
     bits->next += lanes;
     if (left < 0)
         return;
-    if (bits->first % 64 == 0)
-        bits->array[bits->first / 64] = LITTLE_ENDIAN_64(bits->held);
+    if ((size_t)bits->first % 64 == 0)
+        bits->array[(size_t)bits->first / 64] = LITTLE_ENDIAN_64(bits->held);
     else {
         struct Bits part = *bits;
         part.next -= left;

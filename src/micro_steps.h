@@ -11,6 +11,8 @@ struct T(Gate) { /* what relu has let through, or NULL: everything */
 struct T(Steps) { /* a pointer is NULL where there is no such step */
     const stored *first; /* of the array of outputs, or of their gradients */
     const stored *residual;
+    int from_memory;    /* whether the residual is, and so is fetched */
+    ptrdiff_t next_run; /* to what is written next, if it is not what follows; or 0 */
     int relu;
     struct Bits bits; /* OUT: what relu lets through */
     struct T(Gate) gate;
@@ -32,10 +34,18 @@ INLINE vector T(values_at)(const stored *at, ptrdiff_t lanes) {
     return lanes < LANES_OF ? load_some(at, lanes) : load(at);
 }
 
-/* Go on with the value that is written here. */
+/* Go on with the value that is written here. The next bits are fetched: to put some into a word waits for
+   its line. */
 INLINE void T(seek)(struct T(Steps) *s, const stored *out) {
-    if (s->bits.array && s->bits.next != out - s->first)
-        seek_bit(&s->bits, out - s->first);
+    const ptrdiff_t place = out - s->first;
+    const char *next = (const char *)s->bits.array + (place + s->next_run) / 8;
+    if (s->bits.array && s->bits.next != place) {
+        seek_bit(&s->bits, place);
+        if (s->next_run) {
+            __builtin_prefetch(next, 1);
+            __builtin_prefetch(next + LINE, 1);
+        }
+    }
 }
 
 INLINE void T(finish_steps)(struct T(Steps) *s) {
@@ -43,18 +53,32 @@ INLINE void T(finish_steps)(struct T(Steps) *s) {
         seek_bit(&s->bits, 0);
 }
 
-/* An output, from what the norm has made; every step is rounded. */
-INLINE vector T(stepped)(struct T(Steps) *s, vector value, const stored *out, ptrdiff_t lanes) {
-    unsigned passed;
-    value = T(rounded)(value);
+/* Outputs, some vectors side by side or some lanes of one, from what the norm has made; every step is
+   rounded. */
+INLINE void T(take_steps)(struct T(Steps) *s, vector *value, const stored *out, const int n,
+                          ptrdiff_t lanes) {
+    const stored *residual = s->residual + (out - s->first);
+    uint64_t passed = 0;
+    unsigned bits;
+    EACH (v, n)
+        value[v] = T(rounded)(value[v]);
     if (s->residual)
-        value = T(rounded)(value + T(values_at)(s->residual + (out - s->first), lanes));
+        EACH (v, n) {
+            const stored *at = residual + v * LANES_OF;
+            if (BEGINS_LINE(v) && s->next_run)
+                fetch(at + s->next_run);
+            else if (BEGINS_LINE(v) && s->from_memory)
+                __builtin_prefetch(at + FETCHED_AHEAD / (ptrdiff_t)sizeof(stored));
+            value[v] = T(rounded)(value[v] + T(values_at)(at, lanes));
+        }
     if (s->relu) {
-        value = R(rectified)(value, &passed);
+        EACH (v, n) {
+            value[v] = R(rectified)(value[v], &bits);
+            passed |= (uint64_t)bits << v * LANES_OF;
+        }
         if (s->bits.array)
-            put_bits(&s->bits, passed, lanes);
+            put_bits(&s->bits, passed, n > 1 ? n * LANES_OF : lanes);
     }
-    return value;
 }
 
 /* What is let through of the gradient of an output. */
@@ -83,6 +107,7 @@ static struct T(Steps) T(steps_of)(const struct Pass *p) {
         s.streams = p->stream && apart % LINE == 0;
     } else {
         s.residual = fused->residual;
+        s.from_memory = p->stream;
         s.relu = fused->relu;
         s.bits.array = (uint64_t *)fused->passed;
     }

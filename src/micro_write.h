@@ -126,14 +126,15 @@ INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int r
     }
     EACH (r, rows) {
         const ptrdiff_t i = k + r * row_stride;
-        if (way & FUSED)
+        if (way & FUSED) {
             EACH (v, across) {
                 const ptrdiff_t j = i + v * LANES_OF, w = r * across + v;
                 T(put_grad_residual)(at->steps, way & BACKWARD ? values->grad[w] : values->x[w],
                                      (way & BACKWARD ? at->grad_output : at->x) + j, lanes,
                                      streams);
-                y[w] = T(stepped)(at->steps, y[w], at->out + j, lanes);
             }
+            T(take_steps)(at->steps, y + r * across, at->out + i, across, lanes);
+        }
         T(put)(at->out + i, y + r * across, across, lanes, streams);
     }
 }
@@ -145,22 +146,15 @@ INLINE void T(write_some)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t lane
     T(write_vectors)(at, k, rows, row_stride, 1, lanes, 0, &values, c, way);
 }
 
-/* Write steps of whole vectors. Without steps that go along, the next are loaded before these are
-   stored: a load that follows a store to the same place in another page waits for it, and arrays are
-   often about a whole number of pages apart. */
+/* Write steps of whole vectors. The next are loaded before these are stored: a load that follows a store
+   to the same place in another page waits for it, and arrays are often about a whole number of pages
+   apart. */
 INLINE void T(write_steps)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t end, const int rows,
                            ptrdiff_t row_stride, const int across, struct T(Coefficients) *c,
                            const int way) {
     const ptrdiff_t step = across * LANES_OF;
     const int streams = at->streams;
     struct T(Loaded) now, next;
-    if (way & FUSED) { /* there is more to do, and more to expand */
-        for (; k < end; k += step) {
-            now = T(load_vectors)(at, k, rows, row_stride, across, LANES_OF, way);
-            T(write_vectors)(at, k, rows, row_stride, across, LANES_OF, streams, &now, c, way);
-        }
-        return;
-    }
     next = T(load_vectors)(at, k, rows, row_stride, across, LANES_OF, way);
     for (; k < end; k += step) {
         now = next;
@@ -353,6 +347,44 @@ INLINE ptrdiff_t T(write_whole_parts)(const struct T(Place) *at, struct T(Walk) 
     return k;
 }
 
+/* The same of parts of one vector each, two of them at a time. */
+INLINE ptrdiff_t T(write_two_parts)(const struct T(Place) *at, struct T(Walk) *walk, ptrdiff_t k,
+                                    ptrdiff_t n, const int way) {
+    const ptrdiff_t step = 2 * LANES_OF;
+    struct T(Loaded) now, next = T(load_vectors)(at, k, 1, 0, 2, LANES_OF, way);
+    vector y[2];
+    for (; n - k >= step; k += step, walk->left = 0) {
+        now = next;
+        if (n - k >= 2 * step)
+            next = T(load_vectors)(at, k + step, 1, 0, 2, LANES_OF, way);
+        if (walk->left == 0)
+            T(enter_next)(walk, way);
+        y[0] = T(result)(now.x[0], now.grad[0], &walk->here, way);
+        T(enter_next)(walk, way);
+        y[1] = T(result)(now.x[1], now.grad[1], &walk->here, way);
+        T(store)(at->out + k, y, 2);
+    }
+    return k;
+}
+
+/* The same of longer parts, two vectors at a time. The last two are loaded before the others are stored:
+   out may be x, and they overlap. */
+INLINE ptrdiff_t T(write_long_parts)(const struct T(Place) *at, struct T(Walk) *walk, ptrdiff_t k,
+                                     ptrdiff_t n, const int way) {
+    const ptrdiff_t step = 2 * LANES_OF, length = walk->length, whole = length / step * step;
+    struct T(Loaded) last;
+    for (; n - k >= length; k += length, walk->left = 0) {
+        const ptrdiff_t end = k + length - step;
+        if (walk->left == 0)
+            T(enter_next)(walk, way);
+        last = T(load_vectors)(at, end, 1, 0, 2, LANES_OF, way);
+        T(write_steps)(at, k, k + whole, 1, 0, 2, &walk->here, way);
+        if (whole < length)
+            T(write_vectors)(at, end, 1, 0, 2, LANES_OF, 0, &last, &walk->here, way);
+    }
+    return k;
+}
+
 /* Write n values of short parts without a gap, part by part, each in whole vectors: that takes fewer
    steps than to join coefficients. What begins within a part, or is shorter than a vector, has tails. */
 INLINE void T(write_parts)(const struct T(Place) *at, struct T(Walk) walk, ptrdiff_t n,
@@ -362,12 +394,16 @@ INLINE void T(write_parts)(const struct T(Place) *at, struct T(Walk) walk, ptrdi
     T(enter_part)(&walk, way);
     T(write_up_to)(at, &walk, 0, k, way);
     if (n - k >= length) {
-        if (length > 3 * LANES_OF)
+        if (T(PAIRS) && length > 4 * LANES_OF)
+            k = T(write_long_parts)(at, &walk, k, n, way);
+        else if (length > 3 * LANES_OF)
             k = T(write_whole_parts)(at, &walk, k, n, 2, 2, way);
         else if (length > 2 * LANES_OF)
             k = T(write_whole_parts)(at, &walk, k, n, 2, 1, way);
         else if (length > LANES_OF)
             k = T(write_whole_parts)(at, &walk, k, n, 1, 1, way);
+        else if (T(PAIRS) && length == LANES_OF)
+            k = T(write_two_parts)(at, &walk, k, n, way);
         else if (length == LANES_OF)
             k = T(write_whole_parts)(at, &walk, k, n, 0, 1, way);
     }
@@ -380,7 +416,8 @@ INLINE void T(write_parts)(const struct T(Place) *at, struct T(Walk) walk, ptrdi
    written by write_parts, unless lines are streamed or steps go along. */
 INLINE void T(write_run)(const struct T(Place) *place, struct T(Walk) walk, ptrdiff_t n,
                          const int way) {
-    const ptrdiff_t length = walk.length, step = T(ACROSS) * LANES_OF;
+    const int across = way & FUSED && !(way & BACKWARD) ? T(ACROSS_WITH_BITS) : T(ACROSS);
+    const ptrdiff_t length = walk.length, step = across * LANES_OF;
     const ptrdiff_t unit = place->streams ? max_of(LANES_OF, T(LINE_VALUES)) : LANES_OF;
     /* Short parts of whole vectors are better not moved to a line: none would be whole. */
     const int fits = length % LANES_OF == 0 && length < ALIGNED_RUN;
@@ -406,7 +443,7 @@ INLINE void T(write_run)(const struct T(Place) *place, struct T(Walk) walk, ptrd
         if (until - k >= step) {
             const ptrdiff_t begin = k;
             k += (until - k) / step * step;
-            T(write_steps)(at, begin, k, 1, 0, T(ACROSS), &walk.here, way);
+            T(write_steps)(at, begin, k, 1, 0, across, &walk.here, way);
         }
         for (; until - k >= LANES_OF; k += LANES_OF)
             T(write_vector)(at, k, &walk.here, way);
@@ -449,6 +486,8 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
     const ptrdiff_t longest = p->geometry.parts * T(WRITTEN_APART);
     const struct T(Walk) walk = T(walk_of)(p, sheet, first);
     struct T(Place) place;
+    if (way & FUSED && p->stream)
+        steps->next_run = T(to_next_run)(runs, sheet->run_stride, n);
     for (ptrdiff_t i = 0; i < runs; i++) {
         place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first, steps);
         if (!(way & FUSED) && !p->stream && p->geometry.S <= longest)
@@ -542,7 +581,10 @@ INLINE void T(write_columns_way)(struct T(Place) place, const struct Sheet *shee
     for (rest = rest * width + sheet->tail; rest > 0; rest -= n) {
         n = min_of(rest, wraps ? (width - column + STEP - 1) / STEP * STEP : width);
         place.coefficients = table + column;
-        T(write_rows)(&place, n, 1, 0, T(ACROSS), way);
+        if (way & FUSED && !(way & BACKWARD) && wraps)
+            T(write_rows)(&place, n, 1, 0, T(ACROSS_WITH_BITS), way);
+        else
+            T(write_rows)(&place, n, 1, 0, T(ACROSS), way);
         T(move)(&place, wraps ? n : stride, way);
         for (column += wraps ? n : 0; column >= width;)
             column -= width;
@@ -632,6 +674,8 @@ static void T(write_by_row)(const struct Pass *p, struct Sheet sheet, ptrdiff_t 
     int wraps = 0;
     if (p->stream && sheet.row_stride == sheet.width) /* or else what is next is not of this sheet */
         place.ahead = FETCHED_AHEAD / (ptrdiff_t)sizeof(stored);
+    else if (p->stream)
+        steps.next_run = sheet.row_stride;
     if (sheet.repeat * sheet.span > 1
         || (sheet.rows * sheet.width >= WORTH_A_TABLE
             && sheet.width <= (p->stream ? WIDTH : WIDTH / 2))) {

@@ -86,10 +86,25 @@ def test_layer_by_running_statistics(rng, kind, activation, has_residual):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_array_beyond_the_cache(rng, threads):
-    for kind in kinds(batches=[(3, 64, 150, 151)], groups=[((3, 64, 150, 151), 4)]):
+    shapes = (3, 64, 150, 151), (70, 260, 11, 13)
+    for kind in kinds(batches=shapes, groups=[(shapes[0], 4)]):
         x, residual, grad_output = rng.standard_normal((3, *kind.shape), np.float32)
         with cbn.num_threads(threads):
             check(kind, x, residual, grad_output, "relu")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("offset", [0, 3, 12])
+def test_the_gradient_of_a_large_residual_lies_as_that_of_the_input(offset, dtype):
+    """Within cache lines, because only then both are streamed."""
+    x = np.ones((1 << 13, 1 << 9), dtype)
+    layer = cbn.BatchNorm1d(x.shape[1], activation="relu", dtype=np.float32)
+    layer(x, residual=x)
+    out = np.empty(x.size + offset, dtype)[offset:].reshape(x.shape)
+    layer.backward(x, out=out)
+    assert layer.residual_grad.ctypes.data % 64 == out.ctypes.data % 64
+    assert layer.residual_grad.shape == x.shape
+    assert layer.residual_grad.dtype == x.dtype
 
 
 @ISAS

@@ -147,13 +147,14 @@ def test_rows_written_past_the_cache(norm, length, dtype, use_isa):
     assert all(len(bits) == 1 for bits in found.values())
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32, np.float64])
 def test_planes_of_every_length(dtype, use_isa):
     """The shortest are written in vectors that overlap: as channels last are, and in place too."""
     rng = np.random.default_rng(10)
-    of_channels = np.linspace([-1, 1], [1, 2], 6, dtype=np.result_type(dtype, np.float32), axis=1)
+    of_channels = np.linspace([-1, 1], [1, 2], 9, dtype=np.result_type(dtype, np.float32), axis=1)
     mean, var = of_channels
-    planes = [rng.standard_normal((2, 3, 6, S)).astype(dtype) for S in range(1, 71)]
+    lengths = (*range(1, 71), 81, 100, 144, 196, 225, 289, 299, 300, 301)
+    planes = [rng.standard_normal((2, 3, 9, S)).astype(dtype) for S in lengths]
     found = set()
     for isa in _dispatch.supported():
         use_isa(isa)
@@ -162,14 +163,14 @@ def test_planes_of_every_length(dtype, use_isa):
             y = functional.batch_norm(x, mean, var)
             last = functional.batch_norm(np.moveaxis(x, 1, -1), mean, var, channel_axis=-1)
             np.testing.assert_array_equal(y, np.moveaxis(last, -1, 1))
-            of_groups = functional.group_norm(x, 2, *of_channels)
-            grad_input, *_ = functional.group_norm_backward(grad_output, x, 2, mean)
+            of_groups = functional.group_norm(x, 3, *of_channels)
+            grad_input, *_ = functional.group_norm_backward(grad_output, x, 3, mean)
             results += [y, of_groups, grad_input]
             for function, into, expected in (
                 (partial(functional.batch_norm, running_mean=mean, running_var=var), x, y),
-                (partial(functional.group_norm, num_groups=2, weight=mean, bias=var), x, of_groups),
+                (partial(functional.group_norm, num_groups=3, weight=mean, bias=var), x, of_groups),
                 (
-                    partial(functional.group_norm_backward, x=x, num_groups=2, weight=mean),
+                    partial(functional.group_norm_backward, x=x, num_groups=3, weight=mean),
                     grad_output,
                     grad_input,
                 ),
