@@ -106,18 +106,24 @@ cdef inline Columns columns_in(double* values, Py_ssize_t n) noexcept nogil:
     return columns
 
 
-cdef void sheet_moments(const Pass* p, Sheet sheet, Columns* found) noexcept nogil:   # OUT
-    """The moments of at most AT_ONCE channels by plane."""
+cdef void each_moments(const Pass* p, Sheet sheet, Columns* found) noexcept nogil:   # OUT
+    """Channel by channel, each in blocks."""
     cdef double smallest = smallest_of(p)
     cdef Moments m
     cdef Py_ssize_t c
-    if sheet.width == SHORT_LANES or sheet.runs * sheet.length <= TALLEST * LANES:   # one block
-        micro_of(p).channel_moments(p, &sheet, smallest, found)
-        return
     for c in range(sheet.channels):
         m = plane_moments(p, &sheet, smallest)
         found.shift[c], found.mean[c], found.m2[c] = m.shift, m.mean, m.m2
         sheet.offset += p.geometry.S
+
+
+# A sheet that has just been changed is not copied: the copy would wait for all stores before it.
+cdef void sheet_moments(const Pass* p, const Sheet* sheet, Columns* found) noexcept nogil:   # OUT
+    """The moments of at most AT_ONCE channels by plane."""
+    if sheet.width == SHORT_LANES or sheet.runs * sheet.length <= TALLEST * LANES:   # one block
+        micro_of(p).channel_moments(p, sheet, smallest_of(p), found)
+    else:
+        each_moments(p, sheet[0], found)
 
 
 cdef void reduce_planes(const Pass* p, Sheet sheet, Moments* into) noexcept nogil:   # OUT
@@ -126,7 +132,7 @@ cdef void reduce_planes(const Pass* p, Sheet sheet, Moments* into) noexcept nogi
     cdef Py_ssize_t rest = sheet.channels, c
     while rest > 0:
         sheet.channels = min(AT_ONCE, rest)
-        sheet_moments(p, sheet, &found)
+        sheet_moments(p, &sheet, &found)
         for c in range(sheet.channels):
             into[c].count = sheet.runs * sheet.length
             into[c].shift, into[c].mean, into[c].m2 = found.shift[c], found.mean[c], found.m2[c]

@@ -140,7 +140,7 @@ cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:
         of_span.origin = first
         of_span.ahead = n * g.S
         if finds:
-            sheet_moments(p, sheet, &found)
+            sheet_moments(p, &sheet, &found)
             micro.finish_moments(&of_span, 0, n, &found)
             if p.statistics != NULL:
                 for k in range(3):
