@@ -10,6 +10,7 @@ struct T(Normal) {
 /* Where loops are; weight is of each value of a run, mean and unit of each column or of all. */
 struct T(Pair) {
     const stored *grad_output, *x;
+    const stored *out; /* by value, what will be written, and so is fetched; or x once more */
     const real *weight, *mean, *unit;
     const struct T(Normal) *normal;
     ptrdiff_t ahead; /* not by value, of grad_output and x: what is read next from memory; or 0 */
@@ -19,8 +20,10 @@ struct T(Pair) {
 INLINE void T(move_pair)(struct T(Pair) *at, ptrdiff_t by, const int way) {
     at->grad_output += by;
     at->x += by;
-    if (way & BY_VALUE)
+    if (way & BY_VALUE) {
+        at->out += by;
         at->weight += by;
+    }
     if (way & BY_COLUMN && way & MEANS) {
         at->mean += by;
         at->unit += by;
@@ -39,8 +42,11 @@ INLINE void T(multiply_row)(const struct T(Pair) *at, ptrdiff_t j, const int vec
         vector grad = whole ? load(at->grad_output + k) : load_some(at->grad_output + k, lanes - k);
         vector x = whole ? load(at->x + k) : load_some(at->x + k, lanes - k);
         grad = T(let_through)(&at->gate, grad, at->grad_output + k);
-        if (way & BY_VALUE)
+        if (way & BY_VALUE) {
+            if (BEGINS_LINE(v))
+                __builtin_prefetch(at->out + k, 1);
             grad *= R(reals)(at->weight + k, lanes - k);
+        }
         if (way & FETCHES && BEGINS_LINE(v)) {
             fetch(at->grad_output + at->ahead + k);
             fetch(at->x + at->ahead + k);
@@ -152,6 +158,7 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
         channel = row;                                                                             \
         channel.grad_output += r * stride;                                                         \
         channel.x += r * stride;                                                                   \
+        channel.out += r * stride;                                                                 \
         T(multiply_row)(&channel, 0, vectors, lanes, mean + r, unit + r, way,                      \
                         band_total + r * vectors, band_product + r * vectors);                     \
     }
@@ -210,6 +217,7 @@ INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const stru
     for (; side_by_side && rest >= beside; rest -= beside) {
         struct T(Pair) some = at;
         real mean[MOST_BESIDE], unit[MOST_BESIDE];
+        some.out = at.x;
         some.mean = mean;
         some.unit = unit;
         EACH (r, beside) {
@@ -343,6 +351,9 @@ INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, 
     double totals[AT_ONCE * CHAINS], products[AT_ONCE * CHAINS];
     ptrdiff_t c = 0;
     T(take_units)(p, first, n, &units);
+    at.out = at.x;
+    if (!p->stream && S < LONG_ROW) /* a store waits for its line */
+        at.out = (const stored *)p->out + sheet->offset;
 #define CHANNELS(beside, once)                                                                     \
     at.weight = R(weights_of)(p, first + c) + sheet->start;                                        \
     at.mean = units.high + c;                                                                      \
@@ -350,7 +361,8 @@ INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, 
     T(sum_pairs)(&at, S, beside, once, sheet->runs, sheet->run_stride, sheet->length, width,       \
                  BY_VALUE, totals + c * CHAINS, products + c * CHAINS);                            \
     at.grad_output += beside * S;                                                                  \
-    at.x += beside * S
+    at.x += beside * S;                                                                            \
+    at.out += beside * S
     if (width == SHORT_LANES && p->geometry.period == 1 && sheet->runs == 1
         && sheet->length <= SUMMED * width)
         for (; n - c >= beside; c += beside) {

@@ -222,9 +222,11 @@ INLINE ptrdiff_t T(to_next_run)(ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t 
 /* The sums of channels that lie `stride` apart, `beside` of them side by side, each of runs of so many
    values, in rows of `width`: of at most SUMMED rows in the type that is computed in, and of those in
    float64. Of the values, times a factor, around a shift for each channel; without one, of the values
-   alone. once: whether there are no more rows than that, of one run. */
-INLINE void T(sum_runs)(const stored *x, ptrdiff_t stride, const int beside, const int once,
-                        ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length, const int width,
+   alone. Without a shift, what lies so many bytes from x is fetched, because it will be written.
+   once: whether there are no more rows than that, of one run. */
+INLINE void T(sum_runs)(const stored *x, ptrdiff_t to_out, ptrdiff_t stride, const int beside,
+                        const int once, ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length,
+                        const int width,
                         const real *shift, const int scaled, real factor, double *total,
                         double *square) { /* OUT (beside, CHAINS), or NULL */
     enum { MOST = 4 * LANES_OF, HALVES = LANES_OF / DOUBLES };
@@ -252,6 +254,8 @@ INLINE void T(sum_runs)(const stored *x, ptrdiff_t stride, const int beside, con
                         value = load(at);
                         if (shift && !once && BEGINS_LINE(v % vectors))
                             fetch(at + next_run);
+                        if (!shift && BEGINS_LINE(v % vectors))
+                            __builtin_prefetch((const char *)at + to_out, 1);
                         if (scaled)
                             value *= factor;
                         if (shift)
@@ -299,13 +303,13 @@ INLINE void T(sum_around)(const stored *x, const struct Sheet *block, ptrdiff_t 
     double totals[CHAINS] = {0}, squares[CHAINS] = {0};
     real rounded = 0;
     if (!centred) {
-        T(sum_runs)(x, 0, 1, 0, block->runs, block->run_stride, length, width, NULL, scaled, factor,
-                    totals, NULL);
+        T(sum_runs)(x, 0, 0, 1, 0, block->runs, block->run_stride, length, width, NULL, scaled,
+                    factor, totals, NULL);
         *shift = sum_of_chains(totals) / ((double)block->runs * length);
     }
     *shift = rounded = (real)*shift;
-    T(sum_runs)(x, 0, 1, 0, block->runs, block->run_stride, length, width, &rounded, scaled, factor,
-                totals, squares);
+    T(sum_runs)(x, 0, 0, 1, 0, block->runs, block->run_stride, length, width, &rounded, scaled,
+                factor, totals, squares);
     *total = sum_of_chains(totals);
     *square = sum_of_chains(squares);
 }
@@ -345,17 +349,17 @@ static double T(unit_of)(const void *data, const struct Sheet *sheet) {
 }
 
 /* The sums of at most AT_ONCE channels, in rows of `width`; in the order of the memory, or side by side. */
-INLINE void T(sum_channels)(const stored *x, const struct Sheet *sheet, ptrdiff_t S,
-                            const int width, int in_order, const real *shift, double *total,
-                            double *square) {
+INLINE void T(sum_channels)(const stored *x, ptrdiff_t to_out, const struct Sheet *sheet,
+                            ptrdiff_t S, const int width, int in_order, const real *shift,
+                            double *total, double *square) {
     const int beside = width == SHORT_LANES ? T(CHANNELS_BESIDE) : 1;
     const int once = width == SHORT_LANES && sheet->runs == 1 && sheet->length <= SUMMED * width;
     const ptrdiff_t n = sheet->channels, together = beside > 1 && in_order ? 0 : n - n % beside;
     double totals[AT_ONCE * CHAINS], squares[AT_ONCE * CHAINS];
     ptrdiff_t c = 0;
 #define CHANNELS(beside, once)                                                                     \
-    T(sum_runs)(x + c * S, S, beside, once, sheet->runs, sheet->run_stride, sheet->length, width,  \
-                shift ? shift + c : NULL, 0, 1, total ? totals + c * CHAINS : NULL,                \
+    T(sum_runs)(x + c * S, to_out, S, beside, once, sheet->runs, sheet->run_stride, sheet->length, \
+                width, shift ? shift + c : NULL, 0, 1, total ? totals + c * CHAINS : NULL,         \
                 square ? squares + c * CHAINS : NULL)
     for (; once && c < together; c += beside)
         CHANNELS(beside, 1);
@@ -375,18 +379,18 @@ INLINE void T(sum_channels)(const stored *x, const struct Sheet *sheet, ptrdiff_
 /* The sums of at most AT_ONCE channels of one block each, around their means, or around 0. Sweep by
    sweep, because the second over a channel has to wait for its mean; meanwhile the CPU is at the next
    channel. */
-INLINE void T(sum_in_rows)(const stored *x, const struct Sheet *sheet, ptrdiff_t S,
-                           const int width, int in_order, int centred, real *shift, double *total,
-                           double *square) { /* OUT */
+INLINE void T(sum_in_rows)(const stored *x, ptrdiff_t to_out, const struct Sheet *sheet,
+                           ptrdiff_t S, const int width, int in_order, int centred, real *shift,
+                           double *total, double *square) { /* OUT */
     const double count = (double)sheet->runs * sheet->length;
     if (!centred) {
-        T(sum_channels)(x, sheet, S, width, in_order, NULL, NULL, square);
+        T(sum_channels)(x, to_out, sheet, S, width, in_order, NULL, NULL, square);
         return;
     }
-    T(sum_channels)(x, sheet, S, width, in_order, NULL, total, NULL);
+    T(sum_channels)(x, to_out, sheet, S, width, in_order, NULL, total, NULL);
     for (ptrdiff_t c = 0; c < sheet->channels; c++)
         shift[c] = (real)(total[c] / count);
-    T(sum_channels)(x, sheet, S, width, 0, shift, total, square);
+    T(sum_channels)(x, 0, sheet, S, width, 0, shift, total, square);
 }
 
 static void T(channel_moments)(const struct Pass *p, const struct Sheet *sheet, double least,
@@ -396,15 +400,20 @@ static void T(channel_moments)(const struct Pass *p, const struct Sheet *sheet, 
     const double count = (double)sheet->runs * sheet->length;
     const real smallest = (real)least;
     const int centred = p->centred;
+    /* A store waits until its line is read, unless it goes past the cache. Not along long rows: LONG_ROW
+       says why. */
+    const int fetches = p->kind == NORMALISE && !p->stream && p->geometry.pieces == 1
+                        && sheet->runs * sheet->length < LONG_ROW;
+    const ptrdiff_t to_out = fetches ? (char *)p->out - (char *)p->x : 0;
     /* By value, the next channels have been fetched; others are read from memory faster in its order. */
     const int in_order = p->stream && !p->geometry.by_value;
     double total[AT_ONCE], square[AT_ONCE], unit;
     real shift[AT_ONCE];
     int outside = 0;
     if (sheet->width == SHORT_LANES)
-        T(sum_in_rows)(x, sheet, S, SHORT_LANES, in_order, centred, shift, total, square);
+        T(sum_in_rows)(x, to_out, sheet, S, SHORT_LANES, in_order, centred, shift, total, square);
     else
-        T(sum_in_rows)(x, sheet, S, LANES, in_order, centred, shift, total, square);
+        T(sum_in_rows)(x, to_out, sheet, S, LANES, in_order, centred, shift, total, square);
     for (ptrdiff_t c = 0; c < n; c++)
         outside |= T(is_outside)((real)square[c], smallest);
     for (ptrdiff_t c = 0; c < n; c++) {
