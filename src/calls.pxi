@@ -12,10 +12,6 @@
 #            that of grad_output
 #   spread   True: an out of another layout has no two elements in one place
 
-cdef enum:
-    CACHE_LINE = 64   # bytes
-
-
 cdef object seen(data, Norm norm, dtype):
     """The view of an input, or what is amiss."""
     return view_of(norm, data) if is_input(data, dtype) else "data:x"
@@ -113,17 +109,17 @@ cdef ndarray new_like(ndarray x):
     return PyArray_EMPTY(PyArray_NDIM(x), PyArray_DIMS(x), PyArray_TYPE(x), 0)
 
 
-cdef ndarray new_beside(ndarray x, ndarray other):
-    """An array like x that begins where another does within a cache line: if it is streamed, both
-    are, line by line."""
+cdef ndarray new_beside(ndarray x, ndarray other, Kind kind):
+    """An array like x that a pass writes along with another: where they are streamed it begins at
+    the same place of a cache line, if need be in a longer one, which is its base."""
     cdef ndarray made = new_like(x)
-    cdef size_t apart = (<size_t>data_of(other) - <size_t>data_of(made)) % CACHE_LINE
+    cdef size_t apart = (<size_t>data_of(other) - <size_t>data_of(made)) % LINE
     cdef npy_intp[1] size
-    if apart == 0 or PyArray_NBYTES(x) * 3 < STREAM_BYTES:
+    if apart == 0 or not is_streamed(PyArray_NBYTES(x), kind):
         return made
-    size[0] = PyArray_NBYTES(x) + CACHE_LINE
+    size[0] = PyArray_NBYTES(x) + LINE
     made = PyArray_EMPTY(1, size, NPY_UINT8, 0)
-    apart = (<size_t>data_of(other) - <size_t>data_of(made)) % CACHE_LINE
+    apart = (<size_t>data_of(other) - <size_t>data_of(made)) % LINE
     return ndarray((<object>x).shape, (<object>x).dtype, made, apart)
 
 
@@ -411,7 +407,8 @@ def backward(grad_output, Saved saved, weight, out, wanted,
     if of_input:
         buffer = written(out, data)
         if saved.has_residual:
-            grad_residual = new_beside(data, buffer)
+            grad_residual = new_beside(data, buffer,
+                                       FROZEN_GRADIENTS if saved.frozen else GRADIENTS)
     if of_parameters:
         type_num = NPY_DOUBLE if PyArray_TYPE(<ndarray>data) == NPY_DOUBLE else NPY_FLOAT
         grad_weight = new_parameter(view.parameter_shape, type_num)

@@ -3,6 +3,7 @@
 
 cdef public enum:
     AT_ONCE = 64   # channels, or parameters, that are finished side by side
+    LINE = 64      # bytes of a cache line
 
 
 cdef public enum Storage:   # what the data are kept in

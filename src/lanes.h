@@ -31,7 +31,6 @@
 enum {
     FLOATS = VECTOR_BYTES / 4, /* lanes of a vector of float */
     DOUBLES = VECTOR_BYTES / 8,
-    LINE = 64, /* bytes of a cache line */
 };
 
 typedef float floats __attribute__((vector_size(VECTOR_BYTES)));

@@ -15,8 +15,7 @@ enum {
     T(ROWS) = T(LINE_OF) > 2 ? 1 : T(LINE_OF) > 1 ? 2 : 4,
     /* Such rows that are not streamed: pairs of vectors are rounded together. */
     T(ROWS_BESIDE) = T(PAIRS) ? 2 : 4,
-    /* Values up to which a part is written on its own: beyond planes of 6 x 6 only pairs gain by it, up
-       to those of 17 x 17. */
+    /* Values up to which a part is written on its own: beyond planes of 6 x 6 only pairs gain by it. */
     T(WRITTEN_APART) = T(PAIRS) ? 300 : 4 * LANES_OF < 39 ? 4 * LANES_OF : 39,
     /* Values up to which the next run of a channel is fetched while one is summed: a longer one of floats
        is read long enough for the processor's own fetching. */
@@ -26,6 +25,8 @@ enum {
     /* Values from which a row is written on in the next: whole steps, and whole lines. */
     T(STEP) = T(LINE_OF) < T(ACROSS_WITH_BITS) ? T(ACROSS_WITH_BITS) * LANES_OF : T(LINE_VALUES),
 };
+
+_Static_assert(T(LINE_VALUES) + T(STEP) <= TABLE_WIDTH - WIDTH, "what a table holds beyond its columns");
 
 /* Whether vector v of some side by side is the first in its cache line, where they begin at one: lines
    are fetched once. */

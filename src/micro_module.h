@@ -24,8 +24,9 @@ enum {
     FETCHED_AHEAD = 3 << 10,
     ALIGNED_RUN = 256,    /* values from which a run is worth a short start up to alignment */
     FILLED_ROW = 1 << 11, /* bytes of rows that are too long to fill lines before they are streamed */
-    /* Of a table of coefficients: a line more than WIDTH, so that a row can start within one; and its
-       rows do not lie whole pages apart, where they would fight for the same places of the L1 cache. */
+    /* Of a table of coefficients: more than WIDTH, so that a row can start within a line and end within a
+       step; and its rows do not lie whole pages apart, where they would fight for the same places of
+       the L1 cache. */
     TABLE_WIDTH = WIDTH + 6 * LINE / 4,
     /* Of sums of columns. Arrays of them that are added to together lie neither whole pages apart nor a
        vector more, where a load would take the store before it for one to the same place. */
@@ -57,17 +58,20 @@ struct Bits {
    thread's, and may not have been written yet. */
 static NOINLINE void put_part_of_word(const struct Bits *bits) {
     const int from = bits->first % 64, end = from + (int)(bits->next - bits->first);
-    unsigned char *byte = (unsigned char *)(bits->array + bits->first / 64) + from / 8;
+    unsigned char *byte = (unsigned char *)bits->array + bits->first / 8;
+    if (bits->next == bits->first)
+        return;
     for (int k = from & ~7; k < end; k += 8, byte++) {
         const unsigned own = (0xff << max_of(from - k, 0)) & (0xff >> max_of(k + 8 - end, 0));
         const unsigned char value = (bits->held >> k) & own;
-        unsigned char before = __atomic_load_n(byte, __ATOMIC_RELAXED);
         if (own == 0xff)
             *byte = value;
-        else
+        else {
+            unsigned char before = __atomic_load_n(byte, __ATOMIC_RELAXED);
             while (!__atomic_compare_exchange_n(byte, &before, (before & ~own) | value, 1,
                                                 __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
             }
+        }
     }
 }
 
@@ -79,6 +83,7 @@ static NOINLINE void seek_bit(struct Bits *bits, ptrdiff_t place) {
 }
 
 INLINE void put_bits(struct Bits *bits, uint64_t values, ptrdiff_t lanes) {
+    /* Unsigned, where places are divided: by a shift, and no more. */
     const int filled = (size_t)bits->next % 64, left = filled + (int)lanes - 64;
     const uint64_t value = lanes < 64 ? values & (((uint64_t)1 << lanes) - 1) : values;
     bits->held |= value << filled;
@@ -338,17 +343,15 @@ static void finish_moments(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
 }
 
 enum {
-    BESIDE = 8, /* rows whose products are added up at a time */
-    /* Bytes. Rows that are so far apart take the same places of the L1 cache, eight of them all: of two
-       arrays, half of BESIDE (benchmarks/compare.py: backward of planes by row). */
+    BESIDE = 8, /* rows whose products are added up at a time; or half as many: */
+    /* Bytes. Eight rows that are so far apart, of each of two arrays, fill all places that the L1 cache
+       has for them (benchmarks/compare.py: backward of planes by row). */
     HALF_PAGE = 1 << 11,
     ROWS_AHEAD = BESIDE, /* from what is added up of gradients to what is fetched */
     BANDS_AHEAD = 2,     /* the same of moments */
-    /* Of gradients by plane: parts of so many values go side by side in the cache, beyond it shorter ones
-       than so many are fetched, and so many bytes ahead. Along longer ones the processor does it. */
-    PARTS_BESIDE = 100,
-    PARTS_FETCHED = 256,
-    PARTS_AHEAD = 8 << 10,
+    PARTS_BESIDE = 100,    /* the longest parts, in values, that are summed side by side in the cache */
+    PARTS_FETCHED = 256,   /* from so many values on, parts from memory are left to the processor, ... */
+    PARTS_AHEAD = 8 << 10, /* ... and shorter ones are fetched, so many bytes ahead */
     /* Along long rows in the cache, and in forward sums along rows that are far apart, the processor
        fetches by itself what is next. Elsewhere it is fetched early (benchmarks/compare.py: backward of
        layer norm, training of planes by row). */
@@ -357,6 +360,8 @@ enum {
     SIDE_BY_SIDE = VECTOR_BYTES == 64 ? 8 : 4, /* vectors whose sums fit the registers */
     SHORT_RUN = 512, /* values that are not worth rows of LANES */
 };
+
+_Static_assert(SUMMED % BESIDE == 0, "sums of gradients end with the rows of one step");
 
 /* Names of a type that is computed in, and of one that data are kept in. */
 #define PASTE(name, type) name##_##type

@@ -11,7 +11,7 @@ struct T(Gate) { /* what relu has let through, or NULL: everything */
 struct T(Steps) { /* a pointer is NULL where there is no such step */
     const stored *first; /* of the array of outputs, or of their gradients */
     const stored *residual;
-    int from_memory;    /* whether the residual is, and so is fetched */
+    int fetches;        /* whether the residual is fetched, which comes from memory */
     ptrdiff_t next_run; /* to what is written next, if it is not what follows; or 0 */
     int relu;
     struct Bits bits; /* OUT: what relu lets through */
@@ -34,17 +34,16 @@ INLINE vector T(values_at)(const stored *at, ptrdiff_t lanes) {
     return lanes < LANES_OF ? load_some(at, lanes) : load(at);
 }
 
-/* Go on with the value that is written here. The next bits are fetched: to put some into a word waits for
-   its line. */
+/* Go on with the value that is written here. Of another run that is written next, the first bits are
+   fetched: to put some into a byte waits for its line. */
 INLINE void T(seek)(struct T(Steps) *s, const stored *out) {
-    const ptrdiff_t place = out - s->first;
-    const char *next = (const char *)s->bits.array + (place + s->next_run) / 8;
-    if (s->bits.array && s->bits.next != place) {
-        seek_bit(&s->bits, place);
-        if (s->next_run) {
-            __builtin_prefetch(next, 1);
-            __builtin_prefetch(next + LINE, 1);
-        }
+    if (!s->bits.array || s->bits.next == out - s->first)
+        return;
+    seek_bit(&s->bits, out - s->first);
+    if (s->next_run) {
+        const char *next = (const char *)s->bits.array + (out - s->first + s->next_run) / 8;
+        __builtin_prefetch(next, 1);
+        __builtin_prefetch(next + LINE, 1);
     }
 }
 
@@ -57,17 +56,16 @@ INLINE void T(finish_steps)(struct T(Steps) *s) {
    rounded. */
 INLINE void T(take_steps)(struct T(Steps) *s, vector *value, const stored *out, const int n,
                           ptrdiff_t lanes) {
-    const stored *residual = s->residual + (out - s->first);
     uint64_t passed = 0;
     unsigned bits;
     EACH (v, n)
         value[v] = T(rounded)(value[v]);
     if (s->residual)
         EACH (v, n) {
-            const stored *at = residual + v * LANES_OF;
+            const stored *at = s->residual + (out - s->first) + v * LANES_OF;
             if (BEGINS_LINE(v) && s->next_run)
                 fetch(at + s->next_run);
-            else if (BEGINS_LINE(v) && s->from_memory)
+            else if (BEGINS_LINE(v) && s->fetches)
                 __builtin_prefetch(at + FETCHED_AHEAD / (ptrdiff_t)sizeof(stored));
             value[v] = T(rounded)(value[v] + T(values_at)(at, lanes));
         }
@@ -107,7 +105,7 @@ static struct T(Steps) T(steps_of)(const struct Pass *p) {
         s.streams = p->stream && apart % LINE == 0;
     } else {
         s.residual = fused->residual;
-        s.from_memory = p->stream;
+        s.fetches = p->stream;
         s.relu = fused->relu;
         s.bits.array = (uint64_t *)fused->passed;
     }

@@ -146,12 +146,12 @@ INLINE void T(write_some)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t lane
     T(write_vectors)(at, k, rows, row_stride, 1, lanes, 0, &values, c, way);
 }
 
-/* Write steps of whole vectors. The next are loaded before these are stored: a load that follows a store
-   to the same place in another page waits for it, and arrays are often about a whole number of pages
-   apart. */
-INLINE void T(step_through)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t end, const int rows,
-                            ptrdiff_t row_stride, const int across, struct T(Coefficients) *c,
-                            const int way) {
+/* Write a stretch of whole vectors. The next are loaded before these are stored: a load that follows a
+   store to the same place in another page waits for it, and arrays are often about a whole number of
+   pages apart. */
+INLINE void T(write_stretch)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t end, const int rows,
+                             ptrdiff_t row_stride, const int across, struct T(Coefficients) *c,
+                             const int way) {
     const ptrdiff_t step = across * LANES_OF;
     const int streams = at->streams;
     struct T(Loaded) now, next;
@@ -164,16 +164,17 @@ INLINE void T(step_through)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t en
     }
 }
 
-/* The same, with a loop of its own for steps that go along: as one for both, gcc 12 made inference of
-   planes of 7 x 7 a fifth slower with AVX2 (benchmarks/compare.py). */
+/* The same. What looks like two calls for one keeps apart what gcc 12 makes of loops with steps that go
+   along and of those without: as one, inference of planes of 7 x 7 was a fifth slower with AVX2
+   (benchmarks/compare.py). */
 INLINE void T(write_steps)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t end, const int rows,
                            ptrdiff_t row_stride, const int across, struct T(Coefficients) *c,
                            const int way) {
     if (way & FUSED) {
-        T(step_through)(at, k, end, rows, row_stride, across, c, way | FUSED);
+        T(write_stretch)(at, k, end, rows, row_stride, across, c, way);
         return;
     }
-    T(step_through)(at, k, end, rows, row_stride, across, c, way);
+    T(write_stretch)(at, k, end, rows, row_stride, across, c, way);
 }
 
 /* How many of n values lie before the first that begins a cache line. */
@@ -359,7 +360,7 @@ INLINE ptrdiff_t T(write_whole_parts)(const struct T(Place) *at, struct T(Walk) 
     return k;
 }
 
-/* The same of parts of one vector each, two of them at a time. */
+/* The same of two parts or more of one vector each, two of them at a time. */
 INLINE ptrdiff_t T(write_two_parts)(const struct T(Place) *at, struct T(Walk) *walk, ptrdiff_t k,
                                     ptrdiff_t n, const int way) {
     const ptrdiff_t step = 2 * LANES_OF;
@@ -389,7 +390,8 @@ INLINE ptrdiff_t T(write_long_parts)(const struct T(Place) *at, struct T(Walk) *
         const ptrdiff_t end = k + length - step;
         if (walk->left == 0)
             T(enter_next)(walk, way);
-        last = T(load_vectors)(at, end, 1, 0, 2, LANES_OF, way);
+        if (whole < length)
+            last = T(load_vectors)(at, end, 1, 0, 2, LANES_OF, way);
         T(write_steps)(at, k, k + whole, 1, 0, 2, &walk->here, way);
         if (whole < length)
             T(write_vectors)(at, end, 1, 0, 2, LANES_OF, 0, &last, &walk->here, way);
@@ -414,7 +416,7 @@ INLINE void T(write_parts)(const struct T(Place) *at, struct T(Walk) walk, ptrdi
             k = T(write_whole_parts)(at, &walk, k, n, 2, 1, way);
         else if (length > LANES_OF)
             k = T(write_whole_parts)(at, &walk, k, n, 1, 1, way);
-        else if (T(PAIRS) && length == LANES_OF)
+        else if (T(PAIRS) && length == LANES_OF && n - k >= 2 * length)
             k = T(write_two_parts)(at, &walk, k, n, way);
         else if (length == LANES_OF)
             k = T(write_whole_parts)(at, &walk, k, n, 0, 1, way);

@@ -106,8 +106,7 @@ cdef inline Columns columns_in(double* values, Py_ssize_t n) noexcept nogil:
     return columns
 
 
-cdef void each_moments(const Pass* p, Sheet sheet, Columns* found) noexcept nogil:   # OUT
-    """Channel by channel, each in blocks."""
+cdef void moments_in_blocks(const Pass* p, Sheet sheet, Columns* found) noexcept nogil:   # OUT
     cdef double smallest = smallest_of(p)
     cdef Moments m
     cdef Py_ssize_t c
@@ -117,13 +116,15 @@ cdef void each_moments(const Pass* p, Sheet sheet, Columns* found) noexcept nogi
         sheet.offset += p.geometry.S
 
 
-# A sheet that has just been changed is not copied: the copy would wait for all stores before it.
 cdef void sheet_moments(const Pass* p, const Sheet* sheet, Columns* found) noexcept nogil:   # OUT
-    """The moments of at most AT_ONCE channels by plane."""
+    """The moments of at most AT_ONCE channels by plane.
+
+    A pointer, because to copy a sheet whose fields have just been set waits for all stores so far.
+    """
     if sheet.width == SHORT_LANES or sheet.runs * sheet.length <= TALLEST * LANES:   # one block
         micro_of(p).channel_moments(p, sheet, smallest_of(p), found)
     else:
-        each_moments(p, sheet[0], found)
+        moments_in_blocks(p, sheet[0], found)
 
 
 cdef void reduce_planes(const Pass* p, Sheet sheet, Moments* into) noexcept nogil:   # OUT

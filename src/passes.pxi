@@ -24,6 +24,11 @@ cdef enum:
     HOLDS_GIL = 12288   # values, of which each counts for its cost
 
 
+cdef inline bint is_streamed(size_t size, Kind kind) noexcept nogil:
+    """Whether an output of so many bytes is written past the cache, unless it is an input too."""
+    return size * (3 if kind == GRADIENTS else 2) >= STREAM_BYTES
+
+
 cdef inline bint finds_statistics(const Pass* p) noexcept nogil:
     """Whether a pass finds the statistics of x, and is not given them."""
     return p.kind == STATISTICS or p.kind == NORMALISE or (p.kind == GRADIENTS
@@ -346,7 +351,7 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out):
     p.fuses = (p.fused.relu or p.fused.residual != NULL or p.fused.grad_residual != NULL
                or (p.fused.back and p.fused.passed != NULL))
     # An output that is also an input is in the cache already, line by line.
-    p.stream = (size * (3 if p.kind == GRADIENTS else 2) >= STREAM_BYTES
+    p.stream = (is_streamed(size, p.kind)
                 and p.out != p.x and p.out != p.grad_output and p.out != p.fused.residual)
     num_threads = <int>min(num_threads, max(tiles_of(g), tiles_of(&p.writing)))
     team.threads = begin_pass(num_threads, values)

@@ -182,6 +182,67 @@ def test_planes_of_every_length(dtype, use_isa):
     assert len(found) == 1
 
 
+GUARDED = """
+import ctypes
+import itertools
+import mmap
+
+import ml_dtypes
+import numpy as np
+
+import cbn
+from cbn import functional
+
+PAGE, C_LIBRARY = mmap.PAGESIZE, ctypes.CDLL(None)
+maps = []
+
+
+def guarded(shape, dtype, at_end):
+    "Values between two pages that cannot be read or written, close to one of them."
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    pages = -(-size // PAGE)
+    maps.append(mmap.mmap(-1, (pages + 2) * PAGE))
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(maps[-1]))
+    for page in (0, pages + 1):
+        assert C_LIBRARY.mprotect(ctypes.c_void_p(begin + page * PAGE), PAGE, 0) == 0
+    offset = (pages + 1) * PAGE - size if at_end else PAGE
+    values = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    array = np.frombuffer(maps[-1], dtype, values.size, offset).reshape(shape)
+    array[...] = values
+    return array
+
+
+dtypes = np.float32, np.float64, np.float16, ml_dtypes.bfloat16
+planes = (1, 1), (1, 3), (3, 1), (2, 2), (4, 3)
+lengths = 1, 7, 15, 16, 17, 31, 33, 49, 64, 65, 81, 100, 255, 300, 301, 600
+for dtype, plane, length, at_end in itertools.product(dtypes, planes, lengths, (False, True)):
+    shape, of_parameters = (*plane, length), np.result_type(dtype, np.float32)
+    x, residual, grad_output, out = (guarded(shape, dtype, at_end) for _ in range(4))
+    C = shape[1]
+    mean, var = np.zeros(C, of_parameters), np.ones(C, of_parameters)
+    functional.batch_norm(x, mean, var, out=out)
+    functional.batch_norm(x.swapaxes(1, 2).reshape(-1, C), mean, var)
+    options = {"dtype": of_parameters}
+    for layer in (
+        cbn.GroupNorm(1, C, **options),
+        cbn.GroupNorm(C, C, **options),
+        cbn.GroupNorm(1, C, activation="relu", **options),
+        cbn.LayerNorm(length, **options),
+        cbn.LayerNorm(shape[1:], **options),
+    ):
+        steps = {"residual": residual} if getattr(layer, "activation", None) else {}
+        layer(x, out=out, **steps)
+        layer.backward(grad_output, out=out)
+    maps.clear()
+print("nothing beyond")
+"""
+
+
+@pytest.mark.parametrize("isa", _dispatch.supported())
+def test_nothing_beyond_an_array_is_read_or_written(isa):
+    assert printed_by(GUARDED, CBN_ISA=isa) == "nothing beyond\n"
+
+
 @pytest.mark.parametrize("isa", _dispatch.supported())
 def test_the_forced_one_is_the_active_one(isa):
     code = "import cbn; print(cbn.show_config(mode='dicts')['instruction set'])"
