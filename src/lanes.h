@@ -26,7 +26,7 @@
 #define NOINLINE __attribute__((noinline, noclone)) /* copies of it would be large */
 #define COLD __attribute__((noinline, cold))   /* rarely called: small rather than fast */
 /* A loop over a few vectors that are held in registers, and so have literal places. */
-#define EACH(v, vectors) _Pragma("GCC unroll 16") for (int v = 0; v < (vectors); v++)
+#define EACH(v, vectors) _Pragma("GCC unroll 8") for (int v = 0; v < (vectors); v++)
 
 enum {
     FLOATS = VECTOR_BYTES / 4, /* lanes of a vector of float */

@@ -15,9 +15,6 @@ enum {
     T(ROWS) = T(LINE_OF) > 2 ? 1 : T(LINE_OF) > 1 ? 2 : 4,
     /* Such rows that are not streamed: pairs of vectors are rounded together. */
     T(ROWS_BESIDE) = T(PAIRS) ? 2 : 4,
-    /* Whether eight of them are, of outputs, two vectors of each (benchmarks/compare.py: inference, channels
-       last; elsewhere there are too few registers, or more is done for each vector). */
-    T(EIGHT_BESIDE) = VECTOR_BYTES == 64 && T(LINE_OF) == 1,
     /* Values up to which a part is written on its own: beyond planes of 6 x 6 only pairs gain by it. */
     T(WRITTEN_APART) = T(PAIRS) ? 300 : 4 * LANES_OF < 39 ? 4 * LANES_OF : 39,
     /* Values up to which the next run of a channel is fetched while one is summed: a longer one of floats

@@ -66,10 +66,10 @@ INLINE vector T(result)(vector x, vector grad, const struct T(Coefficients) *c, 
     return centred * c->scale + c->bias;
 }
 
-/* Vectors that are loaded together: `across` of them side by side in each of some rows, four or sixteen in
-   all, or some lanes of one in each row. */
+/* Vectors that are loaded together: `across` of them side by side in each of some rows, four in all,
+   or some lanes of one in each row. */
 struct T(Loaded) {
-    vector x[16], grad[16];
+    vector x[4], grad[4];
 };
 
 INLINE struct T(Loaded) T(load_vectors)(const struct T(Place) *at, ptrdiff_t k, const int rows,
@@ -110,7 +110,7 @@ INLINE void T(write_vectors)(const struct T(Place) *at, ptrdiff_t k, const int r
                              ptrdiff_t row_stride, const int across, ptrdiff_t lanes,
                              int streams, const struct T(Loaded) *values,
                              struct T(Coefficients) *c, const int way) {
-    vector y[16];
+    vector y[4];
     EACH (v, across)
         if (way & BY_COLUMN)
             c[v] = T(coefficients)(at, k + v * LANES_OF, lanes, way);
@@ -146,22 +146,15 @@ INLINE void T(write_some)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t lane
     T(write_vectors)(at, k, rows, row_stride, 1, lanes, 0, &values, c, way);
 }
 
-/* Write a stretch of whole vectors. Of four the next are loaded before these are stored: a load that
-   follows a store to the same place in another page waits for it, and arrays are often about a whole
-   number of pages apart. Sixteen are loaded together, and registers hold no more. */
+/* Write a stretch of whole vectors. The next are loaded before these are stored: a load that follows a
+   store to the same place in another page waits for it, and arrays are often about a whole number of
+   pages apart. */
 INLINE void T(write_stretch)(const struct T(Place) *at, ptrdiff_t k, ptrdiff_t end, const int rows,
                              ptrdiff_t row_stride, const int across, struct T(Coefficients) *c,
                              const int way) {
     const ptrdiff_t step = across * LANES_OF;
     const int streams = at->streams;
     struct T(Loaded) now, next;
-    if (rows * across > 4) {
-        for (; k < end; k += step) {
-            now = T(load_vectors)(at, k, rows, row_stride, across, LANES_OF, way);
-            T(write_vectors)(at, k, rows, row_stride, across, LANES_OF, streams, &now, c, way);
-        }
-        return;
-    }
     next = T(load_vectors)(at, k, rows, row_stride, across, LANES_OF, way);
     for (; k < end; k += step) {
         now = next;
@@ -199,7 +192,7 @@ INLINE void T(write_rows)(const struct T(Place) *place, ptrdiff_t n, const int r
     const ptrdiff_t vectors = across * LANES_OF;
     const ptrdiff_t step = at->streams ? max_of(vectors, T(LINE_VALUES)) : vectors;
     ptrdiff_t k = 0, head = 0, lanes, end;
-    struct T(Coefficients) c[8];
+    struct T(Coefficients) c[4];
     if (!(way & BY_COLUMN))
         EACH (r, rows)
             c[r] = T(coefficients)(at, r, LANES_OF, way);
@@ -590,23 +583,15 @@ INLINE void T(write_columns_way)(struct T(Place) place, const struct Sheet *shee
     const ptrdiff_t width = sheet->width, stride = sheet->row_stride;
     const real *table = place.coefficients;
     ptrdiff_t rest = sheet->rows, column = 0, n;
-    /* Some rows at a time, for which coefficients are loaded once: eight, where sixteen vectors fit the
-       registers and rows do not take the same places of the L1 cache. Not rows that begin at different
+    /* Some rows at a time, for which coefficients are loaded once. Not rows that begin at different
        places of their cache lines, if they are streamed or long: one by one they are written from
        line to line. And streamed lines are whole. */
     if (!wraps && !(way & FUSED) && !(place.streams && T(LINE_OF) > 1)
-        && (stride * sizeof(stored) % LINE == 0 || !(place.streams || width > WIDTH))) {
-        if (T(EIGHT_BESIDE) && !(way & BACKWARD) && !place.streams
-            && stride * sizeof(stored) % HALF_PAGE)
-            for (; rest >= 8; rest -= 8) {
-                T(write_rows)(&place, width, 8, stride, 2, way);
-                T(move)(&place, 8 * stride, way);
-            }
+        && (stride * sizeof(stored) % LINE == 0 || !(place.streams || width > WIDTH)))
         for (; rest >= T(ROWS_BESIDE); rest -= T(ROWS_BESIDE)) {
             T(write_rows)(&place, width, T(ROWS_BESIDE), stride, 4 / T(ROWS_BESIDE), way);
             T(move)(&place, T(ROWS_BESIDE) * stride, way);
         }
-    }
     for (rest = rest * width + sheet->tail; rest > 0; rest -= n) {
         n = min_of(rest, wraps ? (width - column + STEP - 1) / STEP * STEP : width);
         place.coefficients = table + column;
