@@ -221,7 +221,7 @@ for dtype, plane, length, at_end in itertools.product(dtypes, planes, lengths, (
     C = shape[1]
     mean, var = np.zeros(C, of_parameters), np.ones(C, of_parameters)
     functional.batch_norm(x, mean, var, out=out)
-    functional.batch_norm(x.swapaxes(1, 2).reshape(-1, C), mean, var)
+    functional.batch_norm(x.reshape(-1, C), mean, var, out=out.reshape(-1, C))
     options = {"dtype": of_parameters}
     for layer in (
         cbn.GroupNorm(1, C, **options),
