@@ -18,6 +18,9 @@ FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 ASKED = f"{os.environ.get('CC', '')} {os.environ.get('CFLAGS', '')}".split()
 if not any(flag.startswith("-g") for flag in ASKED):
     FLAGS.append("-g0")
+# A function and a loop begin with a cache line, whatever stands before them: what stood there made
+# planes of 7 x 7 up to a fifth slower or faster (inference, benchmarks/compare.py).
+PLACES = ["-falign-functions=64", "-falign-loops=64"]
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
@@ -95,7 +98,7 @@ micro = [
     Extension(
         f"cbn._micro_{isa}",
         [f"src/_micro_{isa}.c"],
-        extra_compile_args=[*FLAGS, *flags],
+        extra_compile_args=[*FLAGS, *PLACES, *flags],
         **COMMON,
     )
     for isa, flags in INSTRUCTION_SETS.items()

@@ -113,6 +113,13 @@ cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b
 
 
+cdef inline Py_ssize_t halved(Py_ssize_t channels, Py_ssize_t most) noexcept nogil:
+    """The channels of a strip of at most so many, of which there is one or an even number: so two
+    threads have the same to do."""
+    cdef Py_ssize_t strips = ceil_div(channels, most)
+    return ceil_div(channels, strips if strips == 1 else strips + strips % 2)
+
+
 cdef inline Py_ssize_t piece_of(Py_ssize_t values) noexcept nogil:
     return min(PIECE, max(SMALL_PIECE, values))
 
@@ -196,7 +203,8 @@ cdef Geometry cut(View view,
     """The strips and pieces of a non-empty array."""
     cdef Geometry g
     cdef Py_ssize_t N = view.N, C = view.C, S = view.S, B = view.B
-    cdef Py_ssize_t most = view.most(), sharing, strips, gathered, fewest
+    cdef Py_ssize_t most = view.most(), most_outer = N, sharing, strips, gathered, fewest
+    cdef bint shares
     if N == 1:   # nothing lies between the channels of one batch and those of the next
         B, C = 1, B * C
     g.B, g.N, g.C, g.S, g.parts, g.period = B, N, C, S, view.parts, view.period
@@ -204,7 +212,7 @@ cdef Geometry cut(View view,
     g.by_plane = S >= LONG_RUN or (
         (N < LEAST_ROWS or not reduces) and (S >= SHORT_LANES or g.parts > 1))
     g.by_value = g.by_plane and g.parts > 1 and g.parts == S
-    gathers = gathers and g.by_value
+    shares = gathers and g.by_value
     g.lanes = LANES if N * (S // LANES) >= SHORT_LANES else SHORT_LANES
     g.repeat = 1
     g.strip_channels = 1
@@ -217,10 +225,15 @@ cdef Geometry cut(View view,
         elif g.strip_channels == C:
             while C * S * g.repeat < NARROW and N >= 2 * LEAST_ROWS * g.repeat:
                 g.repeat *= 2
+        if reduces:   # so many rows in a piece that their columns are worth folding
+            most_outer = max(1, N // (g.repeat * 2 * TALLEST))
+            if (B == most_outer == g.repeat == 1 and g.strip_channels == C
+                    and N * C * S >= (2 if gathers else 4) * SMALL_PIECE):
+                g.strip_channels = ceil_div(C, 2)   # what is one tile is shared by two threads
     elif not reduces:
         # Nothing is summed along a channel, so the array is walked in the order of the memory.
         g.strip_channels = ceil_div(C, ceil_div(C, max(1, most // S)))
-    elif gathers:
+    elif shares:
         sharing = C // g.period
         strips = GATHERING_STRIPS
         if N * C * S >= GATHERED_FROM:   # an even number, for two threads
@@ -229,25 +242,31 @@ cdef Geometry cut(View view,
         fewest = min(FEWEST_GATHERED, ceil_div(2 * SMALL_PIECE, g.parameters))
         g.strip_channels = g.period * min(sharing, max(fewest, gathered))
     elif N * S < SMALL_STRIP:
-        g.strip_channels = ceil_div(C, ceil_div(C, min(WIDTH, SMALL_STRIP // (N * S))))
+        g.strip_channels = halved(C, min(WIDTH, SMALL_STRIP // (N * S)))
     g.batch_strips = ceil_div(C, g.strip_channels)
     g.strips = B * g.batch_strips
     g.inner_pieces = 1
-    if gathers and N == 1:   # the channels of a strip may be of many samples: they do not count
+    if shares and N == 1:   # the channels of a strip may be of many samples: they do not count
         g.inner_pieces = 1 if S <= GATHERED_WHOLE else ceil_div(g.parameters, GATHERED_RUN)
     elif g.by_plane:
-        g.inner_pieces = ceil_div(S * g.strip_channels if gathers else S, most)
+        g.inner_pieces = ceil_div(S * g.strip_channels if shares else S, most)
     g.inner_pieces = min(g.inner_pieces, ceil_div(S, LANES))
-    g.outer_pieces = min(N, ceil_div(N * g.strip_channels * ceil_div(S, g.inner_pieces), most))
-    if reduces and not g.by_plane:
-        # So many rows that their columns are worth folding.
-        g.outer_pieces = min(g.outer_pieces, max(1, N // (g.repeat * 2 * TALLEST)))
+    g.outer_pieces = min(most_outer,
+                         ceil_div(N * g.strip_channels * ceil_div(S, g.inner_pieces), most))
     g.pieces = g.outer_pieces * g.inner_pieces
     return g
 
 
 cdef inline Py_ssize_t tiles_of(const Geometry* g) noexcept nogil:
     return g.strips * g.pieces
+
+
+cdef inline void join_strips(Geometry* g) noexcept nogil:
+    """Make one strip again of what was cut for two threads: one alone is up to a tenth faster along
+    whole rows (backward, channels last, benchmarks/compare.py)."""
+    if not g.by_plane and g.pieces == 1 and g.C * g.S <= WIDTH:
+        g.strip_channels = g.C
+        g.batch_strips, g.strips = 1, g.B
 
 
 cdef inline Py_ssize_t batch_of(const Geometry* g, Py_ssize_t strip) noexcept nogil:

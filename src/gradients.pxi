@@ -77,14 +77,17 @@ cdef void reduce_gradients(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) no
         micro_of(p).sum_products(p, &sheet, first, parts, into)
 
 
-cdef Sums merge_sums(const Sums* found, Py_ssize_t pieces, Py_ssize_t stride) noexcept nogil:
-    cdef Sums total
-    cdef Py_ssize_t i
-    total.grad_output = total.grad_output_centred = 0
+cdef void merge_sums(const Sums* found, Py_ssize_t pieces, Py_ssize_t stride, Py_ssize_t n,
+                     double* total, double* product) noexcept nogil:   # OUT (n)
+    """Merge what the pieces found of n channels."""
+    cdef Py_ssize_t i, c
+    for c in range(n):
+        total[c] = product[c] = 0
     for i in range(pieces):
-        total.grad_output += found[i * stride].grad_output
-        total.grad_output_centred += found[i * stride].grad_output_centred
-    return total
+        for c in range(n):
+            total[c] += found[c].grad_output
+            product[c] += found[c].grad_output_centred
+        found += stride
 
 
 cdef inline double weight_of(const Pass* p, Py_ssize_t k) noexcept nogil:
@@ -94,24 +97,17 @@ cdef inline double weight_of(const Pass* p, Py_ssize_t k) noexcept nogil:
     return (<const float*>p.parameters)[k]
 
 
-cdef inline Sums merge_channel(const Pass* p, Py_ssize_t c,
-                               Py_ssize_t sharer, Py_ssize_t turn,   # c divided by the period
-                               double reciprocal) noexcept nogil:
-    """Merge what the pieces found of a channel, and keep its part in gradients that are shared."""
+cdef inline Sums merge_parts(const Pass* p, Py_ssize_t c,
+                             Py_ssize_t weight,   # of its first part
+                             double reciprocal,
+                             double* grad_bias,   # OUT (parameters), and grad_weight after it
+                             ) noexcept nogil:
+    """Merge what the pieces found of a channel of several parts, and keep it of each of them."""
     cdef const Geometry* g = &p.geometry
     cdef Py_ssize_t kept = parts_kept(g), piece, first, q
     cdef const Sums* found = <const Sums*>p.partial + c * kept
-    cdef Py_ssize_t weight = turn * g.parts
-    cdef double* grad_bias
-    cdef double* grad_weight
+    cdef double* grad_weight = grad_bias + g.parameters
     cdef Sums sums
-    grad_bias = p.shares + sharer * 2 * g.parameters + weight
-    grad_weight = grad_bias + g.parameters
-    if g.parts == 1:
-        sums = merge_sums(found, g.pieces, g.channels)
-        grad_bias[0] = sums.grad_output
-        grad_weight[0] = sums.grad_output_centred * reciprocal
-        return sums
     for q in range(min(kept, g.parts)):
         grad_bias[q], grad_weight[q] = found[q].grad_output, found[q].grad_output_centred
     for q in range(kept, g.parts):
@@ -128,3 +124,27 @@ cdef inline Sums merge_channel(const Pass* p, Py_ssize_t c,
         sums.grad_output_centred += weight_of(p, weight + q) * grad_weight[q]
         grad_weight[q] *= reciprocal
     return sums
+
+
+cdef void merge_gradients(const Pass* p, Py_ssize_t first, Py_ssize_t n, const double* reciprocal,
+                          double* total, double* product) noexcept nogil:   # OUT (n)
+    """Merge what the pieces found of n channels; what goes into shared gradients is kept."""
+    cdef const Geometry* g = &p.geometry
+    cdef Py_ssize_t sharer, turn, c
+    cdef double* share
+    cdef Sums sums
+    if g.parts == 1 or g.by_value:
+        merge_sums(<const Sums*>p.partial + first, g.pieces, g.channels, n, total, product)
+    if p.shares == NULL or g.by_value:
+        return
+    sharer, turn = first // g.period, first % g.period
+    for c in range(n):
+        share = p.shares + sharer * 2 * g.parameters + turn * g.parts
+        if g.parts == 1:
+            share[0], share[g.parameters] = total[c], product[c] * reciprocal[c]
+        else:
+            sums = merge_parts(p, first + c, turn * g.parts, reciprocal[c], share)
+            total[c], product[c] = sums.grad_output, sums.grad_output_centred
+        turn += 1
+        if turn == g.period:
+            sharer, turn = sharer + 1, 0

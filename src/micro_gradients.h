@@ -311,7 +311,7 @@ static void T(take_units)(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
     for (ptrdiff_t c = 0; c < n; c++)
         units->low[c] = (mean[c] - (double)units->high[c]) + mean_low[c];
     for (ptrdiff_t c = 0; c < n; c++)
-        units->unit[c] = power_of_two(sqrt(units->unit[c] + p->eps));
+        units->unit[c] = unit_of_root(units->unit[c] + p->eps);
     for (ptrdiff_t c = 0; c < n; c++)
         units->per_unit[c] = (real)(1 / units->unit[c]);
 }

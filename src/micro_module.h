@@ -144,15 +144,16 @@ static void stream_lines(struct Lines *lines, ptrdiff_t more, int at_last) {
         memcpy(lines->to + lines->begin, lines->bytes + lines->begin, lines->end - lines->begin);
 }
 
-/* The power of two at or below a positive number, from 2^-100 to 2^100; 1 for a NaN. */
-INLINE double power_of_two(double value) {
+/* The power of two at or below the root of a positive number, from 2^-100 to 2^100; 1 for a NaN. Half of
+   the exponent tells, where a root takes as long as ten values. */
+INLINE double unit_of_root(double value) {
     union {
         double number;
-        int64_t bits;
-    } power = {value < 0x1p100 ? value > 0x1p-100 ? value : 0x1p-100
-                               : value >= 0x1p100 ? 0x1p100 : 1};
-    power.bits &= 0x7ff0000000000000;
-    return power.number;
+        uint64_t bits;
+    } unit = {value < 0x1p200 ? value > 0x1p-200 ? value : 0x1p-200
+                              : value >= 0x1p200 ? 0x1p200 : 1};
+    unit.bits = ((unit.bits >> 52) + 1023) >> 1 << 52;
+    return unit.number;
 }
 
 /* Of all NaNs one, whose lower half is zero as a float: rounding to bfloat16 counts on it. */

@@ -5,6 +5,7 @@ cdef enum:
     SPAN = 4096        # values of some channels that are still in the L1 cache after
     EVEN = 8           # channels that are finished side by side, if there are so many
     CACHED = 1 << 17   # values of a strip of rows that are still in the L2 cache (1 MiB) after
+    FEW_ROWS = 32      # in which two threads may write strips side by side
     # Bytes of an array whose rows are read in the order of the memory, which takes more loads and
     # stores of sums than a few rows side by side. On an EPYC, whose core then reads 20 GB/s rather
     # than 10, backward took three quarters of the time (channels last, benchmarks/compare.py).
@@ -52,8 +53,7 @@ cdef void finish_channels(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcep
     cdef double[3 * AT_ONCE] values
     cdef Columns found = columns_in(values, AT_ONCE)
     cdef Moments moments
-    cdef Sums sums
-    cdef Py_ssize_t c, sharer, turn
+    cdef Py_ssize_t c
     if finds_statistics(p):
         for c in range(n):
             moments = merge(<const Moments*>p.partial + first + c, g.pieces, g.channels)
@@ -65,16 +65,7 @@ cdef void finish_channels(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcep
         return
     micro.finish_coefficients(p, first, n, reciprocal)
     if p.kind == GRADIENTS or p.kind == FROZEN_GRADIENTS:
-        sharer, turn = first // g.period, first % g.period
-        for c in range(n):
-            if p.shares == NULL or g.by_value:
-                sums = merge_sums(<const Sums*>p.partial + first + c, g.pieces, g.channels)
-            else:
-                sums = merge_channel(p, first + c, sharer, turn, reciprocal[c])
-            turn += 1
-            if turn == g.period:
-                sharer, turn = sharer + 1, 0
-            total[c], product[c] = sums.grad_output, sums.grad_output_centred
+        merge_gradients(p, first, n, reciprocal, total, product)
         micro.finish_gradients(p, first, n, reciprocal, total, product)
 
 
@@ -192,12 +183,15 @@ cdef bint goes_by_strip(const Pass* p, int num_threads) noexcept nogil:
     """Whether a thread does all of a strip, which then is in the cache when it is read again.
 
     Not where it is more than a cache holds, or where strips are too few to keep all threads busy
-    to the end.
+    to the end. Nor where each thread has one of strips side by side in more than a few rows: they
+    would write at a time the lines in which one ends and the next begins, and now and then that
+    took three times as long (backward of 1x14x14x256, channels last, benchmarks/compare.py).
     """
     cdef const Geometry* g = &p.geometry
     if p.kind == GIVEN or (g.by_plane and g.pieces == 1):
         return g.pieces == 1
-    if not (g.by_plane or g.strip_channels * g.S * g.N <= CACHED):
+    if not g.by_plane and (g.strip_channels * g.S * g.N > CACHED
+                           or (num_threads == g.strips > 1 and g.N > FEW_ROWS)):
         return False
     return g.strips % num_threads == 0 or g.strips >= 4 * num_threads
 
@@ -237,7 +231,8 @@ cdef void work(const Pass* p, Team* team, int thread) noexcept nogil:
     cdef Pace* pace = team.paces + thread
     cdef Py_ssize_t most, first, n = 1, k
     if team.by_strip:
-        most = min(g.strips // team.threads, PIECE // (g.strip_channels * g.S * g.N))
+        most = min(g.strips // (4 * team.threads),
+                   PIECE // (g.strip_channels * g.S * g.N))
         begin_round(team, pace)
         while n > 0:
             n = take(team, REDUCTIONS, thread, max(1, most), &first)
@@ -307,6 +302,8 @@ cdef void prepare(Pass* p, Team* team) noexcept nogil:
         micro_of(p).take_parameters(p)
         p.weight = per_channel_absent(1)
         p.bias = per_channel_absent(0)
+    if team.threads == 1:
+        join_strips(&p.geometry)
     team.by_strip = goes_by_strip(p, team.threads)
     cdef const Geometry* writing = g if team.by_strip else &p.writing
     if (writing.by_plane and written_run(writing) < SHORTEST_STREAMED
