@@ -45,6 +45,27 @@ INLINE ptrdiff_t max_of(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 #define LITTLE_ENDIAN_32(word) __builtin_bswap32(word)
 #endif
 
+/* Words of which some bits are another thread's, or are not written yet. They are put together at the end:
+   a locked instruction in the loop waits until all that was streamed is written. */
+struct SharedWords {
+    int n;
+    struct {
+        uint64_t *word, own, value;
+    } of[64];
+};
+
+static NOINLINE void put_shared(struct SharedWords *shared) {
+    for (int i = 0; i < shared->n; i++) {
+        const uint64_t others = ~LITTLE_ENDIAN_64(shared->of[i].own);
+        const uint64_t value = LITTLE_ENDIAN_64(shared->of[i].value);
+        uint64_t *word = shared->of[i].word, before = __atomic_load_n(word, __ATOMIC_RELAXED);
+        while (!__atomic_compare_exchange_n(word, &before, (before & others) | value, 1,
+                                            __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+        }
+    }
+    shared->n = 0;
+}
+
 /* Bits that are put into an array one after the other; other threads may be putting others into the
    first word of them and the last. */
 struct Bits {
@@ -52,27 +73,19 @@ struct Bits {
     ptrdiff_t next;  /* the place of the next bit, of which those before, in its word, are held, ... */
     ptrdiff_t first; /* ... from this one of the array on */
     uint64_t held;
+    struct SharedWords *shared;
 };
 
-/* Put those that are held, byte by byte. The others of a byte stay as they are: they may be another
-   thread's, and may not have been written yet. */
 static NOINLINE void put_part_of_word(const struct Bits *bits) {
-    const int from = bits->first % 64, end = from + (int)(bits->next - bits->first);
-    unsigned char *byte = (unsigned char *)bits->array + bits->first / 8;
-    if (bits->next == bits->first)
+    struct SharedWords *shared = bits->shared;
+    const ptrdiff_t n = bits->next - bits->first; /* less than a word */
+    if (n == 0)
         return;
-    for (int k = from & ~7; k < end; k += 8, byte++) {
-        const unsigned own = (0xff << max_of(from - k, 0)) & (0xff >> max_of(k + 8 - end, 0));
-        const unsigned char value = (bits->held >> k) & own;
-        if (own == 0xff)
-            *byte = value;
-        else {
-            unsigned char before = __atomic_load_n(byte, __ATOMIC_RELAXED);
-            while (!__atomic_compare_exchange_n(byte, &before, (before & ~own) | value, 1,
-                                                __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-            }
-        }
-    }
+    if (shared->n == sizeof shared->of / sizeof *shared->of)
+        put_shared(shared);
+    shared->of[shared->n].word = bits->array + (size_t)bits->first / 64;
+    shared->of[shared->n].own = (((uint64_t)1 << n) - 1) << (size_t)bits->first % 64;
+    shared->of[shared->n++].value = bits->held;
 }
 
 /* Go on elsewhere. */

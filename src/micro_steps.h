@@ -35,21 +35,23 @@ INLINE vector T(values_at)(const stored *at, ptrdiff_t lanes) {
 }
 
 /* Go on with the value that is written here. Of another run that is written next, the first bits are
-   fetched: to put some into a byte waits for its line. */
+   fetched: to put some into a word waits for its line. */
 INLINE void T(seek)(struct T(Steps) *s, const stored *out) {
     if (!s->bits.array || s->bits.next == out - s->first)
         return;
     seek_bit(&s->bits, out - s->first);
     if (s->next_run) {
         const char *next = (const char *)s->bits.array + (out - s->first + s->next_run) / 8;
-        __builtin_prefetch(next, 1);
-        __builtin_prefetch(next + LINE, 1);
+        EACH (v, WIDTH / 8 / LINE + 1) /* of a row of the widest sheet, from within a line on */
+            __builtin_prefetch(next + v * LINE, 1);
     }
 }
 
 INLINE void T(finish_steps)(struct T(Steps) *s) {
-    if (s->bits.array)
+    if (s->bits.array) {
         seek_bit(&s->bits, 0);
+        put_shared(s->bits.shared);
+    }
 }
 
 /* Outputs, some vectors side by side or some lanes of one, from what the norm has made; every step is
@@ -95,7 +97,7 @@ INLINE struct T(Gate) T(gate_of)(const struct Pass *p) {
                             p->kind == GIVEN ? p->x : p->grad_output};
 }
 
-static struct T(Steps) T(steps_of)(const struct Pass *p) {
+static struct T(Steps) T(steps_of)(const struct Pass *p, struct SharedWords *shared) {
     const struct Fused *fused = &p->fused;
     const size_t apart = (uintptr_t)fused->grad_residual - (uintptr_t)p->out;
     struct T(Steps) s = {.first = p->out, .gate = T(gate_of)(p)};
@@ -108,6 +110,8 @@ static struct T(Steps) T(steps_of)(const struct Pass *p) {
         s.fetches = p->stream;
         s.relu = fused->relu;
         s.bits.array = (uint64_t *)fused->passed;
+        s.bits.shared = shared;
+        shared->n = 0;
     }
     return s;
 }

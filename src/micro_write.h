@@ -681,7 +681,8 @@ static void T(make_table)(const struct Pass *p, const struct Sheet *sheet, ptrdi
 static void T(write_by_row)(const struct Pass *p, struct Sheet sheet, ptrdiff_t first) {
     void (*const write_columns)(const struct Pass *, const struct T(Place) *, const struct Sheet *,
                                 int) = p->fuses ? T(write_columns_fused) : T(write_columns_plain);
-    struct T(Steps) steps = T(steps_of)(p);
+    struct SharedWords shared;
+    struct T(Steps) steps = T(steps_of)(p, &shared);
     real space[ALL_COEFFICIENTS * TABLE_WIDTH] __attribute__((aligned(LINE))), *table = space;
     struct T(Place) place = T(place_of)(p, sheet.offset, first, &steps);
     ptrdiff_t head = 0;
@@ -714,9 +715,10 @@ static void T(write_by_row)(const struct Pass *p, struct Sheet sheet, ptrdiff_t 
 INLINE void T(write_by_plane)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                               const int way) {
     const int backward = p->kind == GRADIENTS;
+    struct SharedWords shared;
     struct T(Steps) steps;
     if (way & FUSED)
-        steps = T(steps_of)(p);
+        steps = T(steps_of)(p, &shared);
     if (p->geometry.by_value && backward)
         T(write_by_value)(p, sheet, first, &steps, way | BY_VALUE | BACKWARD);
     else if (p->geometry.by_value)
