@@ -20,7 +20,7 @@ if not any(flag.startswith("-g") for flag in ASKED):
     FLAGS.append("-g0")
 # A function and a loop begin with a cache line, whatever stands before them: what stood there made
 # planes of 7 x 7 up to a fifth slower or faster (inference, benchmarks/compare.py).
-PLACES = ["-falign-functions=64", "-falign-loops=64"]
+ALIGNMENT = ["-falign-functions=64", "-falign-loops=64"]
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
@@ -98,7 +98,7 @@ micro = [
     Extension(
         f"cbn._micro_{isa}",
         [f"src/_micro_{isa}.c"],
-        extra_compile_args=[*FLAGS, *PLACES, *flags],
+        extra_compile_args=[*FLAGS, *ALIGNMENT, *flags],
         **COMMON,
     )
     for isa, flags in INSTRUCTION_SETS.items()

@@ -33,7 +33,8 @@
 # Short planes of many samples are read faster by row than by plane: the runs of one channel lie a
 # page and more apart, and a strip of several channels has longer ones.
 #
-# Every cut depends on the shape alone, never on the number of threads. Where a channel is of one
+# Every cut depends on the shape alone, but one: what is cut in two strips for two threads, one
+# thread joins again (join_strips). No sum depends on how wide a strip is. Where a channel is of one
 # sample, what its values are added up by (lanes, rows, blocks, pieces) depends on the shape of that
 # sample alone, so that it has the same bits in any batch; how many samples make a strip is free.
 
@@ -113,9 +114,10 @@ cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b
 
 
-cdef inline Py_ssize_t halved(Py_ssize_t channels, Py_ssize_t most) noexcept nogil:
-    """The channels of a strip of at most so many, of which there is one or an even number: so two
-    threads have the same to do."""
+cdef inline Py_ssize_t channels_of_even_strips(Py_ssize_t channels,
+                                               Py_ssize_t most) noexcept nogil:
+    """The channels of a strip of at most so many, of an even number of strips where that can be:
+    so two threads have the same to do."""
     cdef Py_ssize_t strips = ceil_div(channels, most)
     return ceil_div(channels, strips if strips == 1 else strips + strips % 2)
 
@@ -204,7 +206,7 @@ cdef Geometry cut(View view,
     cdef Geometry g
     cdef Py_ssize_t N = view.N, C = view.C, S = view.S, B = view.B
     cdef Py_ssize_t most = view.most(), most_outer = N, sharing, strips, gathered, fewest
-    cdef bint shares
+    cdef bint gathers_values
     if N == 1:   # nothing lies between the channels of one batch and those of the next
         B, C = 1, B * C
     g.B, g.N, g.C, g.S, g.parts, g.period = B, N, C, S, view.parts, view.period
@@ -212,7 +214,7 @@ cdef Geometry cut(View view,
     g.by_plane = S >= LONG_RUN or (
         (N < LEAST_ROWS or not reduces) and (S >= SHORT_LANES or g.parts > 1))
     g.by_value = g.by_plane and g.parts > 1 and g.parts == S
-    shares = gathers and g.by_value
+    gathers_values = gathers and g.by_value
     g.lanes = LANES if N * (S // LANES) >= SHORT_LANES else SHORT_LANES
     g.repeat = 1
     g.strip_channels = 1
@@ -233,7 +235,7 @@ cdef Geometry cut(View view,
     elif not reduces:
         # Nothing is summed along a channel, so the array is walked in the order of the memory.
         g.strip_channels = ceil_div(C, ceil_div(C, max(1, most // S)))
-    elif shares:
+    elif gathers_values:
         sharing = C // g.period
         strips = GATHERING_STRIPS
         if N * C * S >= GATHERED_FROM:   # an even number, for two threads
@@ -242,14 +244,14 @@ cdef Geometry cut(View view,
         fewest = min(FEWEST_GATHERED, ceil_div(2 * SMALL_PIECE, g.parameters))
         g.strip_channels = g.period * min(sharing, max(fewest, gathered))
     elif N * S < SMALL_STRIP:
-        g.strip_channels = halved(C, min(WIDTH, SMALL_STRIP // (N * S)))
+        g.strip_channels = channels_of_even_strips(C, min(WIDTH, SMALL_STRIP // (N * S)))
     g.batch_strips = ceil_div(C, g.strip_channels)
     g.strips = B * g.batch_strips
     g.inner_pieces = 1
-    if shares and N == 1:   # the channels of a strip may be of many samples: they do not count
+    if gathers_values and N == 1:   # strips have channels of many samples, which do not count
         g.inner_pieces = 1 if S <= GATHERED_WHOLE else ceil_div(g.parameters, GATHERED_RUN)
     elif g.by_plane:
-        g.inner_pieces = ceil_div(S * g.strip_channels if shares else S, most)
+        g.inner_pieces = ceil_div(S * g.strip_channels if gathers_values else S, most)
     g.inner_pieces = min(g.inner_pieces, ceil_div(S, LANES))
     g.outer_pieces = min(most_outer,
                          ceil_div(N * g.strip_channels * ceil_div(S, g.inner_pieces), most))

@@ -45,8 +45,8 @@ INLINE ptrdiff_t max_of(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 #define LITTLE_ENDIAN_32(word) __builtin_bswap32(word)
 #endif
 
-/* Words of which some bits are another thread's, or are not written yet. They are put together at the end:
-   a locked instruction in the loop waits until all that was streamed is written. */
+/* Words of which some bits are another thread's, or are not written yet. They are kept until there are 64,
+   or up to the end: a locked instruction waits until all that was streamed is written. */
 struct SharedWords {
     int n;
     struct {
@@ -76,7 +76,7 @@ struct Bits {
     struct SharedWords *shared;
 };
 
-static NOINLINE void put_part_of_word(const struct Bits *bits) {
+static NOINLINE void keep_part_of_word(const struct Bits *bits) {
     struct SharedWords *shared = bits->shared;
     const ptrdiff_t n = bits->next - bits->first; /* less than a word */
     if (n == 0)
@@ -90,7 +90,7 @@ static NOINLINE void put_part_of_word(const struct Bits *bits) {
 
 /* Go on elsewhere. */
 static NOINLINE void seek_bit(struct Bits *bits, ptrdiff_t place) {
-    put_part_of_word(bits);
+    keep_part_of_word(bits);
     bits->held = 0;
     bits->first = bits->next = place;
 }
@@ -108,7 +108,7 @@ INLINE void put_bits(struct Bits *bits, uint64_t values, ptrdiff_t lanes) {
     else {
         struct Bits part = *bits;
         part.next -= left;
-        put_part_of_word(&part);
+        keep_part_of_word(&part);
     }
     bits->held = left > 0 ? value >> (lanes - left) : 0;
     bits->first = bits->next - left;
@@ -157,8 +157,8 @@ static void stream_lines(struct Lines *lines, ptrdiff_t more, int at_last) {
         memcpy(lines->to + lines->begin, lines->bytes + lines->begin, lines->end - lines->begin);
 }
 
-/* The power of two at or below the root of a positive number, from 2^-100 to 2^100; 1 for a NaN. Half of
-   the exponent tells, where a root takes as long as ten values. */
+/* The power of two at or below the root of a number that is not negative, from 2^-100 to 2^100; 1 for a
+   NaN. Half of the exponent tells, where a root takes as long as ten values. */
 INLINE double unit_of_root(double value) {
     union {
         double number;

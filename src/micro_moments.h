@@ -131,7 +131,6 @@ static void T(scale_columns)(const stored *x, const struct Sheet *block, real sm
         }
     }
     for (ptrdiff_t k = 0; k < block->width; k++) {
-        /* The others keep the very bits they would have had. */
         exponent = 0;
         if (T(is_outside)(square[k], smallest) && largest[k] < INFINITY) {
             frexp(largest[k], &exponent);
@@ -171,16 +170,24 @@ INLINE void T(merge_rows)(const struct T(Block) *sums, const double *unit,
     T(merge_block)(sums, unit, block->tail, block->width, (double)block->rows, before, columns);
 }
 
-/* Merge a block in units near the largest value of each column. In such a unit the digits are those
-   that float32 without limits would give: so they do not depend on the unit of x. */
+/* Merge a block of which some columns are out of range, these in units near their largest values. In such
+   a unit the digits are those that float32 without limits would give: so they do not depend on the unit
+   of x. The other columns keep their sums: no bit of them depends on who is beside them. */
 static COLD void T(add_scaled_block)(const void *x, const struct Sheet *block, real smallest,
-                                     double before, struct T(Block) *sums,
+                                     double before, const struct T(Block) *sums,
                                      struct Columns *columns) {
+    struct T(Block) scaled;
     real factor[WIDTH];
     double unit[WIDTH];
     T(scale_columns)(x, block, smallest, sums->square, factor, unit);
-    T(sum_block)(x, block, 0, 0, factor, smallest, sums);
-    T(merge_rows)(sums, unit, block, before, columns);
+    T(sum_block)(x, block, 0, 0, factor, smallest, &scaled);
+    for (ptrdiff_t k = 0; k < block->width; k++)
+        if (!T(is_outside)(sums->square[k], smallest)) {
+            scaled.shift[k] = sums->shift[k];
+            scaled.total[k] = sums->total[k];
+            scaled.square[k] = sums->square[k];
+        }
+    T(merge_rows)(&scaled, unit, block, before, columns);
 }
 
 /* Merge a block into columns of so many rows before, around whose means it is summed: why that is

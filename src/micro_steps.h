@@ -34,8 +34,8 @@ INLINE vector T(values_at)(const stored *at, ptrdiff_t lanes) {
     return lanes < LANES_OF ? load_some(at, lanes) : load(at);
 }
 
-/* Go on with the value that is written here. Of another run that is written next, the first bits are
-   fetched: to put some into a word waits for its line. */
+/* Go on with the value that is written here. The first bits of another run that is written next are
+   fetched: a store waits until its line is read. */
 INLINE void T(seek)(struct T(Steps) *s, const stored *out) {
     if (!s->bits.array || s->bits.next == out - s->first)
         return;

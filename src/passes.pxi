@@ -191,7 +191,7 @@ cdef bint goes_by_strip(const Pass* p, int num_threads) noexcept nogil:
     if p.kind == GIVEN or (g.by_plane and g.pieces == 1):
         return g.pieces == 1
     if not g.by_plane and (g.strip_channels * g.S * g.N > CACHED
-                           or (num_threads == g.strips > 1 and g.N > FEW_ROWS)):
+                           or (num_threads == g.batch_strips > 1 and g.N > FEW_ROWS)):
         return False
     return g.strips % num_threads == 0 or g.strips >= 4 * num_threads
 
@@ -231,6 +231,7 @@ cdef void work(const Pass* p, Team* team, int thread) noexcept nogil:
     cdef Pace* pace = team.paces + thread
     cdef Py_ssize_t most, first, n = 1, k
     if team.by_strip:
+        # A few at a time at most, so that who is done early finds some that are left.
         most = min(g.strips // (4 * team.threads),
                    PIECE // (g.strip_channels * g.S * g.N))
         begin_round(team, pace)
@@ -304,6 +305,7 @@ cdef void prepare(Pass* p, Team* team) noexcept nogil:
         p.bias = per_channel_absent(0)
     if team.threads == 1:
         join_strips(&p.geometry)
+        join_strips(&p.writing)
     team.by_strip = goes_by_strip(p, team.threads)
     cdef const Geometry* writing = g if team.by_strip else &p.writing
     if (writing.by_plane and written_run(writing) < SHORTEST_STREAMED

@@ -68,7 +68,7 @@ def check(kind, x, residual, grad_output, activation, training=True, **given):
 @KINDS
 @STEPS
 @ISAS
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", ml_dtypes.bfloat16])
 def test_layer(rng, kind, activation, has_residual, isa, threads, dtype, use_isa):
     use_isa(isa)

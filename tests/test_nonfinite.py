@@ -278,3 +278,16 @@ def test_gradients_of_other_channels_keep_their_bits(x, channel_axis, poison, tr
     for grad, expected in zip(grads, clean, strict=True):
         axis = channel_axis if grad.ndim > 1 else 0
         assert grad.take(others, axis).tobytes() == expected.take(others, axis).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("row", "value"), [(150, np.nan), (150, np.inf), (150, 1e25), (0, 0)], ids=str
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_statistics_of_other_channels_keep_their_bits(rng, row, value, threads):
+    x = rng.normal(3, 2, (191, 600)).astype(np.float32)  # two blocks of rows
+    bad = x.copy()
+    bad[row:, 7] = value
+    with cbn.num_threads(threads):
+        clean, found = (np.delete(functional.batch_norm_stats(a)[:2], 7, 1) for a in (x, bad))
+    assert found.tobytes() == clean.tobytes()
