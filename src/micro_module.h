@@ -46,7 +46,8 @@ INLINE ptrdiff_t max_of(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 #endif
 
 /* Words of which some bits are another thread's, or are not written yet. They are kept until there are 64,
-   or up to the end: a locked instruction waits until all that was streamed is written. */
+   or up to the end: a locked instruction waits until all that was streamed is written. At the end of every
+   row, it made training of 64x1024x14x14 with ReLU a tenth slower (benchmarks/compare.py). */
 struct SharedWords {
     int n;
     struct {

@@ -191,7 +191,7 @@ cdef bint goes_by_strip(const Pass* p, int num_threads) noexcept nogil:
     if p.kind == GIVEN or (g.by_plane and g.pieces == 1):
         return g.pieces == 1
     if not g.by_plane and (g.strip_channels * g.S * g.N > CACHED
-                           or (num_threads == g.batch_strips > 1 and g.N > FEW_ROWS)):
+                           or (num_threads == g.strips and g.batch_strips > 1 and g.N > FEW_ROWS)):
         return False
     return g.strips % num_threads == 0 or g.strips >= 4 * num_threads
 
