@@ -5,7 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 
 import numpy as np
-from memory import in_own_process, taken
+import pytest
+from memory import TENTH, in_own_process, taken
 
 MEGABYTE = 1 << 20
 
@@ -27,3 +28,21 @@ def test_a_call() -> None:
     case = ("batch", "NCHW", "inference", (40, 64, 56, 56))
     most, kept = in_own_process(case, "layer out=", Namespace(threads=1))
     assert max(most, kept) < MEGABYTE
+
+
+@pytest.mark.parametrize(
+    ("norm", "layout", "pass_", "shape"),
+    [
+        ("layer", "NC", "backward", (1 << 22, 2)),
+        ("instance", "NCHW", "forward", (512, 8192, 1, 2)),
+        ("instance", "NCHW", "backward", (512, 8192, 1, 2)),
+        ("instance", "NHWC", "backward", (512, 1, 2, 8192)),
+        ("group", "NCHW", "backward", (512, 8192, 1, 2)),
+        ("batch", "NC", "inference", (8, 1 << 20)),
+    ],
+)
+def test_channels_of_few_values(norm: str, layout: str, pass_: str, shape: tuple[int, ...]) -> None:
+    """What is found of millions of channels takes no more than a tenth of their values."""
+    case = (norm, layout, pass_, shape)
+    most, _ = in_own_process(case, "function out=", Namespace(threads=2))
+    assert most < TENTH * 4 * np.prod(shape)

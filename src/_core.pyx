@@ -12,7 +12,7 @@ from cython.parallel cimport parallel, threadid
 from libc.math cimport INFINITY
 from libc.stdio cimport FILE, fclose, fopen, fscanf
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 from posix.time cimport (
     CLOCK_MONOTONIC, CLOCK_THREAD_CPUTIME_ID, clock_gettime, clockid_t, timespec,
 )
@@ -70,6 +70,7 @@ include "contention.pxi"
 include "moments.pxi"
 include "gradients.pxi"
 include "schedule.pxi"
+include "memory.pxi"
 include "passes.pxi"
 
 if watch_forks_and_threads() != 0:   # a child would hang
@@ -133,7 +134,7 @@ cdef void set_up(Pass* p, Kind kind, View view, ndarray weight, ndarray bias, nd
     p.statistics = NULL
     p.grad_weight = p.grad_bias = NULL
     memset(&p.fused, 0, sizeof(Fused))
-    p.origin = p.ahead = 0
+    p.origin = p.ahead = p.first_sharer = 0
 
 
 cdef void use_statistics(Pass* p, ndarray statistics):
@@ -220,7 +221,7 @@ cpdef statistics_of(ndarray x, View view,
     cdef Pass p
     set_up(&p, STATISTICS, view, None, None, None, None, eps)
     p.centred = centred
-    p.statistics = <double*>data_of(statistics)
+    keep_statistics(&p, <double*>data_of(statistics), p.geometry.channels)
     run_pass(&p, x, None, None)
 
 
@@ -241,10 +242,8 @@ cpdef normalise(ndarray x, View view, ndarray weight, ndarray bias, double eps, 
     set_up(&p, NORMALISE, view, weight, bias, None, None, eps)
     p.centred = centred
     fuse(&p, steps)
-    if statistics is None and not has_spans(&p):
-        statistics = new_statistics(p.geometry.channels)
-    use_statistics(&p, statistics)
-    p.statistics = <double*>data_of(statistics)
+    if statistics is not None:
+        keep_statistics(&p, <double*>data_of(statistics), p.geometry.channels)
     run_pass(&p, x, None, out)
 
 
@@ -296,7 +295,7 @@ cpdef gradients(ndarray grad_output, Saved saved, ndarray weight,
     set_up(&p, FROZEN_GRADIENTS if saved.frozen else GRADIENTS, saved.view, weight, None, None,
            None, saved.eps)
     p.centred = saved.centred
-    if statistics is None and not has_spans(&p):
+    if statistics is None and not saved.view.recomputes:
         statistics = new_statistics(p.geometry.channels)
         statistics_of(saved.x, saved.view, saved.eps, saved.centred, statistics)
     use_statistics(&p, statistics)

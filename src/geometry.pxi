@@ -58,6 +58,7 @@ cdef public enum:
     SMALL_PIECE = 16384  # ... and where an array has few of them
     SMALL_STRIP = 8192   # values that channels of few values are gathered to
     LONG_RUN = 512       # S from which a channel is walked by plane, ...
+    FEW_VALUES = 64      # of a channel: six coefficients of it would be a tenth of them
     LEAST_ROWS = 8       # ... or from SHORT_LANES, where N would leave a sheet fewer rows
     # Channels that share parameters and whose gradients a strip gathers: so many that the sums,
     # 16 bytes a parameter and strip, are a tenth of the values at most, and that they have
@@ -137,7 +138,8 @@ cdef class View:
     cdef readonly tuple parameter_shape   # of weight, bias, and running statistics
     cdef readonly Py_ssize_t values       # that a mean is of
     # Whether backward computes statistics that were not kept on its way through x, and whether they
-    # are better not kept: three of float64 would be more than a tenth of a channel of float32.
+    # are better not kept: where that is little work, and three of float64 would be more than a
+    # tenth of a channel of float32.
     cdef readonly bint recomputes
     cdef readonly bint keeps_none
     cdef Geometry writing
@@ -155,8 +157,11 @@ cdef class View:
             self.writing = cut(self, False, False)
             self.reducing = cut(self, True, False)
             self.gathering = cut(self, True, True)
-        self.recomputes = self.values > 0 and is_in_spans(&self.gathering)
-        self.keeps_none = (self.recomputes
+        self.recomputes = self.values > 0 and (
+            is_in_spans(&self.gathering)
+            or (self.of_samples and self.values < LONG_RUN
+                and self.reducing.pieces == self.gathering.pieces == 1))
+        self.keeps_none = (self.recomputes and is_in_spans(&self.gathering)
                            and 10 * 3 * sizeof(double) > self.values * sizeof(float))
 
     cdef inline Py_ssize_t most(self):
@@ -222,8 +227,11 @@ cdef Geometry cut(View view,
         # Strips of equal width, so that no thread is left with a sliver.
         g.strip_channels = ceil_div(C, ceil_div(C, max(1, WIDTH // S)))
         if S == 1 and C >= WIDTH and not reduces:
-            # No accumulators, so nothing forbids whole rows, and memory likes them best.
+            # No accumulators, so nothing forbids whole rows, and memory likes them best. But not
+            # where there would be more coefficients than values in a few rows.
             g.strip_channels = C
+            if N < FEW_VALUES and C > 8 * WIDTH:
+                g.strip_channels = channels_of_even_strips(C, max(WIDTH, most // N))
         elif g.strip_channels == C:
             while C * S * g.repeat < NARROW and N >= 2 * LEAST_ROWS * g.repeat:
                 g.repeat *= 2

@@ -65,8 +65,8 @@ cdef void reduce_by_value(const Pass* p, Sheet sheet, Py_ssize_t first,
 cdef void reduce_gradients(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noexcept nogil:
     cdef const Geometry* g = &p.geometry
     cdef Sheet sheet = sheet_of(g, strip, piece)
-    cdef Py_ssize_t first = first_channel(g, strip), parts = parts_kept(g)
-    cdef Sums* into = <Sums*>p.partial + (piece * g.channels + first) * parts
+    cdef Py_ssize_t first = first_channel(g, strip) - p.origin, parts = parts_kept(g)
+    cdef Sums* into = <Sums*>p.partial + (piece * p.stride + first) * parts
     if g.by_value:
         if p.shares != NULL:
             clear_share(p, &sheet, share_of(p, strip, piece))
@@ -113,7 +113,7 @@ cdef inline Sums merge_parts(const Pass* p, Py_ssize_t c,
     for q in range(kept, g.parts):
         grad_bias[q] = grad_weight[q] = 0
     for piece in range(1, g.pieces):
-        found += g.channels * kept
+        found += p.stride * kept
         first = first_part(g, piece)
         for q in range(min(kept, g.parts - first)):
             grad_bias[first + q] += found[q].grad_output
@@ -134,12 +134,12 @@ cdef void merge_gradients(const Pass* p, Py_ssize_t first, Py_ssize_t n, const d
     cdef double* share
     cdef Sums sums
     if g.parts == 1 or g.by_value:
-        merge_sums(<const Sums*>p.partial + first, g.pieces, g.channels, n, total, product)
+        merge_sums(<const Sums*>p.partial + first, g.pieces, p.stride, n, total, product)
     if p.shares == NULL or g.by_value:
         return
-    sharer, turn = first // g.period, first % g.period
+    sharer, turn = (p.origin + first) // g.period, (p.origin + first) % g.period
     for c in range(n):
-        share = p.shares + sharer * 2 * g.parameters + turn * g.parts
+        share = p.shares + (sharer - p.first_sharer) * 2 * g.parameters + turn * g.parts
         if g.parts == 1:
             share[0], share[g.parameters] = total[c], product[c] * reciprocal[c]
         else:

@@ -83,6 +83,7 @@ cdef public struct Pass:
     bint stream             # whether it is written past the cache
     bint from_memory        # whether x is larger than what a cache keeps of it from pass to pass
     bint centred            # whether the mean is subtracted; RMS norm does not
+    bint finds              # whether it finds the statistics of x, and is not given them
     Fused fused
     bint fuses              # whether any of these steps goes along with what is written
     PerChannel weight       # of a channel, where it has one
@@ -91,17 +92,20 @@ cdef public struct Pass:
     PerChannel mean_low
     PerChannel var
     double eps
-    double* statistics      # OUT (3, channels): mean, mean_low and var
+    double* statistics      # OUT (3, channels): mean, mean_low and var, ...
+    Py_ssize_t statistics_stride   # ... so far apart
     void* grad_weight       # OUT (parameters,) of the type that is computed in, or NULL
     void* grad_bias
+    Py_ssize_t stride       # channels from one row of the next two to the next
     void* partial           # (pieces, channels) Moments, or (pieces, channels, parts_kept) Sums
-    # The next two are of the type that is computed in.
+    # These are of the type that is computed in.
     void* coefficients      # (COEFFICIENTS, channels)
     void* parameters        # (2, parameters): weights and biases of parts of channels
     # The gradients of parameters that several channels share: OUT (sharers, 2, parameters), of the
     # biases and of the weights, to be added up.
     double* shares
     Py_ssize_t sharers
+    Py_ssize_t first_sharer   # of all channels, that of the first of these
 
 
 cdef public struct Micro:

@@ -56,7 +56,7 @@ static void R(spread)(const real *value, ptrdiff_t channels, ptrdiff_t span, ptr
 /* The coefficients of at most AT_ONCE channels. */
 static void R(finish_coefficients)(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
                                    double *reciprocal) {
-    const ptrdiff_t C = p->geometry.channels, period = p->geometry.period;
+    const ptrdiff_t C = p->stride, period = p->geometry.period;
     real *coefficient = (real *)p->coefficients + first;
     double mean[AT_ONCE], mean_low[AT_ONCE], weight[AT_ONCE], bias[AT_ONCE], low;
     take_values(&p->mean, first, n, mean);
@@ -84,15 +84,15 @@ static void R(finish_coefficients)(const struct Pass *p, ptrdiff_t first, ptrdif
 static void R(finish_gradients)(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
                                 const double *reciprocal, const double *total,
                                 const double *product) {
-    const ptrdiff_t C = p->geometry.channels;
+    const ptrdiff_t C = p->stride;
     const double count = (double)p->geometry.N * p->geometry.S;
     real *coefficient = (real *)p->coefficients + first;
     real *grad_weight = p->grad_weight, *grad_bias = p->grad_bias;
     double slope, mean_grad;
     if (!p->shares && grad_weight)
         for (ptrdiff_t c = 0; c < n; c++) {
-            grad_bias[first + c] = (real)total[c];
-            grad_weight[first + c] = (real)(product[c] * reciprocal[c]);
+            grad_bias[p->origin + first + c] = (real)total[c];
+            grad_weight[p->origin + first + c] = (real)(product[c] * reciprocal[c]);
         }
     for (ptrdiff_t c = 0; c < n; c++)
         if (p->kind == FROZEN_GRADIENTS) {
@@ -109,10 +109,11 @@ static void R(finish_gradients)(const struct Pass *p, ptrdiff_t first, ptrdiff_t
         }
 }
 
-/* Add up the gradients of at most AT_ONCE parameters that several channels share. */
+/* Add up the gradients of at most AT_ONCE parameters that several channels share, into the first sharer's
+   too: there may be more of them. */
 static void R(finish_parameters)(const struct Pass *p, ptrdiff_t first, ptrdiff_t n) {
     const ptrdiff_t parameters = p->geometry.parameters;
-    const double *share = p->shares + first;
+    double *share = p->shares + first;
     double grad_bias[AT_ONCE], grad_weight[AT_ONCE];
     for (ptrdiff_t k = 0; k < n; k++)
         grad_bias[k] = grad_weight[k] = 0;
@@ -122,7 +123,10 @@ static void R(finish_parameters)(const struct Pass *p, ptrdiff_t first, ptrdiff_
         for (ptrdiff_t k = 0; k < n; k++)
             grad_weight[k] += share[parameters + k];
     }
+    share = p->shares + first;
     for (ptrdiff_t k = 0; k < n; k++) {
+        share[k] = grad_bias[k];
+        share[parameters + k] = grad_weight[k];
         ((real *)p->grad_bias)[first + k] = (real)grad_bias[k];
         ((real *)p->grad_weight)[first + k] = (real)grad_weight[k];
     }

@@ -340,8 +340,8 @@ static void fold(const struct Sheet *sheet, const struct Columns *columns, struc
 static void finish_moments(const struct Pass *p, ptrdiff_t first, ptrdiff_t n,
                            const struct Columns *found) {
     const double count = (double)p->geometry.N * p->geometry.S;
-    double *mean = p->statistics + first, *mean_low = mean + p->geometry.channels;
-    double *var = mean_low + p->geometry.channels;
+    double *mean = p->statistics + first, *mean_low = mean + p->statistics_stride;
+    double *var = mean_low + p->statistics_stride;
     for (ptrdiff_t c = 0; c < n; c++) {
         /* Two-sum (Knuth): mean and mean_low together are the exact sum of the two parts. */
         const double sum = found->shift[c] + found->mean[c], rounded = sum - found->shift[c];

@@ -245,7 +245,7 @@ INLINE struct T(Place) T(place_of)(const struct Pass *p, ptrdiff_t at, ptrdiff_t
     place.streams = p->stream;
     place.steps = steps;
     place.coefficients = (const real *)p->coefficients + first;
-    place.stride = p->geometry.channels;
+    place.stride = p->stride;
     return place;
 }
 
@@ -485,7 +485,7 @@ INLINE struct T(Walk) T(walk_of)(const struct Pass *p, const struct Sheet *sheet
     const real *channel = (const real *)p->coefficients + first;
     return (struct T(Walk)){
         .channel = channel, .first = channel, .end = channel + sheet->channels,
-        .stride = p->geometry.channels, .part = part, .parts = p->geometry.parts,
+        .stride = p->stride, .part = part, .parts = p->geometry.parts,
         .length = length, .left = length - sheet->start % length,
         .weight = R(weights_of)(p, first) + part, .weights = p->parameters,
         .parameters = p->geometry.parameters};
@@ -647,7 +647,7 @@ static struct Sheet T(unbroken)(struct Sheet sheet, ptrdiff_t head) {
    come some of the first again, for rows that begin or end within one of the table. */
 static void T(make_table)(const struct Pass *p, const struct Sheet *sheet, ptrdiff_t first,
                           ptrdiff_t beyond, real *table) { /* OUT */
-    const ptrdiff_t C = p->geometry.channels, parts = p->geometry.parts;
+    const ptrdiff_t C = p->stride, parts = p->geometry.parts;
     const real *weights = R(weights_of)(p, first), *coefficients = (real *)p->coefficients + first;
     const int backward = p->kind == GRADIENTS;
     const int rows = !backward ? SLOPE : parts > 1 ? ALL_COEFFICIENTS : COEFFICIENTS;

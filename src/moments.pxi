@@ -147,7 +147,8 @@ cdef void reduce_moments(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noex
     cdef double[3 * WIDTH] values
     cdef Columns columns = columns_in(values, WIDTH)
     cdef Sheet sheet = sheet_of(g, strip, piece)
-    cdef Moments* into = <Moments*>p.partial + piece * g.channels + first_channel(g, strip)
+    cdef Moments* into = <Moments*>p.partial + piece * p.stride + (
+        first_channel(g, strip) - p.origin)
 
     if g.by_plane:
         reduce_planes(p, sheet, into)

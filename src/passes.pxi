@@ -21,7 +21,6 @@ cdef enum:
     SHORTEST_STREAMED = 512
     # A small pass works in memory of the stack, and keeps the GIL: malloc, and to give up the GIL
     # and take it back, would be a tenth of its time (shapes "small" of benchmarks/compare.py).
-    NEAR = 512         # values of float64: threads may have small stacks
     HOLDS_GIL = 12288   # values, of which each counts for its cost
 
 
@@ -30,64 +29,39 @@ cdef inline bint is_streamed(size_t size, Kind kind) noexcept nogil:
     return size * (3 if kind == GRADIENTS else 2) >= STREAM_BYTES
 
 
-cdef inline bint finds_statistics(const Pass* p) noexcept nogil:
-    """Whether a pass finds the statistics of x, and is not given them."""
-    return p.kind == STATISTICS or p.kind == NORMALISE or (p.kind == GRADIENTS
-                                                           and p.mean.double_ == NULL)
+cdef void find_statistics(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    """The statistics of some channels, from what the pieces found."""
+    cdef double[3 * AT_ONCE] values
+    cdef Columns found = columns_in(values, AT_ONCE)
+    cdef Moments moments
+    cdef Py_ssize_t end = first + n, c
+    while first < end:
+        n = min(AT_ONCE, end - first)
+        for c in range(n):
+            moments = merge(<const Moments*>p.partial + first + c, p.geometry.pieces, p.stride)
+            found.shift[c], found.mean[c], found.m2[c] = moments.shift, moments.mean, moments.m2
+        micro_of(p).finish_moments(p, first, n, &found)
+        first += n
 
 
-cdef void reduce_tile(const Pass* p, Py_ssize_t strip, Py_ssize_t piece) noexcept nogil:
-    if finds_statistics(p):
-        reduce_moments(p, strip, piece)
-    elif p.kind != GIVEN:
-        reduce_gradients(p, strip, piece)
-
-
-cdef void finish_channels(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
-    """Finish at most AT_ONCE channels."""
-    cdef const Geometry* g = &p.geometry
+cdef void find_coefficients(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
+    """The coefficients of some channels, from their statistics and, of gradients, their sums."""
     cdef const Micro* micro = micro_of(p)
     cdef double[AT_ONCE] reciprocal
     cdef double[AT_ONCE] total
     cdef double[AT_ONCE] product
-    cdef double[3 * AT_ONCE] values
-    cdef Columns found = columns_in(values, AT_ONCE)
-    cdef Moments moments
-    cdef Py_ssize_t c
-    if finds_statistics(p):
-        for c in range(n):
-            moments = merge(<const Moments*>p.partial + first + c, g.pieces, g.channels)
-            found.shift[c], found.mean[c], found.m2[c] = moments.shift, moments.mean, moments.m2
-        micro.finish_moments(p, first, n, &found)
-        if p.kind == STATISTICS:
-            return
-    if g.by_value and p.out == NULL:   # the gradients of parameters are in their shares
-        return
-    micro.finish_coefficients(p, first, n, reciprocal)
-    if p.kind == GRADIENTS or p.kind == FROZEN_GRADIENTS:
-        merge_gradients(p, first, n, reciprocal, total, product)
-        micro.finish_gradients(p, first, n, reciprocal, total, product)
-
-
-cdef void finish_some(const Pass* p, Py_ssize_t first, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t end = first + n
+    if p.kind == STATISTICS:
+        return
+    if p.geometry.by_value and p.out == NULL:   # the gradients of parameters are in their shares
+        return
     while first < end:
-        finish_channels(p, first, min(AT_ONCE, end - first))
-        first += AT_ONCE
-
-
-cdef inline bint has_spans(const Pass* p) noexcept nogil:
-    """Whether strips are run some channels at a time."""
-    cdef const Geometry* g = &p.geometry
-    return is_in_spans(g) and p.kind != FROZEN_GRADIENTS
-
-
-cdef inline PerChannel per_channel_from(PerChannel values, Py_ssize_t first) noexcept nogil:
-    if values.single != NULL:
-        values.single += first
-    if values.double_ != NULL:
-        values.double_ += first
-    return values
+        n = min(AT_ONCE, end - first)
+        micro.finish_coefficients(p, first, n, reciprocal)
+        if is_backward(p):
+            merge_gradients(p, first, n, reciprocal, total, product)
+            micro.finish_gradients(p, first, n, reciprocal, total, product)
+        first += n
 
 
 cdef inline Py_ssize_t span_of(const Pass* p) noexcept nogil:
@@ -117,35 +91,23 @@ cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:
     cdef double* share = NULL
     cdef Pass of_span = p[0]
     cdef Sheet sheet = sheet_of(g, strip, 0)
-    cdef Py_ssize_t first = first_channel(g, strip), end = first + sheet.channels, n, k
+    cdef Py_ssize_t first = first_channel(g, strip), end = first + sheet.channels, n
     cdef Py_ssize_t span = span_of(p)
-    cdef bint finds = finds_statistics(p)
 
-    of_span.geometry.channels = AT_ONCE
+    of_span.stride = AT_ONCE
     of_span.coefficients = coefficients
-    if finds:
-        of_span.statistics = statistics
-        of_span.mean.double_ = statistics
-        of_span.mean_low.double_ = statistics + AT_ONCE
-        of_span.var.double_ = statistics + 2 * AT_ONCE
+    if p.finds and p.statistics == NULL:
+        keep_statistics(&of_span, statistics, AT_ONCE)
     if p.kind == GRADIENTS and p.shares != NULL:
         share = share_of(p, strip, 0)
         clear_share(p, &sheet, share)
     while first < end:
         n = sheet.channels = min(span, end - first)
-        of_span.origin = first
         of_span.ahead = n * g.S
-        if finds:
+        begin_at(&of_span, p, first)
+        if p.finds:
             sheet_moments(p, &sheet, &found)
             micro.finish_moments(&of_span, 0, n, &found)
-            if p.statistics != NULL:
-                for k in range(3):
-                    memcpy(p.statistics + k * g.channels + first, statistics + k * AT_ONCE,
-                           n * sizeof(double))
-        else:
-            of_span.mean = per_channel_from(p.mean, first)
-            of_span.mean_low = per_channel_from(p.mean_low, first)
-            of_span.var = per_channel_from(p.var, first)
         if p.kind != STATISTICS:
             micro.finish_coefficients(&of_span, 0, n, reciprocal)
         if p.kind == GRADIENTS and p.out == NULL:
@@ -165,14 +127,19 @@ cdef void run_spans(const Pass* p, Py_ssize_t strip) noexcept nogil:
 
 cdef void run_strip(const Pass* p, Py_ssize_t strip) noexcept nogil:
     cdef const Geometry* g = &p.geometry
-    cdef Py_ssize_t first = first_channel(g, strip), piece
+    cdef Py_ssize_t first = first_channel(g, strip) - p.origin, n = channels_of(g, strip), piece
     cdef Sheet sheet
     if has_spans(p):
         run_spans(p, strip)
         return
-    for piece in range(g.pieces):
-        reduce_tile(p, strip, piece)
-    finish_some(p, first, channels_of(g, strip))
+    if p.finds:
+        for piece in range(g.pieces):
+            reduce_moments(p, strip, piece)
+        find_statistics(p, first, n)
+    if is_backward(p):
+        for piece in range(g.pieces):
+            reduce_gradients(p, strip, piece)
+    find_coefficients(p, first, n)
     if p.out != NULL:   # the last piece first: it is the one still in the cache
         for piece in range(g.pieces - 1, -1, -1):
             sheet = sheet_of(g, strip, piece)
@@ -190,6 +157,8 @@ cdef bint goes_by_strip(const Pass* p, int num_threads) noexcept nogil:
     cdef const Geometry* g = &p.geometry
     if p.kind == GIVEN or (g.by_plane and g.pieces == 1):
         return g.pieces == 1
+    if p.kind == GRADIENTS and p.finds:   # the rounds are for one reduction
+        return True
     if not g.by_plane and (g.strip_channels * g.S * g.N > CACHED
                            or (num_threads == g.strips and g.batch_strips > 1 and g.N > FEW_ROWS)):
         return False
@@ -201,16 +170,22 @@ cdef void run_rounds(const Pass* p, Team* team, int thread) noexcept nogil:
     cdef const Geometry* g = &p.geometry
     cdef Pace* pace = team.paces + thread
     cdef Sheet sheet
-    cdef Py_ssize_t k
+    cdef Py_ssize_t k, n
     if p.kind != GIVEN:
         begin_round(team, pace)
         while take(team, REDUCTIONS, thread, 1, &k) > 0:
-            reduce_tile(p, k % g.strips, k // g.strips)
+            if p.finds:
+                reduce_moments(p, k % g.strips, k // g.strips)
+            else:
+                reduce_gradients(p, k % g.strips, k // g.strips)
             pace.channels += channels_of(g, k % g.strips)
         end_round(team, pace)
         wait_for(team)
     while take(team, FINISHES, thread, 1, &k) > 0:
-        finish_some(p, k * FINISHED, min(FINISHED, g.channels - k * FINISHED))
+        n = min(FINISHED, g.channels - k * FINISHED)
+        if p.finds:
+            find_statistics(p, k * FINISHED, n)
+        find_coefficients(p, k * FINISHED, n)
     wait_for(team)
     if p.out != NULL:
         g = &p.writing
@@ -225,30 +200,71 @@ cdef void run_rounds(const Pass* p, Team* team, int thread) noexcept nogil:
         end_round(team, pace)
 
 
+cdef void add_up(const Pass* p, Team* team, int thread) noexcept nogil:
+    """Add up the gradients of parameters that channels share."""
+    cdef const Geometry* g = &p.geometry
+    cdef Py_ssize_t k, n, i
+    if p.shares == NULL or p.grad_weight == NULL:
+        return
+    wait_for(team)
+    while take(team, PARAMETERS, thread, 1, &k) > 0:
+        n = min(AT_ONCE, g.parameters - k * AT_ONCE)
+        micro_of(p).finish_parameters(p, k * AT_ONCE, n)
+        if has_turns(p, team):   # the next one adds to the first
+            for i in range(2, 2 * p.sharers):
+                memset(p.shares + i * g.parameters + k * AT_ONCE, 0, n * sizeof(double))
+
+
+cdef void begin_turn(const Pass* p, Team* team, int thread, Py_ssize_t done) noexcept nogil:
+    """Share out the next turn. Nobody takes strips until all are through with what the last shared,
+    and the other way round."""
+    wait_for(team)
+    if thread == 0:
+        share_out(team, REDUCTIONS, done, min(team.turn, p.geometry.strips - done))
+        share_out(team, PARAMETERS, 0, ceil_div(p.geometry.parameters, AT_ONCE))
+    wait_for(team)
+
+
 cdef void work(const Pass* p, Team* team, int thread) noexcept nogil:
-    """What one thread of a team does: strips, several at a time where they are small, or rounds."""
+    """What one thread of a team does: strips, several at a time where they are small, or rounds.
+
+    Each turn of strips adds what they share to the sum of those before, so that all is added in the
+    order of the memory.
+    """
     cdef const Geometry* g = &p.geometry
     cdef Pace* pace = team.paces + thread
-    cdef Py_ssize_t most, first, n = 1, k
-    if team.by_strip:
-        # A few at a time at most, so that who is done early finds some that are left.
-        most = min(g.strips // (4 * team.threads),
-                   PIECE // (g.strip_channels * g.S * g.N))
-        begin_round(team, pace)
-        while n > 0:
-            n = take(team, REDUCTIONS, thread, max(1, most), &first)
-            for k in range(first, first + n):
-                run_strip(p, k)
-                pace.channels += channels_of(g, k)
-        end_round(team, pace)
-    else:
+    cdef Py_ssize_t done = 0, first, n, k
+    # A few at a time at most, so that who is done early finds some that are left.
+    cdef Py_ssize_t most = max(1, min(team.turn // (4 * team.threads),
+                                      PIECE // (g.strip_channels * g.S * g.N)))
+    cdef Pass own
+    if team.apart:
+        own = p[0]
+        keep(&own, &team.tables, <char*>p.partial + thread * team.tables.size)
+    if not team.by_strip:
         run_rounds(p, team, thread)
+        add_up(p, team, thread)
+    while team.by_strip and done < g.strips:
+        if done > 0:
+            begin_turn(p, team, thread, done)
+        if has_turns(p, team):
+            own.first_sharer = first_channel(g, done) // g.period - 1
+        begin_round(team, pace)
+        n = take(team, REDUCTIONS, thread, most, &first)
+        while n > 0:
+            for k in range(first, first + n):
+                if team.apart:
+                    begin_at(&own, p, first_channel(g, k))
+                    run_strip(&own, k)
+                else:
+                    run_strip(p, k)
+                pace.channels += channels_of(g, k)
+            n = take(team, REDUCTIONS, thread, most, &first)
+        end_round(team, pace)
+        add_up(p, team, thread)
+        done += team.turn
     if p.stream:   # once, because it waits until all lines are written
         fence_streams()
-    if p.shares != NULL and p.grad_weight != NULL:
-        wait_for(team)
-        while take(team, PARAMETERS, thread, 1, &k) > 0:
-            micro_of(p).finish_parameters(p, k * AT_ONCE, min(AT_ONCE, g.parameters - k * AT_ONCE))
 
 
 cdef inline Py_ssize_t cost_of(Kind kind) noexcept nogil:
@@ -270,30 +286,17 @@ def take_threads_from(function, Py_ssize_t serial_below_now):
     get_num_threads, serial_below = function, serial_below_now
 
 
-cdef char* take_memory(Pass* p, Team* team, double* near) noexcept nogil:
-    """What the pieces find (with given statistics, nothing), shares in gradients, paces, and the
-    tables of coefficients and of weights and biases of parts of channels; near, where they fit."""
+cdef void arrange(Pass* p, Team* team) noexcept nogil:
+    """Who does what, and whether each strip is a pass of its own."""
     cdef const Geometry* g = &p.geometry
-    cdef bint gradients = p.kind == GRADIENTS or p.kind == FROZEN_GRADIENTS
-    cdef bint spans = has_spans(p)   # which keep nothing of channels
-    cdef size_t found = 0 if spans or p.kind == GIVEN else g.channels * g.pieces * (
-        parts_kept(g) * sizeof(Sums) if gradients else sizeof(Moments))
-    cdef size_t shares = 0
-    if gradients and shares_parameters(g) and (p.grad_weight != NULL or not g.by_value):
-        p.sharers = sharers_of(g)
-        shares = p.sharers * 2 * g.parameters * sizeof(double)
-    cdef size_t paces = <int>ROUNDS * team.threads * sizeof(Pace)
-    cdef size_t real_size = sizeof(double) if p.storage == FLOAT64 else sizeof(float)
-    cdef size_t coefficients = 0 if spans else g.channels * COEFFICIENTS * real_size
-    cdef size_t parameters = 0 if g.parts == 1 else 2 * g.parameters * real_size
-    cdef size_t size = found + shares + paces + coefficients + parameters
-    cdef char* memory = <char*>(near if size <= NEAR * sizeof(double) else malloc(size))
-    p.partial = memory
-    p.shares = <double*>(memory + found) if shares else NULL
-    team.paces = <Pace*>(memory + found + shares)
-    p.coefficients = memory + found + shares + paces
-    p.parameters = memory + found + shares + paces + coefficients
-    return memory
+    if team.threads == 1:
+        join_strips(&p.geometry)
+        join_strips(&p.writing)
+    team.by_strip = goes_by_strip(p, team.threads)
+    team.turn = g.strips
+    # What is found twice of a strip takes the same memory, which is of no other strip.
+    team.apart = team.by_strip and not has_spans(p) and (
+        g.strips > team.threads or (p.finds and is_backward(p)))
 
 
 cdef void prepare(Pass* p, Team* team) noexcept nogil:
@@ -303,18 +306,14 @@ cdef void prepare(Pass* p, Team* team) noexcept nogil:
         micro_of(p).take_parameters(p)
         p.weight = per_channel_absent(1)
         p.bias = per_channel_absent(0)
-    if team.threads == 1:
-        join_strips(&p.geometry)
-        join_strips(&p.writing)
-    team.by_strip = goes_by_strip(p, team.threads)
     cdef const Geometry* writing = g if team.by_strip else &p.writing
     if (writing.by_plane and written_run(writing) < SHORTEST_STREAMED
             and (p.fuses or not writing.by_value)):
         p.stream = False
-    share_out(team, REDUCTIONS, g.strips if team.by_strip else tiles_of(g))
-    share_out(team, FINISHES, ceil_div(g.channels, FINISHED))
-    share_out(team, WRITES, tiles_of(&p.writing), p.kind != GIVEN)
-    share_out(team, PARAMETERS, ceil_div(g.parameters, AT_ONCE))
+    share_out(team, REDUCTIONS, 0, team.turn if team.by_strip else tiles_of(g))
+    share_out(team, FINISHES, 0, ceil_div(g.channels, FINISHED))
+    share_out(team, WRITES, 0, tiles_of(&p.writing), p.kind != GIVEN)
+    share_out(team, PARAMETERS, 0, ceil_div(g.parameters, AT_ONCE))
 
 
 cdef double on_one_thread(const Pass* p, const Team* team) noexcept nogil:
@@ -332,6 +331,8 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out):
     cdef const Geometry* g = &p.geometry
     cdef Py_ssize_t values = PyArray_SIZE(x)
     cdef size_t size = PyArray_NBYTES(x)
+    p.finds = p.kind == STATISTICS or p.kind == NORMALISE or (
+        p.kind == GRADIENTS and p.mean.double_ == NULL)
     cdef Py_ssize_t cost = cost_of(p.kind) * values
     # Where all there is to reduce is one tile, a team shares the writing at most, and has to meet
     # before it.
@@ -355,7 +356,8 @@ cdef run_pass(Pass* p, ndarray x, ndarray grad_output, ndarray out):
     num_threads = <int>min(num_threads, max(tiles_of(g), tiles_of(&p.writing)))
     team.threads = begin_pass(num_threads, values)
     team.clock = CLOCK_THREAD_CPUTIME_ID if values >= LONG_CALL else CLOCK_MONOTONIC
-    cdef char* memory = take_memory(p, &team, near)
+    arrange(p, &team)
+    cdef char* memory = take_memory(p, &team, size, near)
     if memory == NULL:
         end_call()
         raise MemoryError

@@ -8,25 +8,37 @@ cdef enum Round:
     ROUNDS
 
 
+cdef struct Tables:       # bytes of what a pass, or one of some of its channels, keeps of them
+    Py_ssize_t stride     # channels from one row to the next
+    size_t coefficients   # where they begin, after what the pieces find
+    size_t statistics     # the same; 0 where none are found, or the caller keeps them
+    size_t size
+
+
 cdef struct Team:
     int threads
     bint by_strip       # whether a thread does all of a strip, or a round of it
+    bint apart          # whether each strip is a pass of its own, ...
+    Tables tables       # ... which keeps these, one after the other; or else all are kept
+    # Strips after which what they share of gradients is added up, and its memory is free again.
+    Py_ssize_t turn
     Pace* paces         # (ROUNDS, threads)
     clockid_t clock     # that they are measured by
 
 
-cdef void share_out(Team* team, Round round, Py_ssize_t tasks,
+cdef void share_out(Team* team, Round round, Py_ssize_t first, Py_ssize_t tasks,
                     bint mirrored=False) noexcept nogil:
-    """Give each thread its own tasks of a round, from the first on, or from the last."""
+    """Give each thread its own of the next tasks of a round, from the first of them on, or from the
+    last."""
     cdef Pace* pace = team.paces + <int>round * team.threads
     cdef Py_ssize_t threads = team.threads, thread
     for thread in range(threads):
-        pace.channels = 0
         if mirrored:
-            pace.next = tasks - tasks * (thread + 1) // threads
-            pace.end = tasks - tasks * thread // threads
+            pace.next = first + tasks - tasks * (thread + 1) // threads
+            pace.end = first + tasks - tasks * thread // threads
         else:
-            pace.next, pace.end = tasks * thread // threads, tasks * (thread + 1) // threads
+            pace.next = first + tasks * thread // threads
+            pace.end = first + tasks * (thread + 1) // threads
         pace += 1
 
 
@@ -60,4 +72,4 @@ cdef inline void begin_round(const Team* team, Pace* pace) noexcept nogil:
 
 cdef inline void end_round(const Team* team, Pace* pace) noexcept nogil:
     if team.threads > 1:
-        pace.seconds = seconds(team.clock) - pace.began
+        pace.seconds += seconds(team.clock) - pace.began

@@ -100,6 +100,33 @@ def test_a_sample_of_any_shape_knows_no_other(kind, dtype, size, threads):
     assert_a_sample_knows_no_other(kind, dtype, size, {threads: [size]})
 
 
+# So many samples that what they share of gradients is added up some at a time, and by how many.
+SHARING = {
+    "instance": (Kind(INSTANCE_NORM, (1, 64, 3)), 700),
+    "instance, wide": (Kind(INSTANCE_NORM, (1, 1500, 2)), 50),
+    "instance, last": (Kind(INSTANCE_NORM, (1, 3, 64), -1), 700),
+    "group": (Kind(GROUP, (1, 64, 3), groups=8), 700),
+    "group, last": (Kind(GROUP, (1, 3, 64), -1, groups=8), 700),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", SHARING)
+def test_gradients_of_parameters_are_added_in_the_order_of_the_samples(name, threads, rng):
+    kind, size = SHARING[name]
+    x, grad_output = rng.standard_normal((2, size, *kind.shape[1:]))
+    weight = rng.uniform(0.5, 2, kind.parameter_shape)
+    gradients = kind.functions()[1]
+    total = np.zeros((2, *kind.parameter_shape))
+    for i in range(size):
+        total += gradients(grad_output[i : i + 1], x[i : i + 1], weight=weight)[1:]
+    with cbn.num_threads(threads):
+        grad_input, *of_parameters = gradients(grad_output, x, weight=weight)
+        alone = gradients(grad_output, x, weight=weight, wanted="input")[0]
+    np.testing.assert_array_equal(of_parameters, total)
+    np.testing.assert_array_equal(alone, grad_input)
+
+
 # Layers whose statistics are given: those of inference, and of training once they are frozen.
 GIVEN = {
     "batch, eval": lambda C, **options: cbn.BatchNorm1d(C, **options).eval(),
