@@ -4,7 +4,9 @@
     python benchmarks/memory.py --norms layer rms --threads 1
 
 No call should take more than a tenth, whatever the shape. Rows of two values and wide (N, C) are
-the hard ones: there every mean, sum and coefficient is of few values. A row of the table is a pass
+the hard ones: there every mean, sum and coefficient is of few values. What remains above it are
+the statistics of such channels: three of float64, which a layer keeps for backward and batch norm
+for the running ones, and which a backward function makes of those that it is given. A row of the table is a pass
 over one float32 array of 34 MB, by a layer and by a function, without and with out=: the most that
 it took at any time, and in brackets what is still taken when it has returned, such as the
 statistics that a layer keeps for backward. More than a tenth is marked with !.
@@ -140,6 +142,8 @@ def taken_by(case: Case, function: bool, reuses_out: bool) -> Taken:
     call = call_of(case, x, grad_output)
     most, kept = taken(partial(call, out=out if reuses_out else None))
     output = 0 if reuses_out else x.nbytes
+    if case.pass_ == "backward":  # the gradients of weight and bias
+        output += 2 * case.channels * x.itemsize
     return Taken(most - output, kept - output)
 
 
@@ -191,7 +195,7 @@ def function_of(case: Case, x: Array, grad_output: Array) -> Callable[..., Array
         options["bias"] = np.zeros(case.channels, np.float32)
     running: tuple[Array, ...] = ()
     if case.norm == "batch":
-        running = (np.zeros(case.channels, np.float32), np.ones(case.channels, np.float32))
+        running = (np.full(case.channels, 0, np.float32), np.ones(case.channels, np.float32))
         options["training"] = case.pass_ == "training"
     return partial(getattr(functional, f"{case.norm}_norm"), x, *running, **options)
 
