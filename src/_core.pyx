@@ -118,7 +118,7 @@ def openmp():
 
 
 cdef void set_up(Pass* p, Kind kind, View view, ndarray weight, ndarray bias, ndarray mean,
-                 ndarray var, double eps):
+                 ndarray var, double eps) noexcept:
     p.kind = kind
     p.geometry = (view.writing if kind == GIVEN else view.gathering if kind == GRADIENTS
                   else view.reducing)
@@ -137,7 +137,7 @@ cdef void set_up(Pass* p, Kind kind, View view, ndarray weight, ndarray bias, nd
     p.origin = p.ahead = p.first_sharer = 0
 
 
-cdef void use_statistics(Pass* p, ndarray statistics):
+cdef void use_statistics(Pass* p, ndarray statistics) noexcept:
     if statistics is None:   # a pass finds them itself, and keeps none
         return
     p.mean.double_ = <const double*>data_of(statistics)
@@ -155,11 +155,10 @@ cpdef ndarray given_statistics(ndarray mean, ndarray var):
     """A copy, for a backward pass: what it is taken from may change in between."""
     cdef Py_ssize_t C = PyArray_DIM(mean, 0)
     cdef PerChannel means = per_channel(mean, 0), vars = per_channel(var, 0)
-    cdef PerChannel rest = per_channel(None, 0)
     cdef ndarray statistics = new_statistics(C)
     cdef double* data = <double*>data_of(statistics)
     micros.take_values(&means, 0, C, data)
-    micros.take_values(&rest, 0, C, data + C)
+    memset(data + C, 0, C * sizeof(double))
     micros.take_values(&vars, 0, C, data + 2 * C)
     return statistics
 
@@ -225,7 +224,7 @@ cpdef statistics_of(ndarray x, View view,
     run_pass(&p, x, None, None)
 
 
-cdef void fuse(Pass* p, Steps steps):
+cdef void fuse(Pass* p, Steps steps) noexcept:
     """Let the steps of an output go along."""
     if steps is not None:
         p.fused.relu = steps.relu
@@ -269,7 +268,7 @@ cpdef normalise_given(ndarray x, View view, ndarray mean, ndarray var, ndarray w
     run_pass(&p, x, None, out)
 
 
-cdef void gate(Pass* p, Saved saved, ndarray grad_residual):
+cdef void gate(Pass* p, Saved saved, ndarray grad_residual) noexcept:
     """Let the steps back go along."""
     p.fused.back = True
     p.fused.passed = <unsigned char*>data_of(saved.passed)

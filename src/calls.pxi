@@ -234,14 +234,10 @@ cpdef object forward(
         statistics, eps, norm.centred, False, steps)
 
 
-cdef object infer(x, data, View view, running_mean, running_var, weight, bias, eps, out,
-                  bint keeps, activation, residual, over_x, bint spread,
-                  over_residual):
-    """The output and its steps, or what is amiss."""
+cdef str amiss_in_inference(x, data, View view, running_mean, running_var, weight, bias, eps, out,
+                            activation, residual, over_x, bint spread, over_residual):
     cdef str amiss
     cdef tuple parameter_shape = view.parameter_shape
-    cdef ndarray buffer
-    cdef Steps steps
     if not is_parameter(running_mean, parameter_shape):
         return "statistic:running_mean"
     if not is_parameter(running_var, parameter_shape):
@@ -259,33 +255,35 @@ cdef object infer(x, data, View view, running_mean, running_var, weight, bias, e
             return amiss
         if not is_known(out, x, over_x):
             return "over_x"
-    amiss = amiss_in_steps(activation, residual, data, out, over_residual)
-    if amiss is not None:
-        return amiss
-    buffer = written(out, data)
-    steps = steps_of(activation, residual, data, keeps)
+    return amiss_in_steps(activation, residual, data, out, over_residual)
+
+
+cdef object infer(data, View view, running_mean, running_var, weight, bias, eps, out, Steps steps):
+    cdef ndarray buffer = written(out, data)
     if PyArray_SIZE(<ndarray>data) > 0:
         normalise_given(data, view, running_mean, running_var, weight, bias, eps, buffer, steps)
-    return returned(out, buffer), steps
+    return returned(out, buffer)
 
 
 def forward_given(x, Norm norm, dtype, running_mean, running_var, weight, bias, eps, out,
                   bint keeps, activation, residual, data=None, over_x=None,
                   bint spread=False, over_residual=None):
     """Normalise x by given statistics: return the output and a Saved, or None if none is kept."""
+    cdef str amiss
     cdef View view
-    cdef object done
+    cdef Steps steps
     if data is None:
         data = x
     found = seen(data, norm, dtype)
     if type(found) is str:
         return found
     view = found
-    done = infer(x, data, view, running_mean, running_var, weight, bias, eps, out, keeps,
-                 activation, residual, over_x, spread, over_residual)
-    if type(done) is str:
-        return done
-    y, steps = done
+    amiss = amiss_in_inference(x, data, view, running_mean, running_var, weight, bias, eps, out,
+                               activation, residual, over_x, spread, over_residual)
+    if amiss is not None:
+        return amiss
+    steps = steps_of(activation, residual, data, keeps)
+    y = infer(data, view, running_mean, running_var, weight, bias, eps, out, steps)
     if not keeps:
         return y, None
     return y, new_saved(
@@ -298,6 +296,7 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
     """Return the output of the function of this name, or None where any argument is amiss."""
     cdef object done
     cdef Norm norm
+    cdef View view
     if not (type(channel_axis) is int and channel_axis in norms):
         return None
     norm = norms[channel_axis]
@@ -308,9 +307,12 @@ def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, e
     if not (training is False and is_finite(momentum) and is_non_negative(correction)
             and is_input(x, None)):
         return None
-    done = infer(x, x, view_of(norm, x), running_mean, running_var, weight, bias, eps, out,
-                 False, activation, residual, None, False, None)
-    return None if type(done) is str else (<tuple>done)[0]
+    view = view_of(norm, x)
+    if amiss_in_inference(x, x, view, running_mean, running_var, weight, bias, eps, out,
+                          activation, residual, None, False, None) is not None:
+        return None
+    return infer(x, view, running_mean, running_var, weight, bias, eps, out,
+                 steps_of(activation, residual, x, False))
 
 
 def saved_statistics(x, Norm norm, eps, data=None):

@@ -204,7 +204,7 @@ cdef inline int storage_of(ndarray array):
     return storage if storage >= 0 else storage_of_dtype(<dtype>PyArray_DESCR(array))
 
 
-cdef PerChannel per_channel(ndarray array, double absent):
+cdef PerChannel per_channel(ndarray array, double absent) noexcept:
     cdef PerChannel p = per_channel_absent(absent)
     if array is not None:
         if PyArray_TYPE(array) == NPY_FLOAT:
@@ -214,5 +214,5 @@ cdef PerChannel per_channel(ndarray array, double absent):
     return p
 
 
-cdef inline void* data_of(ndarray array):
+cdef inline void* data_of(ndarray array) noexcept:
     return PyArray_DATA(array) if array is not None else NULL

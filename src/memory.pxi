@@ -128,7 +128,8 @@ cdef char* take_memory(Pass* p, Team* team, Py_ssize_t size,   # of the array
         keep(p, &team.tables, memory)
     p.shares = <double*>(memory + kept) if shares else NULL
     team.paces = <Pace*>(memory + kept + shares)
-    memset(team.paces, 0, paces)
+    if team.threads > 1:
+        memset(team.paces, 0, paces)
     if has_turns(p, team):
         memset(p.shares, 0, shares)
     p.parameters = memory + kept + shares + paces

@@ -134,7 +134,7 @@ cdef struct Ends:   # where an array begins and ends in memory
     size_t end
 
 
-cdef inline Ends ends_of(ndarray array):
+cdef inline Ends ends_of(ndarray array) noexcept:
     cdef Ends ends
     ends.first = ends.end = <size_t>PyArray_DATA(array)
     if PyArray_IS_C_CONTIGUOUS(array):
@@ -144,7 +144,7 @@ cdef inline Ends ends_of(ndarray array):
     return ends
 
 
-cdef void add_strides(ndarray array, Ends* ends):   # IN, OUT
+cdef void add_strides(ndarray array, Ends* ends) noexcept:   # IN, OUT
     cdef size_t reach
     cdef npy_intp stride
     cdef int i
@@ -158,7 +158,7 @@ cdef void add_strides(ndarray array, Ends* ends):   # IN, OUT
     ends.end += PyArray_ITEMSIZE(array)
 
 
-cdef inline bint are_apart(Ends a, Ends b):
+cdef inline bint are_apart(Ends a, Ends b) noexcept:
     """Whether nothing between the ends of two arrays is in both."""
     return a.end <= b.first or b.end <= a.first or a.first == a.end or b.first == b.end
 
