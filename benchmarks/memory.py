@@ -6,10 +6,12 @@
 No call should take more than a tenth, whatever the shape. Rows of two values and wide (N, C) are
 the hard ones: there every mean, sum and coefficient is of few values. What remains above it are
 the statistics of such channels: three of float64, which a layer keeps for backward and batch norm
-for the running ones, and which a backward function makes of those that it is given. A row of the table is a pass
-over one float32 array of 34 MB, by a layer and by a function, without and with out=: the most that
-it took at any time, and in brackets what is still taken when it has returned, such as the
-statistics that a layer keeps for backward. More than a tenth is marked with !.
+for the running ones, and which a backward function makes of those that it is given.
+
+A row of the table is a pass over one float32 array of 34 MB, by a layer and by a function, without
+and with out=: the most that it took at any time, and in brackets what is still taken when it has
+returned, such as the statistics that a layer keeps for backward. More than a tenth is marked
+with !.
 
 Each number is from a process of its own. It makes the arrays and calls once with a smaller array,
 which loads the code and starts the threads; for a layer's backward it also makes the forward call.
