@@ -125,34 +125,49 @@ INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row
 }
 
 /* The sums of channels that lie `stride` apart, `beside` of them side by side, each of runs of so many
-   values, in rows of `width`; once: of one run of no more than SUMMED rows. */
+   values, in rows of `width`; once: of one run of no more than SUMMED rows. Where a row does not fit the
+   registers it is read in several sweeps: over all runs, or, by band, of SUMMED rows, which are in the L1
+   cache for the next. */
 INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int beside,
-                         const int once, ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length,
+                         const int once, const int by_band, ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length,
                          const int width, const int way, double *total,
                          double *product) { /* OUT (beside, CHAINS) */
     enum { MOST = 4 * LANES_OF, HALVES = LANES_OF / DOUBLES };
     const int columns = width * beside < MOST ? width : MOST / beside;
     const int vectors = columns / LANES_OF, groups = columns / CHAINS;
+    const int swept = by_band ? width : columns, n = beside * columns / DOUBLES;
     const ptrdiff_t rows = length / width, tail = length % width;
-    struct T(Pair) row, channel;
+    struct T(Pair) band, row, channel;
     vector mean[4], unit[4], band_total[4], band_product[4];
-    doubles totals[8], products[8];
+    doubles totals[LANES / DOUBLES], products[LANES / DOUBLES];
     EACH (r, beside) {
         mean[r] = all(at->mean[r]);
         unit[r] = all(at->unit[r]);
     }
-    for (int k = 0; k < width; k += columns) {
-        EACH (v, beside * columns / DOUBLES)
-            totals[v] = products[v] = all_doubles(0);
+    for (int first = 0; first < width; first += swept) {
+        if (by_band)
+            for (int v = 0; v < swept / DOUBLES; v++)
+                totals[v] = products[v] = all_doubles(0);
+        else
+            EACH (v, n) /* in registers */
+                totals[v] = products[v] = all_doubles(0);
         for (ptrdiff_t i = 0; i < (once ? 1 : runs); i++) {
-            ptrdiff_t j = 0, end;
+            ptrdiff_t begin, j = 0, end;
             row = *at;
-            T(move_pair)(&row, k, way);
+            T(move_pair)(&row, first, way);
             row.grad_output += i * run_stride;
             row.x += i * run_stride;
             do {
-                EACH (v, beside * vectors)
-                    band_total[v] = band_product[v] = all(0);
+                band = row;
+                begin = j;
+                for (int k = first, part = 0; k < first + swept; k += columns, part++) {
+                    if (by_band) {
+                        row = band;
+                        T(move_pair)(&row, k, way);
+                        j = begin;
+                    }
+                    EACH (v, beside * vectors)
+                        band_total[v] = band_product[v] = all(0);
 #define MULTIPLY(lanes)                                                                            \
     EACH (r, beside) {                                                                             \
         channel = row;                                                                             \
@@ -162,30 +177,35 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
         T(multiply_row)(&channel, 0, vectors, lanes, mean + r, unit + r, way,                      \
                         band_total + r * vectors, band_product + r * vectors);                     \
     }
-                for (end = once ? rows : min_of(j + SUMMED, rows); j < end; j++) {
-                    MULTIPLY(columns)
-                    T(move_pair)(&row, width, way);
-                }
-                if (j == rows && tail) {
-                    MULTIPLY(tail - k)
-                    j++;
-                }
+                    for (end = once ? rows : min_of(j + SUMMED, rows); j < end; j++) {
+                        MULTIPLY(columns)
+                        T(move_pair)(&row, width, way);
+                    }
+                    if (j == rows && tail) {
+                        MULTIPLY(tail - k)
+                        j++;
+                    }
 #undef MULTIPLY
-                EACH (v, beside * vectors) {
-                    R(add_lanes)(totals + v * HALVES, band_total[v], once);
-                    R(add_lanes)(products + v * HALVES, band_product[v], once);
+                    EACH (v, beside * vectors) {
+                        R(add_lanes)(totals + part * n + v * HALVES, band_total[v], once);
+                        R(add_lanes)(products + part * n + v * HALVES, band_product[v], once);
+                    }
                 }
+                if (by_band)
+                    T(move_pair)(&row, -(swept - columns), way);
             } while (!once && j < rows + (tail > 0));
         }
-        T(add_to_chains)(totals, beside, groups, k > 0, total);
-        T(add_to_chains)(products, beside, groups, k > 0, product);
+        for (int k = first, part = 0; k < first + swept; k += columns, part++) {
+            T(add_to_chains)(totals + part * n, beside, groups, k > 0, total);
+            T(add_to_chains)(products + part * n, beside, groups, k > 0, product);
+        }
     }
 }
 
 INLINE void T(sum_pairs_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptrdiff_t run_stride,
                                  ptrdiff_t length, double *total, double *product) { /* OUT (CHAINS) */
 #define SUM(once, width, way)                                                                      \
-    T(sum_pairs)(at, 0, 1, once, runs, run_stride, length, width, way, total, product)
+    T(sum_pairs)(at, 0, 1, once, 0, runs, run_stride, length, width, way, total, product)
     if (runs == 1 && length <= SUMMED * SHORT_LANES && at->ahead)
         SUM(1, SHORT_LANES, FETCHES);
     else if (runs == 1 && length <= SUMMED * SHORT_LANES)
@@ -199,6 +219,60 @@ INLINE void T(sum_pairs_of_runs)(const struct T(Pair) *at, ptrdiff_t runs, ptrdi
     else
         SUM(0, LANES, 0);
 #undef SUM
+}
+
+/* The sums of so many whole parts of channels, which follow each other. */
+INLINE void T(sum_parts)(struct T(Pair) at, ptrdiff_t count, ptrdiff_t parts, const int once,
+                         const int by_band, ptrdiff_t runs, ptrdiff_t run_stride,
+                         ptrdiff_t length, const int width, const int way, struct Sums *into) {
+    double totals[AT_ONCE * CHAINS], products[AT_ONCE * CHAINS];
+    ptrdiff_t n = 0, q = 0;
+    for (; count > 0; count--) {
+        T(sum_pairs)(&at, 0, 1, once, by_band, runs, run_stride, length, width, way,
+                     totals + n * CHAINS, products + n * CHAINS);
+        T(move_pair)(&at, length, 0);
+        n = fold_full(totals, products, n + 1, &into);
+        if (++q == parts) {
+            q = 0;
+            at.mean++;
+            at.unit++;
+        }
+    }
+    fold_sums(totals, products, n, into);
+}
+
+/* Functions of their own, because what gcc 12 makes of a loop depends on those beside it: of one body,
+   planes of 8 x 8 were up to an eighth slower, and others faster (backward, benchmarks/compare.py). */
+#define SUM_PARTS(name, once, by_band, width, way)                                                 \
+    static NOINLINE void T(name)(struct T(Pair) at, ptrdiff_t count, ptrdiff_t parts,              \
+                                 ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length,           \
+                                 struct Sums *into) {                                              \
+        T(sum_parts)(at, count, parts, once, by_band, runs, run_stride, length, width, way, into); \
+    }
+SUM_PARTS(sum_shortest, 1, 0, SHORT_LANES, 0)
+SUM_PARTS(sum_and_fetch_shortest, 1, 0, SHORT_LANES, FETCHES)
+SUM_PARTS(sum_short, 0, 0, SHORT_LANES, 0)
+SUM_PARTS(sum_and_fetch_short, 0, 0, SHORT_LANES, FETCHES)
+SUM_PARTS(sum_long, 0, 0, LANES, 0)
+SUM_PARTS(sum_and_fetch_long, 0, 0, LANES, FETCHES)
+SUM_PARTS(sum_longest, 0, 1, LANES, 0)
+SUM_PARTS(sum_and_fetch_longest, 0, 1, LANES, FETCHES)
+#undef SUM_PARTS
+
+/* The same, by the function for such parts. */
+INLINE void T(sum_whole_parts)(struct T(Pair) at, ptrdiff_t count, ptrdiff_t parts, ptrdiff_t runs,
+                               ptrdiff_t run_stride, ptrdiff_t length, struct Sums *into) {
+    void (*sum)(struct T(Pair), ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t,
+                struct Sums *);
+    if (runs == 1 && length <= SUMMED * SHORT_LANES)
+        sum = at.ahead ? T(sum_and_fetch_shortest) : T(sum_shortest);
+    else if (length < SHORT_RUN)
+        sum = at.ahead ? T(sum_and_fetch_short) : T(sum_short);
+    else if (runs * length > SWEPT_AT_ONCE)
+        sum = at.ahead ? T(sum_and_fetch_longest) : T(sum_longest);
+    else
+        sum = at.ahead ? T(sum_and_fetch_long) : T(sum_long);
+    sum(at, count, parts, runs, run_stride, length, into);
 }
 
 /* The sums of channels; of each part of one, in a piece that may begin and end within a part. The
@@ -228,13 +302,18 @@ INLINE void T(sums_by_plane)(struct T(Pair) at, const struct Pass *p, const stru
                 c++;
             }
         }
-        T(sum_pairs)(&some, length, beside, 1, 1, 0, length, SHORT_LANES, 0, totals + n * CHAINS,
+        T(sum_pairs)(&some, length, beside, 1, 0, 1, 0, length, SHORT_LANES, 0, totals + n * CHAINS,
                      products + n * CHAINS);
         T(move_pair)(&at, beside * length, 0);
         n = fold_full(totals, products, n + beside, &into);
     }
     at.mean += c;
     at.unit += c;
+    if (sheet->length == p->geometry.S && q == 0) {
+        fold_sums(totals, products, n, into);
+        T(sum_whole_parts)(at, rest, parts, sheet->runs, sheet->run_stride, length, into + n);
+        return;
+    }
     for (; rest > 0; rest--) {
         if (parts > 1) {
             first = max_of(start, (reached + q) * length);
@@ -358,7 +437,7 @@ INLINE void T(row_products_in)(const struct Pass *p, const struct Sheet *sheet, 
     at.weight = R(weights_of)(p, first + c) + sheet->start;                                        \
     at.mean = units.high + c;                                                                      \
     at.unit = units.per_unit + c;                                                                  \
-    T(sum_pairs)(&at, S, beside, once, sheet->runs, sheet->run_stride, sheet->length, width,       \
+    T(sum_pairs)(&at, S, beside, once, 0, sheet->runs, sheet->run_stride, sheet->length, width,    \
                  BY_VALUE, totals + c * CHAINS, products + c * CHAINS);                            \
     at.grad_output += beside * S;                                                                  \
     at.x += beside * S;                                                                            \
