@@ -4,9 +4,9 @@
     python benchmarks/memory.py --norms layer rms --threads 1
 
 No call should take more than a tenth, whatever the shape. Rows of two values and wide (N, C) are
-the hard ones: there every mean, sum and coefficient is of few values. What remains above it are
-the statistics of such channels: three of float64, which a layer keeps for backward and batch norm
-for the running ones, and which a backward function makes of those that it is given.
+the hard ones: there every mean, sum and coefficient is of few values. What remains above it here
+are the statistics of such channels: three of float64, which a layer keeps for backward and batch
+norm for the running ones, and which a backward function makes of those that it is given.
 
 A row of the table is a pass over one float32 array of 34 MB, by a layer and by a function, without
 and with out=: the most that it took at any time, and in brackets what is still taken when it has
@@ -197,6 +197,7 @@ def function_of(case: Case, x: Array, grad_output: Array) -> Callable[..., Array
         options["bias"] = np.zeros(case.channels, np.float32)
     running: tuple[Array, ...] = ()
     if case.norm == "batch":
+        # Not np.zeros: its pages are new when they are first written to, and would count.
         running = (np.full(case.channels, 0, np.float32), np.ones(case.channels, np.float32))
         options["training"] = case.pass_ == "training"
     return partial(getattr(functional, f"{case.norm}_norm"), x, *running, **options)

@@ -290,14 +290,10 @@ cpdef gradients(ndarray grad_output, Saved saved, ndarray weight,
                 ndarray grad_weight, ndarray grad_bias,   # OUT, or None, both
                 ndarray grad_residual):                   # OUT, or None
     cdef Pass p
-    cdef ndarray statistics = saved.statistics
     set_up(&p, FROZEN_GRADIENTS if saved.frozen else GRADIENTS, saved.view, weight, None, None,
            None, saved.eps)
     p.centred = saved.centred
-    if statistics is None and not saved.view.recomputes:
-        statistics = new_statistics(p.geometry.channels)
-        statistics_of(saved.x, saved.view, saved.eps, saved.centred, statistics)
-    use_statistics(&p, statistics)
+    use_statistics(&p, saved.statistics)
     p.grad_weight = data_of(grad_weight)
     p.grad_bias = data_of(grad_bias)
     gate(&p, saved, grad_residual)

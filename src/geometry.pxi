@@ -58,7 +58,7 @@ cdef public enum:
     SMALL_PIECE = 16384  # ... and where an array has few of them
     SMALL_STRIP = 8192   # values that channels of few values are gathered to
     LONG_RUN = 512       # S from which a channel is walked by plane, ...
-    FEW_VALUES = 64      # of a channel: six coefficients of it would be a tenth of them
+    FEW_VALUES = 64      # of a channel: with fewer, its coefficients would be a tenth of them
     LEAST_ROWS = 8       # ... or from SHORT_LANES, where N would leave a sheet fewer rows
     # Channels that share parameters and whose gradients a strip gathers: so many that the sums,
     # 16 bytes a parameter and strip, are a tenth of the values at most, and that they have

@@ -76,7 +76,7 @@ cdef public struct Pass:
     const void* x
     const void* grad_output
     void* out               # OUT
-    # The number of the first channel in what is kept of each (statistics, coefficients); numbers
+    # The number of the first channel in what is kept of each (partial, coefficients); numbers
     # of channels begin there. And how much further on, in values, x and grad_output are read next.
     Py_ssize_t origin
     Py_ssize_t ahead
@@ -96,16 +96,16 @@ cdef public struct Pass:
     Py_ssize_t statistics_stride   # ... so far apart
     void* grad_weight       # OUT (parameters,) of the type that is computed in, or NULL
     void* grad_bias
-    Py_ssize_t stride       # channels from one row of the next two to the next
-    void* partial           # (pieces, channels) Moments, or (pieces, channels, parts_kept) Sums
-    # These are of the type that is computed in.
-    void* coefficients      # (COEFFICIENTS, channels)
+    Py_ssize_t stride       # channels from one row of partial, or of coefficients, to the next
+    void* partial           # (pieces, stride) Moments, or (pieces, stride, parts_kept) Sums
+    # The next two are of the type that is computed in.
+    void* coefficients      # (COEFFICIENTS, stride)
     void* parameters        # (2, parameters): weights and biases of parts of channels
     # The gradients of parameters that several channels share: OUT (sharers, 2, parameters), of the
     # biases and of the weights, to be added up.
     double* shares
     Py_ssize_t sharers
-    Py_ssize_t first_sharer   # of all channels, that of the first of these
+    Py_ssize_t first_sharer   # the number, among all, of the first of these
 
 
 cdef public struct Micro:

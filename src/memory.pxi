@@ -1,9 +1,9 @@
 # What a pass keeps of its channels, and the memory for it.
 #
-# What the pieces find, statistics, coefficients: more than a hundred bytes of a channel, and some
+# What the pieces find, statistics, coefficients: up to a hundred bytes of a channel, and some
 # channels have two values. So a strip is a pass of its own where there are more of them than
-# threads, in memory that the thread's next strip takes again: it stays in the cache, and takes no
-# more than the arrays do, whatever the shape (benchmarks/memory.py).
+# threads, in memory that the thread's next strip takes again: it stays in the cache, and is of as
+# many strips as there are threads (benchmarks/memory.py).
 
 cdef enum:
     NEAR = 512         # values of float64 that are kept on the stack: threads may have small ones
@@ -45,22 +45,23 @@ cdef Tables tables_of(const Pass* p, Py_ssize_t channels) noexcept nogil:
     tables.stride = channels
     if channels >= LONG_TABLE:
         tables.stride = ceil_div(channels, ROW_STEP) * ROW_STEP + ROW_STEP // 2
-    tables.coefficients = tables.stride * max(moments, sums)
-    tables.size = tables.coefficients + tables.stride * COEFFICIENTS * real_size_of(p)
-    tables.statistics = 0
-    if p.finds and p.statistics == NULL:   # or else they are the caller's
-        tables.statistics = tables.size
-        tables.size += tables.stride * 3 * sizeof(double)
+    tables.keeps_statistics = p.finds and p.statistics == NULL   # or else they are the caller's
+    tables.statistics = tables.coefficients = tables.stride * max(moments, sums)
+    if tables.keeps_statistics:
+        tables.coefficients += tables.stride * 3 * sizeof(double)
+    tables.size = tables.coefficients
+    if p.kind != STATISTICS:
+        tables.size += tables.stride * COEFFICIENTS * real_size_of(p)
     tables.size = ceil_div(tables.size, LINE) * LINE
     return tables
 
 
-cdef void keep(Pass* p, const Tables* tables, char* memory) noexcept nogil:
+cdef void keep_in(Pass* p, const Tables* tables, char* memory) noexcept nogil:
     """Let a pass keep what it finds in some memory."""
     p.stride = tables.stride
     p.partial = memory
     p.coefficients = memory + tables.coefficients
-    if tables.statistics > 0:
+    if tables.keeps_statistics:
         keep_statistics(p, <double*>(memory + tables.statistics), tables.stride)
 
 
@@ -84,18 +85,22 @@ cdef void begin_at(Pass* own, const Pass* p, Py_ssize_t first) noexcept nogil:
         own.var = per_channel_from(p.var, first)
 
 
-cdef void take_turns(Pass* p, Team* team, Py_ssize_t size) noexcept nogil:
-    """How many sharers of parameters there are. Where their sums would be more than a tenth of an
-    array of this size, there are those of some strips at a time, and before them one that holds
-    the sum of all that were."""
+cdef void set_turns(Pass* p, Team* team, Py_ssize_t size) noexcept nogil:
+    """Set how many sharers of parameters are kept, and after how many strips they are added up.
+
+    All at once, unless their sums would be more than a sixteenth of an array of this size (a tenth,
+    with the tables): then those of a turn, which is of two samples or more, because after it all
+    parameters are gone through; and before them one more, the sum of all that were.
+    """
     cdef const Geometry* g = &p.geometry
     cdef Py_ssize_t each = 2 * g.parameters * <Py_ssize_t>sizeof(double)
-    cdef Py_ssize_t most = max(size // 16, LEAST_SHARED) // each
+    cdef Py_ssize_t most = max(size // 16, LEAST_SHARED) // each, turn, sharers
     p.sharers = sharers_of(g)
     if team.apart and not g.by_value and p.sharers > most:
-        team.turn = min(g.strips, max(most * g.period // g.strip_channels, 8 * team.threads))
-        if has_turns(p, team):
-            p.sharers = ceil_div(team.turn * g.strip_channels, g.period) + 2   # cut at either end
+        turn = max(max(most, 2) * g.period // g.strip_channels, 8 * team.threads)
+        sharers = ceil_div(turn * g.strip_channels, g.period) + 2   # it may be cut at either end
+        if 2 * sharers <= p.sharers:
+            team.turn, p.sharers = turn, sharers
 
 
 cdef inline bint has_turns(const Pass* p, const Team* team) noexcept nogil:
@@ -114,7 +119,7 @@ cdef char* take_memory(Pass* p, Team* team, Py_ssize_t size,   # of the array
     # Parts of channels have their sums there also where nobody wants them.
     if is_backward(p) and shares_parameters(g) and (
             p.grad_weight != NULL or (g.parts > 1 and not g.by_value)):
-        take_turns(p, team, size)
+        set_turns(p, team, size)
         shares = p.sharers * 2 * g.parameters * sizeof(double)
     cdef size_t paces = <size_t>ROUNDS * team.threads * sizeof(Pace)
     cdef size_t parameters = 0 if g.parts == 1 else 2 * g.parameters * real_size_of(p)
@@ -122,14 +127,12 @@ cdef char* take_memory(Pass* p, Team* team, Py_ssize_t size,   # of the array
     cdef char* memory = <char*>(near if total <= NEAR * sizeof(double) else malloc(total))
     if memory == NULL:
         return NULL
-    if team.apart:
-        p.partial = memory
-    elif not has_spans(p):
-        keep(p, &team.tables, memory)
+    team.memory = memory
+    if not (team.apart or has_spans(p)):
+        keep_in(p, &team.tables, memory)
     p.shares = <double*>(memory + kept) if shares else NULL
     team.paces = <Pace*>(memory + kept + shares)
-    if team.threads > 1:
-        memset(team.paces, 0, paces)
+    memset(team.paces, 0, paces)
     if has_turns(p, team):
         memset(p.shares, 0, shares)
     p.parameters = memory + kept + shares + paces

@@ -109,8 +109,8 @@ static void R(finish_gradients)(const struct Pass *p, ptrdiff_t first, ptrdiff_t
         }
 }
 
-/* Add up the gradients of at most AT_ONCE parameters that several channels share, into the first sharer's
-   too: there may be more of them. */
+/* Add up the gradients of at most AT_ONCE parameters that several channels share, and keep the sums in
+   place of the first sharer's: the next turn adds to them. */
 static void R(finish_parameters)(const struct Pass *p, ptrdiff_t first, ptrdiff_t n) {
     const ptrdiff_t parameters = p->geometry.parameters;
     double *share = p->shares + first;

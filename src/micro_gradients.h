@@ -145,7 +145,7 @@ INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int b
         unit[r] = all(at->unit[r]);
     }
     for (int first = 0; first < width; first += swept) {
-        if (by_band)
+        if (by_band) /* in memory: they are more than there are registers */
             for (int v = 0; v < swept / DOUBLES; v++)
                 totals[v] = products[v] = all_doubles(0);
         else
@@ -255,8 +255,8 @@ SUM_PARTS(sum_short, 0, 0, SHORT_LANES, 0)
 SUM_PARTS(sum_and_fetch_short, 0, 0, SHORT_LANES, FETCHES)
 SUM_PARTS(sum_long, 0, 0, LANES, 0)
 SUM_PARTS(sum_and_fetch_long, 0, 0, LANES, FETCHES)
-SUM_PARTS(sum_longest, 0, 1, LANES, 0)
-SUM_PARTS(sum_and_fetch_longest, 0, 1, LANES, FETCHES)
+SUM_PARTS(sum_by_band, 0, 1, LANES, 0)
+SUM_PARTS(sum_and_fetch_by_band, 0, 1, LANES, FETCHES)
 #undef SUM_PARTS
 
 /* The same, by the function for such parts. */
@@ -269,7 +269,7 @@ INLINE void T(sum_whole_parts)(struct T(Pair) at, ptrdiff_t count, ptrdiff_t par
     else if (length < SHORT_RUN)
         sum = at.ahead ? T(sum_and_fetch_short) : T(sum_short);
     else if (runs * length > SWEPT_AT_ONCE)
-        sum = at.ahead ? T(sum_and_fetch_longest) : T(sum_longest);
+        sum = at.ahead ? T(sum_and_fetch_by_band) : T(sum_by_band);
     else
         sum = at.ahead ? T(sum_and_fetch_long) : T(sum_long);
     sum(at, count, parts, runs, run_stride, length, into);

@@ -364,7 +364,7 @@ enum {
     HALF_PAGE = 1 << 11,
     ROWS_AHEAD = BESIDE, /* from what is added up of gradients to what is fetched */
     BANDS_AHEAD = 2,     /* the same of moments */
-    SWEPT_AT_ONCE = 1 << 12, /* values of both arrays that the L1 cache holds until they are swept again */
+    SWEPT_AT_ONCE = 1 << 12, /* values of either array that the L1 cache holds until they are swept again */
     PARTS_BESIDE = 100,    /* the longest parts, in values, that are summed side by side in the cache */
     PARTS_FETCHED = 256,   /* from so many values on, parts from memory are left to the processor, ... */
     PARTS_AHEAD = 8 << 10, /* ... and shorter ones are fetched, so many bytes ahead */

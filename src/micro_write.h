@@ -431,16 +431,23 @@ INLINE void T(write_beside)(const struct T(Place) *at, ptrdiff_t k, const int ac
     T(write_vectors)(at, k, 1, 0, across, LANES_OF, 0, &values, c, way);
 }
 
-/* Write n values as write_run does, where nothing is streamed and no steps go along. */
+/* How many of n values come before the first whole vector of a run in the cache. Short parts of whole
+   vectors are better not moved to a line: none would be whole. */
+INLINE ptrdiff_t T(head_of)(const struct T(Walk) *walk, const stored *out, ptrdiff_t n) {
+    const int fits = walk->length % LANES_OF == 0 && walk->length < ALIGNED_RUN;
+    return n >= ALIGNED_RUN && !fits ? T(values_to_line)(out, n) : 0;
+}
+
+/* Write n values as write_run does, where nothing is streamed, no steps go along, and a part is no shorter
+   than a vector, so that a vector reaches into one more part at most. */
 INLINE void T(write_run_in_cache)(const struct T(Place) *place, const struct T(Walk) *start,
                                   ptrdiff_t n, const int whole, const int way) {
-    struct T(Place) here = {.x = place->x, .grad_output = place->grad_output, .out = place->out},
-                    *at = &here;
-    struct T(Walk) own = *start, *walk = &own;
+    struct T(Place) here = {.x = place->x, .grad_output = place->grad_output, .out = place->out};
+    struct T(Place) *const at = &here;
+    struct T(Walk) own = *start;
+    struct T(Walk) *const walk = &own;
     struct T(Coefficients) c;
-    /* Short parts of whole vectors are better not moved to a line: none would be whole. */
-    const int fits = walk->length % LANES_OF == 0 && walk->length < ALIGNED_RUN;
-    const ptrdiff_t head = n >= ALIGNED_RUN && !fits ? T(values_to_line)(at->out, n) : 0;
+    const ptrdiff_t head = T(head_of)(walk, at->out, n);
     const ptrdiff_t end = head + (n - head) / LANES_OF * LANES_OF;
     ptrdiff_t k = head, from, until, filled;
     if (whole)
@@ -506,12 +513,10 @@ static NOINLINE void T(write_channel_parts_back)(const struct T(Place) *place,
 INLINE void T(write_run)(const struct T(Place) *place, struct T(Walk) walk, ptrdiff_t n,
                          const int way) {
     const int across = way & FUSED && !(way & BACKWARD) ? T(ACROSS_WITH_BITS) : T(ACROSS);
-    const ptrdiff_t length = walk.length, step = across * LANES_OF;
+    const ptrdiff_t step = across * LANES_OF;
     const ptrdiff_t unit = place->streams ? max_of(LANES_OF, T(LINE_VALUES)) : LANES_OF;
-    /* Short parts of whole vectors are better not moved to a line: none would be whole. */
-    const int fits = length % LANES_OF == 0 && length < ALIGNED_RUN;
-    const int aligns = place->streams || (n >= ALIGNED_RUN && !fits);
-    const ptrdiff_t head = aligns ? T(values_to_line)(place->out, n) : 0;
+    const ptrdiff_t head = place->streams ? T(values_to_line)(place->out, n)
+                                          : T(head_of)(&walk, place->out, n);
     const ptrdiff_t end = head + (n - head) / unit * unit;
     ptrdiff_t k = head;
     struct T(Place) here = *place, *at = &here;
@@ -581,6 +586,7 @@ INLINE void T(write_planes)(const struct Pass *p, const struct Sheet *sheet, ptr
         place = T(place_of)(p, sheet->offset + i * sheet->run_stride, first, steps);
         if (!(way & FUSED) && !p->stream && p->geometry.S <= longest)
             T(write_parts)(&place, walk, n, way);
+        /* Backward, longer parts gain nothing. */
         else if (!(way & FUSED) && !T(PAIRS) && !p->stream && walk.length >= LANES_OF
                  && (!(way & BACKWARD) || walk.length < ALIGNED_RUN)) {
             if (way & BACKWARD && way & WEIGHTED)

@@ -210,7 +210,7 @@ cdef void add_up(const Pass* p, Team* team, int thread) noexcept nogil:
     while take(team, PARAMETERS, thread, 1, &k) > 0:
         n = min(AT_ONCE, g.parameters - k * AT_ONCE)
         micro_of(p).finish_parameters(p, k * AT_ONCE, n)
-        if has_turns(p, team):   # the next one adds to the first
+        if has_turns(p, team):   # the next adds to the sum so far: the first two rows
             for i in range(2, 2 * p.sharers):
                 memset(p.shares + i * g.parameters + k * AT_ONCE, 0, n * sizeof(double))
 
@@ -240,14 +240,14 @@ cdef void work(const Pass* p, Team* team, int thread) noexcept nogil:
     cdef Pass own
     if team.apart:
         own = p[0]
-        keep(&own, &team.tables, <char*>p.partial + thread * team.tables.size)
+        keep_in(&own, &team.tables, team.memory + thread * team.tables.size)
     if not team.by_strip:
         run_rounds(p, team, thread)
         add_up(p, team, thread)
     while team.by_strip and done < g.strips:
         if done > 0:
             begin_turn(p, team, thread, done)
-        if has_turns(p, team):
+        if has_turns(p, team):   # before those of the turn comes the sum so far
             own.first_sharer = first_channel(g, done) // g.period - 1
         begin_round(team, pace)
         n = take(team, REDUCTIONS, thread, most, &first)

@@ -10,16 +10,18 @@ cdef enum Round:
 
 cdef struct Tables:       # bytes of what a pass, or one of some of its channels, keeps of them
     Py_ssize_t stride     # channels from one row to the next
-    size_t coefficients   # where they begin, after what the pieces find
-    size_t statistics     # the same; 0 where none are found, or the caller keeps them
+    bint keeps_statistics
+    size_t statistics     # where they begin, after what the pieces find
+    size_t coefficients   # the same, after statistics: these may be float
     size_t size
 
 
 cdef struct Team:
     int threads
     bint by_strip       # whether a thread does all of a strip, or a round of it
-    bint apart          # whether each strip is a pass of its own, ...
-    Tables tables       # ... which keeps these, one after the other; or else all are kept
+    bint apart          # whether each strip is a pass of its own
+    Tables tables       # what each of them keeps, or, if not apart, all channels together
+    char* memory        # for them, one for each thread
     # Strips after which what they share of gradients is added up, and its memory is free again.
     Py_ssize_t turn
     Pace* paces         # (ROUNDS, threads)
