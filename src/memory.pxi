@@ -99,7 +99,7 @@ cdef void set_turns(Pass* p, Team* team, Py_ssize_t size) noexcept nogil:
     if team.apart and not g.by_value and p.sharers > most:
         turn = max(max(most, 2) * g.period // g.strip_channels, 8 * team.threads)
         sharers = ceil_div(turn * g.strip_channels, g.period) + 2   # it may be cut at either end
-        if 2 * sharers <= p.sharers:
+        if 4 * sharers <= 3 * p.sharers:   # or else little is gained
             team.turn, p.sharers = turn, sharers
 
 

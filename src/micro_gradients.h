@@ -129,8 +129,9 @@ INLINE void T(multiply_columns)(struct T(Pair) at, ptrdiff_t rows, ptrdiff_t row
    registers it is read in several sweeps: over all runs, or, by band, of SUMMED rows, which are in the L1
    cache for the next. */
 INLINE void T(sum_pairs)(const struct T(Pair) *at, ptrdiff_t stride, const int beside,
-                         const int once, const int by_band, ptrdiff_t runs, ptrdiff_t run_stride, ptrdiff_t length,
-                         const int width, const int way, double *total,
+                         const int once, const int by_band, ptrdiff_t runs,
+                         ptrdiff_t run_stride, ptrdiff_t length, const int width, const int way,
+                         double *total,
                          double *product) { /* OUT (beside, CHAINS) */
     enum { MOST = 4 * LANES_OF, HALVES = LANES_OF / DOUBLES };
     const int columns = width * beside < MOST ? width : MOST / beside;

@@ -483,7 +483,7 @@ INLINE void T(write_run_in_cache)(const struct T(Place) *place, const struct T(W
     T(write_up_to)(at, walk, k, n, way);
 }
 
-/* Functions of their own, which know all that does not change: so a plane of 7 x 7 takes 70
+/* Functions of their own, which know all that does not change: so a plane of 7 x 7 takes 85
    instructions of AVX2 and not 120, and gcc 12 leaves what belongs together together (inference of
    32x256x7x7, benchmarks/compare.py: two thirds to nine tenths of the time). */
 static NOINLINE void T(write_channels)(const struct T(Place) *place, const struct T(Walk) *walk,

@@ -102,12 +102,12 @@ def test_a_sample_of_any_shape_knows_no_other(kind, dtype, size, threads):
 
 # So many samples that what they share of gradients is added up some at a time, and by how many.
 SHARING = {
-    "instance": (Kind(INSTANCE_NORM, (1, 64, 3)), 700),
+    "instance": (Kind(INSTANCE_NORM, (1, 64, 3)), 1400),
     "instance, wide": (Kind(INSTANCE_NORM, (1, 1500, 2)), 50),
     "instance, in strips of a part of a sample": (Kind(INSTANCE_NORM, (1, 20_001, 2)), 9),
-    "instance, last": (Kind(INSTANCE_NORM, (1, 3, 64), -1), 700),
-    "group": (Kind(GROUP, (1, 64, 3), groups=8), 700),
-    "group, last": (Kind(GROUP, (1, 3, 64), -1, groups=8), 700),
+    "instance, last": (Kind(INSTANCE_NORM, (1, 3, 64), -1), 1400),
+    "group": (Kind(GROUP, (1, 64, 3), groups=8), 1400),
+    "group, last": (Kind(GROUP, (1, 3, 64), -1, groups=8), 1400),
 }
 
 
